@@ -1,0 +1,78 @@
+import { type TObject, type TProperties, Type } from '@sinclair/typebox'
+
+/** The languages of `errmsg`; `Accept-Language` chooses. */
+export const languages = ['zh', 'en'] as const
+export type Language = (typeof languages)[number]
+
+interface Outcome extends Record<Language, string> {
+  status: number
+  errno: string
+  /** For the `Retry-After` header, which every 429 and 503 carries. */
+  retryAfterSeconds?: number
+}
+
+/**
+ * Everything that this service can answer, the only place where a status, an errno or a message stands.
+ * `{min}` and `{max}` in a message are the bounds of a password's length, in characters.
+ */
+export const outcomes = {
+  registered: { status: 201, errno: '0', zh: '注册成功', en: 'Registered' },
+  session_found: { status: 200, errno: '0', zh: '成功', en: 'OK' },
+  logged_out: { status: 200, errno: '0', zh: '退出成功', en: 'Logged out' },
+  missing_parameter: { status: 400, errno: '4103', zh: '参数不完整', en: 'A required parameter is missing' },
+  malformed_parameter: { status: 400, errno: '4103', zh: '参数错误', en: 'Malformed parameter' },
+  invalid_mobile: { status: 400, errno: '4103', zh: '手机号格式错误', en: 'Invalid mobile number' },
+  passwords_differ: { status: 400, errno: '4103', zh: '两次密码不一致', en: 'The passwords differ' },
+  password_length: {
+    status: 400,
+    errno: '4103',
+    zh: '密码须为{min}至{max}个字符',
+    en: 'The password must have {min} to {max} characters'
+  },
+  password_common: { status: 400, errno: '4103', zh: '密码过于常见', en: 'The password is too common' },
+  body_too_large: { status: 413, errno: '4103', zh: '请求体过大', en: 'Body too large' },
+  unsupported_content_type: { status: 415, errno: '4103', zh: '不支持的内容类型', en: 'Unsupported content type' },
+  wrong_code: { status: 422, errno: '4004', zh: '短信验证码错误', en: 'Wrong SMS code' },
+  mobile_registered: { status: 409, errno: '4003', zh: '手机号已存在', en: 'Mobile already registered' },
+  not_logged_in: { status: 401, errno: '4101', zh: '用户未登录', en: 'Not logged in' },
+  no_such_route: { status: 404, errno: '4201', zh: '非法请求', en: 'No such route' },
+  bad_request: { status: 400, errno: '4201', zh: '非法请求', en: 'Bad request' },
+  storage_unavailable: {
+    status: 503,
+    errno: '4001',
+    zh: '数据库异常',
+    en: 'Storage unavailable',
+    retryAfterSeconds: 1
+  },
+  busy: { status: 503, errno: '4500', zh: '服务繁忙，请稍后重试', en: 'Busy, try again', retryAfterSeconds: 1 },
+  internal_error: { status: 500, errno: '4500', zh: '内部错误', en: 'Internal error' }
+} as const satisfies Record<string, Outcome>
+
+export type OutcomeName = keyof typeof outcomes
+
+/** An outcome as an error, for where a value cannot be returned. The cause is for the log, never for the client. */
+export class Refusal extends Error {
+  override readonly name = 'Refusal'
+
+  constructor(
+    readonly outcome: OutcomeName,
+    cause?: unknown
+  ) {
+    super(outcome, { cause })
+  }
+}
+
+/** `{errno, errmsg}`: what a refusal carries, and nothing else. */
+const Refused = Type.Object({ errno: Type.String(), errmsg: Type.String() })
+
+/**
+ * The response schemas of a route, one for each class of status.
+ * `data` is optional in a success because under `LEGACY_STATUS=true` a refusal has status 200, too.
+ */
+export function repliesWith<T extends TProperties>(data: TObject<T>) {
+  return {
+    '2xx': Type.Composite([Refused, Type.Object({ data: Type.Optional(data) })]),
+    '4xx': Refused,
+    '5xx': Refused
+  }
+}
