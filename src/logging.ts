@@ -1,0 +1,82 @@
+import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
+import type { DestinationStream } from 'pino'
+import type { Config } from './config.js'
+
+/** A mobile number anywhere in a text. */
+const mobiles = /1[3-9]\d{9}/g
+
+/** Shows of a mobile number what a person recognises it by: `138****5678`. */
+export function maskMobiles(text: string): string {
+  return text.replace(mobiles, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
+}
+
+type LoggedError = {
+  type: string
+  message: string
+  code?: unknown
+  stack: string
+  cause?: LoggedError
+}
+
+/**
+ * An error for the log: only the fields named here. pino's own serializer takes all there are, and so would print the
+ * arguments of a failed Redis command (`command.args`) and the key of a Postgres conflict (`detail`).
+ */
+function serializeError(error: unknown): LoggedError {
+  if (!(error instanceof Error)) return { type: typeof error, message: 'not an error', stack: '' }
+  return {
+    type: error.name,
+    message: maskMobiles(error.message),
+    ...('code' in error && { code: error.code }),
+    stack: maskMobiles(error.stack ?? ''),
+    ...(error.cause !== undefined && { cause: serializeError(error.cause) })
+  }
+}
+
+/** A logger's options, for JSON lines to a stream or else to standard output. */
+export function loggerOptions({ logLevel }: Pick<Config, 'logLevel'>, stream?: DestinationStream) {
+  return {
+    level: logLevel,
+    serializers: { err: serializeError },
+    ...(stream && { stream })
+  }
+}
+
+/**
+ * One line for each request, as it ends. The route stands for the URL, which may hold anything, and the mobile is masked.
+ */
+export class RequestLog extends LogController {
+  override incomingRequest(): void {}
+
+  override requestCompleted(err: Error | null | undefined, request: FastifyRequest, reply: FastifyReply): void {
+    request.log.info(
+      {
+        reqId: request.id,
+        method: request.method,
+        route: request.routeOptions.url,
+        mobile: mobileOf(request.body),
+        status: reply.statusCode,
+        outcome: reply.outcomeName,
+        ms: Math.round(reply.elapsedTime * 10) / 10,
+        ...(err && { err })
+      },
+      'request'
+    )
+  }
+}
+
+/** The masked mobile of a request's body; undefined for a text that is none, which may be a secret in the wrong field. */
+function mobileOf(body: unknown): string | undefined {
+  if (typeof body !== 'object' || body === null || !('mobile' in body) || typeof body.mobile !== 'string')
+    return undefined
+  const masked = maskMobiles(body.mobile)
+  return /^\d{3}\*{4}\d{4}$/.test(masked) ? masked : undefined
+}
+
+/** What a request id may look like: those of gateways and tracers, but not a mobile number. */
+const saneRequestId = /^(?!1[3-9]\d{9}$)[\w.:/+=-]{1,128}$/
+
+/** The request id of the gateway if it is sane, else undefined. */
+export function gatewayRequestId(header: string | string[] | undefined): string | undefined {
+  return typeof header === 'string' && saneRequestId.test(header) ? header : undefined
+}
