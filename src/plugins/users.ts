@@ -1,0 +1,37 @@
+import fp from 'fastify-plugin'
+import type { NamedStatement } from './postgres.js'
+
+interface Users {
+  /**
+   * Adds a user, whose name is at first the mobile, in one statement: of any number of simultaneous calls for one
+   * mobile exactly one adds the row.
+   *
+   * @param passwordHash a PHC string
+   * @returns the new row's id, a 64-bit integer in decimal; undefined if the mobile is registered already
+   */
+  insert(mobile: string, passwordHash: string): Promise<string | undefined>
+}
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    users: Users
+  }
+}
+
+const insertUser: NamedStatement = {
+  name: 'insert_user',
+  text: `INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)
+         ON CONFLICT (mobile) DO NOTHING RETURNING id`
+}
+
+export const users = fp(
+  async (fastify) => {
+    fastify.decorate('users', {
+      async insert(mobile, passwordHash) {
+        const { rows } = await fastify.sql<{ id: string }>(insertUser, [mobile, passwordHash])
+        return rows[0]?.id
+      }
+    } satisfies Users)
+  },
+  { fastify: '5.x', name: 'users', dependencies: ['postgres'] }
+)
