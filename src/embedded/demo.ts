@@ -1,0 +1,39 @@
+import { randomInt } from 'node:crypto'
+import { Redis } from 'ioredis'
+import type { DestinationStream } from 'pino'
+
+/** Long enough to read the README first. */
+const codeTtlSeconds = 3_600
+
+/** A mobile that nobody has, and a code for it as an SMS service would write it. */
+async function issueDemoCode(redisUrl: string): Promise<{ mobile: string; code: string }> {
+  const mobile = `1380${randomInt(10_000_000).toString().padStart(7, '0')}`
+  const code = randomInt(1_000_000).toString().padStart(6, '0')
+  const redis = new Redis(redisUrl)
+  try {
+    await redis.set(`sms_code_${mobile}`, code, 'EX', codeTtlSeconds)
+  } finally {
+    redis.disconnect()
+  }
+  return { mobile, code }
+}
+
+/** What a newcomer sees first: where the service listens and a command that signs somebody up, as printed. */
+export async function demoBanner(redisUrl: string, apiUrl: string): Promise<string> {
+  const { mobile, code } = await issueDemoCode(redisUrl)
+  const password = 'a demo password'
+  const body = JSON.stringify({ mobile, sms_code: code, password, password2: password })
+  return `
+  mobile-signup listens on ${apiUrl}, with its own Postgres and Redis in .data/
+
+  The SMS code of ${mobile} is ${code}, for an hour. Sign up:
+
+  curl -i ${apiUrl}/users -H 'Content-Type: application/json' -d '${body}'
+`
+}
+
+/** The log for a person's eyes. pino-pretty is a development dependency: production logs JSON. */
+export async function prettyLog(): Promise<DestinationStream> {
+  const { default: pretty } = await import('pino-pretty')
+  return pretty({ singleLine: true, ignore: 'pid,hostname', translateTime: 'SYS:HH:MM:ss', sync: true })
+}

