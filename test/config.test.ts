@@ -1,0 +1,177 @@
+import t from 'tap'
+import { ConfigError, databaseUrlOf, type Environment, isEmbedded, loadConfig } from '../src/config.js'
+
+const stores = { DATABASE_URL: 'postgresql://u:p%40ss@db/app', REDIS_URL: 'rediss://:p%40ss@cache:6380/1' }
+const secret = 'x'.repeat(32)
+
+function faultsOf(env: Environment): readonly string[] {
+  try {
+    loadConfig(env)
+  } catch (error) {
+    if (error instanceof ConfigError) return error.faults
+    throw error
+  }
+  return []
+}
+
+t.test('the defaults are those of the design', async (t) => {
+  const { sessionSecrets, ...config } = loadConfig(stores)
+  t.strictSame(config, {
+    production: false,
+    port: 3000,
+    host: '127.0.0.1',
+    databaseUrl: stores.DATABASE_URL,
+    redisUrl: stores.REDIS_URL,
+    cookieSecure: false,
+    trustProxy: [],
+    apiPrefix: '/api/v1.0',
+    legacyStatus: false,
+    defaultLanguage: 'zh',
+    passwordMin: 8,
+    hashMemoryKib: 19_456,
+    hashPasses: 2,
+    pgPoolMax: 10,
+    storeTimeoutMs: 1_000,
+    logLevel: 'info',
+    migrate: true
+  })
+  t.match(sessionSecrets, [/^.{43}$/], 'a secret is made up outside production')
+  t.notSame(loadConfig(stores).sessionSecrets, sessionSecrets)
+  t.ok(Object.isFrozen(loadConfig(stores)))
+})
+
+t.test('every variable is read', async (t) => {
+  const config = loadConfig({
+    ...stores,
+    NODE_ENV: 'production',
+    PORT: '0',
+    HOST: '::1',
+    SESSION_SECRET: `${secret},${secret}2`,
+    COOKIE_SECURE: 'false',
+    TRUST_PROXY: '10.0.0.0/8, 192.0.2.1,2001:db8::/32',
+    API_PREFIX: '/',
+    LEGACY_STATUS: 'true',
+    DEFAULT_LANGUAGE: 'en',
+    PASSWORD_MIN: '12',
+    HASH_MEMORY_KIB: '47104',
+    HASH_PASSES: '1',
+    PG_POOL_MAX: '3',
+    STORE_TIMEOUT_MS: '250',
+    LOG_LEVEL: 'silent',
+    MIGRATE: 'false'
+  })
+  t.match(config, {
+    production: true,
+    port: 0,
+    host: '::1',
+    sessionSecrets: [secret, `${secret}2`],
+    cookieSecure: false,
+    trustProxy: ['10.0.0.0/8', '192.0.2.1', '2001:db8::/32'],
+    apiPrefix: '',
+    legacyStatus: true,
+    defaultLanguage: 'en',
+    passwordMin: 12,
+    hashMemoryKib: 47_104,
+    hashPasses: 1,
+    pgPoolMax: 3,
+    storeTimeoutMs: 250,
+    logLevel: 'silent',
+    migrate: false
+  })
+})
+
+t.test('one message names every bad variable, its fault and what is expected', async (t) => {
+  const env = { ...stores, PORT: '70000', LEGACY_STATUS: 'yes', DEFAULT_LANGUAGE: 'fr', PG_POOL_MAX: '1.5' }
+  t.throws(() => loadConfig(env), {
+    name: 'ConfigError',
+    message: `the environment is not usable:
+  PORT: "70000" is out of range; expected an integer from 0 to 65535
+  LEGACY_STATUS: "yes" is neither; expected true or false
+  DEFAULT_LANGUAGE: "fr" is unknown; expected one of zh, en
+  PG_POOL_MAX: "1.5" is not an integer; expected an integer from 1 to 1000`
+  })
+})
+
+t.test('a bad value is named, whatever the variable', async (t) => {
+  for (const [name, ...values] of [
+    ['PORT', '-1', '65536', 'x', '3000 ', '0x10', '1e3', '9'.repeat(400)],
+    ['HOST', 'a b', 'http://host', '-host', '1.2.3.4:80'],
+    ['DATABASE_URL', 'db', 'mysql://db/app', 'postgres'],
+    ['REDIS_URL', 'cache:6379', 'http://cache', 'redis://a,redis://b'],
+    ['SESSION_SECRET', 'short', `${secret},short`, `${secret},`, ','],
+    ['COOKIE_SECURE', 'TRUE', '1', 'auto'],
+    ['TRUST_PROXY', 'true', '1', '10.0.0.0/33', '10.0.0.0/', '::/129', '10.0.0.0/8,', 'loopback', '1.2.3.4/8/8'],
+    ['API_PREFIX', 'api', '/api/', '//', '/a b', '/:id', '/*'],
+    ['LEGACY_STATUS', 'on'],
+    ['DEFAULT_LANGUAGE', 'ZH', 'zh-CN'],
+    ['PASSWORD_MIN', '0', '129'],
+    ['HASH_MEMORY_KIB', '7', '4194305'],
+    ['HASH_PASSES', '0'],
+    ['PG_POOL_MAX', '0'],
+    ['STORE_TIMEOUT_MS', '0', '60001'],
+    ['LOG_LEVEL', 'verbose'],
+    ['MIGRATE', 'no']
+  ] as const) {
+    for (const value of values) {
+      t.match(faultsOf({ ...stores, [name]: value }), [new RegExp(`^${name}: .+; expected .+`)], `${name}=${value}`)
+    }
+  }
+})
+
+t.test('an empty variable counts as absent', async (t) => {
+  t.equal(loadConfig({ ...stores, PORT: '', SESSION_SECRET: '' }).port, 3000)
+})
+
+t.test('no secret is printed', async (t) => {
+  const faults = faultsOf({
+    DATABASE_URL: 'mysql://user:hunter22@db/app',
+    REDIS_URL: 'hunter22',
+    SESSION_SECRET: `${secret},hunter22`
+  })
+  t.equal(faults.length, 3)
+  t.notMatch(faults.join(), 'hunter22')
+})
+
+t.test('production asks for the stores, a secret and a strong hash; its cookies are Secure', async (t) => {
+  t.match(faultsOf({ NODE_ENV: 'production' }), [/^DATABASE_URL: /, /^REDIS_URL: /, /^SESSION_SECRET: /])
+  const env = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret }
+  t.equal(loadConfig(env).cookieSecure, true)
+  t.match(faultsOf({ ...env, PASSWORD_MIN: '7' }), [/^PASSWORD_MIN: /])
+  for (const [kib, passes, accepted] of [
+    ['47104', '1', true],
+    ['19456', '2', true],
+    ['12288', '3', true],
+    ['9216', '4', true],
+    ['7168', '5', true],
+    ['65536', '9', true],
+    ['47103', '1', false],
+    ['19455', '2', false],
+    ['7167', '9', false],
+    ['8', '1', false]
+  ] as const) {
+    const faults = faultsOf({ ...env, HASH_MEMORY_KIB: kib, HASH_PASSES: passes })
+    t.match(faults, accepted ? [] : [/^HASH_MEMORY_KIB, HASH_PASSES: /], `${kib} KiB, ${passes} passes`)
+    t.equal(faults.length, accepted ? 0 : 1)
+    t.strictSame(faultsOf({ ...stores, HASH_MEMORY_KIB: kib, HASH_PASSES: passes }), [], 'outside production any')
+  }
+})
+
+t.test('one store without the other is a fault, in production or not', async (t) => {
+  for (const NODE_ENV of ['production', undefined]) {
+    const env = { NODE_ENV, SESSION_SECRET: secret }
+    t.match(faultsOf({ ...env, REDIS_URL: stores.REDIS_URL }), [/^DATABASE_URL: is absent; .*set both/])
+    t.match(faultsOf({ ...env, DATABASE_URL: stores.DATABASE_URL }), [/^REDIS_URL: is absent; .*set both/])
+  }
+})
+
+t.test('the service brings its own stores where none is named, but not in production', async (t) => {
+  t.ok(isEmbedded({}))
+  t.ok(isEmbedded({ DATABASE_URL: '', NODE_ENV: 'development' }))
+  t.notOk(isEmbedded({ NODE_ENV: 'production' }))
+  t.notOk(isEmbedded({ REDIS_URL: stores.REDIS_URL }))
+})
+
+t.test('npm run migrate needs the database alone', async (t) => {
+  t.equal(databaseUrlOf({ DATABASE_URL: stores.DATABASE_URL }), stores.DATABASE_URL)
+  t.throws(() => databaseUrlOf({}), { name: 'ConfigError', message: /DATABASE_URL: / })
+})

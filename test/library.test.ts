@@ -1,0 +1,46 @@
+import fastifyCookie from '@fastify/cookie'
+import fastifyPostgres from '@fastify/postgres'
+import fastifyRedis from '@fastify/redis'
+import Fastify from 'fastify'
+import t from 'tap'
+import * as library from '../src/index.js'
+import { cookieOf, signUpBody, stores, testConfig } from './helper.js'
+
+t.test('the package exports buildApp, the config loader, the migrations and the sign-up plugin', async (t) => {
+  t.strictSame(Object.keys(library).sort(), ['ConfigError', 'buildApp', 'loadConfig', 'migrate', 'signUp'])
+})
+
+t.test('another Fastify application registers the routes, with a prefix and plugins of its own', async (t) => {
+  // Fastify's default settings of ajv, which coerce, and the host's own stores, cookies and handlers.
+  const host = Fastify()
+  t.after(() => host.close())
+  await host.register(fastifyCookie)
+  await host.register(fastifyPostgres, { connectionString: stores.databaseUrl })
+  await host.register(fastifyRedis, { url: stores.redisUrl })
+  host.setErrorHandler((_error, _request, reply) => reply.code(418).send({ host: 'error' }))
+  host.setNotFoundHandler((_request, reply) => reply.code(404).send({ host: 'not found' }))
+  host.get('/fails', () => {
+    throw new Error('the host fails')
+  })
+  host.post('/coerces', { schema: { body: { type: 'object', properties: { n: { type: 'number' } } } } }, (request) => [
+    request.body
+  ])
+  await host.register(library.signUp, { prefix: '/auth', config: testConfig() })
+
+  const reply = await host.inject({ method: 'POST', url: '/auth/users', payload: await signUpBody() })
+  t.match([reply.statusCode, reply.json()], [201, { errno: '0', data: { session: true } }])
+  const me = await host.inject({ url: '/auth/session', headers: { cookie: cookieOf(reply) } })
+  t.equal(me.json().data.mobile, reply.json().data.mobile)
+
+  const coerced = await host.inject({ method: 'POST', url: '/auth/users', payload: await signUpBody({ mobile: 1 }) })
+  t.strictSame(
+    [coerced.statusCode, coerced.json()],
+    [400, { errno: '4103', errmsg: '参数错误' }],
+    'strict all the same'
+  )
+
+  t.strictSame((await host.inject('/fails')).json(), { host: 'error' })
+  t.strictSame((await host.inject('/nowhere')).json(), { host: 'not found' })
+  const { payload } = await host.inject({ method: 'POST', url: '/coerces', payload: { n: '1' } })
+  t.equal(payload, '[{"n":1}]', 'the host keeps its own settings')
+})

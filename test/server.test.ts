@@ -1,0 +1,155 @@
+import { type ChildProcess, execFile, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { mkdtemp, readFile, rm } from 'node:fs/promises'
+import { connect, createServer } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
+import t, { type Test } from 'tap'
+import type { Environment } from '../src/config.js'
+import { sessionSecret, signUpBody, stores, until, userRow } from './helper.js'
+
+const server = fileURLToPath(new URL('../dist/server.js', import.meta.url))
+
+/** The built service as a process of its own, with nothing of this environment but the PATH. */
+function start(t: Test, env: Environment, cwd?: string) {
+  const child = spawn(process.execPath, [server], {
+    cwd,
+    env: { PATH: process.env.PATH, PORT: '0', HASH_MEMORY_KIB: '64', HASH_PASSES: '1', ...env }
+  })
+  const output = { stdout: '', stderr: '' }
+  child.stdout.setEncoding('utf8').on('data', (text) => {
+    output.stdout += text
+  })
+  child.stderr.setEncoding('utf8').on('data', (text) => {
+    output.stderr += text
+  })
+  const exit = once(child, 'exit')
+  t.teardown(() => child.kill('SIGKILL'))
+  return { child, output, exit }
+}
+
+const named = { DATABASE_URL: stores.databaseUrl, REDIS_URL: stores.redisUrl, SESSION_SECRET: sessionSecret }
+
+/** Waits for a text on standard output; fails with all there is if the process ends before. */
+async function said(run: ReturnType<typeof start>, text: RegExp): Promise<RegExpExecArray> {
+  let found: RegExpExecArray | null = null
+  await until(async () => {
+    found = text.exec(run.output.stdout)
+    return found !== null || hasEnded(run.child)
+  })
+  if (found === null) throw new Error(`ended without ${text}: ${run.output.stdout}${run.output.stderr}`)
+  return found
+}
+
+const hasEnded = ({ exitCode, signalCode }: ChildProcess) => exitCode !== null || signalCode !== null
+
+async function emptyFolder(t: Test): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'mobile-signup-test-'))
+  t.teardown(() => rm(folder, { recursive: true }))
+  return folder
+}
+
+/** The ports of the private stores of a folder. */
+async function portsIn(folder: string): Promise<number[]> {
+  const pid = await readFile(join(folder, '.data/postgres/postmaster.pid'), 'utf8')
+  const redisConf = await readFile(join(folder, '.data/redis.conf'), 'utf8')
+  return [Number(pid.split('\n')[3]), Number(/^port (\d+)/m.exec(redisConf)?.[1])]
+}
+
+async function refusesConnections(port: number): Promise<boolean> {
+  const socket = connect(port, '127.0.0.1')
+  const connected = await once(socket, 'connect').then(
+    () => true,
+    () => false
+  )
+  socket.destroy()
+  return !connected
+}
+
+/** Runs the curl line of the banner as printed. */
+async function runBanner(run: ReturnType<typeof start>) {
+  const [command] = await said(run, /curl .*/)
+  const { stdout } = await promisify(execFile)('sh', ['-c', command])
+  return stdout
+}
+
+t.test('the embedded default: the banner’s curl line signs up, data outlives the run and even a kill', async (t) => {
+  const folder = await emptyFolder(t)
+
+  const first = start(t, {}, folder)
+  t.match(await runBanner(first), /^HTTP\/1.1 201 [\s\S]*"user_id":"1"/)
+  const ports = await portsIn(folder)
+  first.child.kill('SIGTERM')
+  t.strictSame(await first.exit, [0, null], 'SIGTERM ends it with 0')
+  for (const port of ports) t.ok(await refusesConnections(port), 'and its stores with it')
+
+  const second = start(t, {}, folder)
+  t.match(await runBanner(second), /^HTTP\/1.1 201 [\s\S]*"user_id":"2"/, 'the first user is still there')
+  const portsOfSecond = await portsIn(folder)
+  second.child.kill('SIGKILL')
+  await second.exit
+  for (const port of portsOfSecond) await until(() => refusesConnections(port))
+
+  const third = start(t, {}, folder)
+  t.match(await runBanner(third), /^HTTP\/1.1 201 /, 'a killed run is survived')
+
+  const rival = start(t, {}, folder)
+  t.strictSame(await rival.exit, [1, null], 'a second service in the same folder is refused')
+  t.match(rival.output.stderr, /^mobile-signup: the private Postgres did not start: .*postmaster\.pid.*\n$/)
+  t.match(await runBanner(third), /422 /, 'and the first one is not disturbed: its code is used')
+
+  third.child.kill('SIGINT')
+  t.strictSame(await third.exit, [0, null], 'SIGINT ends it with 0')
+})
+
+t.test('named stores: an empty database is migrated at start, and JSON lines are logged', async (t) => {
+  const run = start(t, named)
+  const [, url] = await said(run, /Server listening at (http:[^"]+)/)
+  const body = await signUpBody()
+  const reply = await fetch(`${url}/api/v1.0/users`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify(body)
+  })
+  t.equal(reply.status, 201)
+  t.equal((await userRow(body.mobile)).length, 1)
+  run.child.kill('SIGTERM')
+  t.strictSame(await run.exit, [0, null])
+  for (const line of run.output.stdout.trim().split('\n')) t.doesNotThrow(() => JSON.parse(line))
+})
+
+t.test('a bad environment stops the start, with one message and exit code 1', async (t) => {
+  const run = start(t, { ...named, PORT: 'http', LEGACY_STATUS: '1' })
+  t.strictSame(await run.exit, [1, null])
+  t.equal(
+    run.output.stderr,
+    `mobile-signup: the environment is not usable:
+  PORT: "http" is not an integer; expected an integer from 0 to 65535
+  LEGACY_STATUS: "1" is neither; expected true or false
+`
+  )
+})
+
+t.test('a port that is taken stops the start, with one line and exit code 1', async (t) => {
+  const taken = createServer().listen(0, '127.0.0.1')
+  t.teardown(() => taken.close())
+  await once(taken, 'listening')
+  const address = taken.address()
+  const run = start(t, { ...named, PORT: typeof address === 'object' ? `${address?.port}` : '' })
+  t.strictSame(await run.exit, [1, null])
+  t.match(run.output.stderr, /^mobile-signup: listen EADDRINUSE: [^\n]*\n$/)
+})
+
+t.test('a store that is down stops the start after ten seconds, with one line and exit code 1', async (t) => {
+  const runs = [
+    start(t, { ...named, DATABASE_URL: 'postgresql://postgres@127.0.0.1:1/postgres' }),
+    start(t, { ...named, REDIS_URL: 'redis://127.0.0.1:1' })
+  ]
+  for (const [n, name] of ['Postgres', 'Redis'].entries()) {
+    const run = runs[n]
+    t.strictSame(await run?.exit, [1, null])
+    t.match(run?.output.stderr, new RegExp(`^mobile-signup: ${name} does not answer: .*ECONNREFUSED[^\\n]*\\n$`))
+  }
+})
