@@ -1,66 +1,84 @@
 import { randomUUID } from 'node:crypto'
 import { STATUS_CODES } from 'node:http'
 import type { Socket } from 'node:net'
-import Fastify, { type FastifyInstance, type FastifyPluginAsync, type FastifyReply } from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyPluginAsync, type FastifyReply, type FastifyRequest } from 'fastify'
 import type { DestinationStream } from 'pino'
-import type { Config } from './config.js'
+import { bodyMaxBytes, type Config } from './config.js'
 import { gatewayRequestId, loggerOptions, RequestLog } from './logging.js'
 import { codes } from './plugins/codes.js'
+import { connections } from './plugins/connections.js'
 import { envelope } from './plugins/envelope.js'
 import { passwords } from './plugins/passwords.js'
 import { postgres } from './plugins/postgres.js'
 import { redis } from './plugins/redis.js'
 import { sessions } from './plugins/sessions.js'
-import { shutdown } from './plugins/shutdown.js'
 import { users } from './plugins/users.js'
 import { outcomes } from './replies.js'
 import { sessionRoutes } from './routes/sessions.js'
 import { userRoutes } from './routes/users.js'
+
+const jsonType = 'application/json; charset=utf-8'
+
+/** How long a request may take to arrive. */
+const requestTimeoutMs = 10_000
 
 /**
  * The sign-up routes with all that they need, for any Fastify 5 application: `register(signUp, { prefix, config })`.
  * Its error handler, validator and stores are its own and do not leave its scope.
  */
 export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  if (!fastify.hasReplyDecorator('outcome')) await fastify.register(envelope, config)
+  if (!fastify.hasPlugin('envelope')) await fastify.register(envelope, config)
   await fastify.register(postgres, config)
   await fastify.register(redis, config)
   await fastify.register(codes)
   await fastify.register(passwords, config)
   await fastify.register(users)
   await fastify.register(sessions, config)
-  await fastify.register(userRoutes, config)
+  await fastify.register(userRoutes, { passwordMin: config.passwordMin })
   await fastify.register(sessionRoutes)
 }
 
 /** Builds the service, ready to listen. The log goes to standard output, or to a stream as JSON lines. */
 export async function buildApp(config: Config, logStream?: DestinationStream): Promise<FastifyInstance> {
+  const { bad_request } = outcomes
+  const badRequest = JSON.stringify({ errno: bad_request.errno, errmsg: bad_request[config.defaultLanguage] })
+
+  const requestLog = new RequestLog()
   const app = Fastify({
     logger: loggerOptions(config, logStream),
-    logController: new RequestLog(),
+    logController: requestLog,
     // A child logger for each request costs more than its one line: that names the request itself.
     childLoggerFactory: (logger) => logger,
     genReqId: ({ headers }) => gatewayRequestId(headers['x-request-id']) ?? randomUUID(),
     ...(config.trustProxy.length > 0 && { trustProxy: [...config.trustProxy] }),
-    bodyLimit: 4 * 1024,
-    // A gateway sends its 4 KiB at once; this ends what trickles.
-    requestTimeout: 10_000,
+    bodyLimit: bodyMaxBytes,
+    // A gateway sends its 4 KiB at once; this ends what trickles. Node looks only as often as its interval says, and
+    // takes the longer of the two timeouts.
+    requestTimeout: requestTimeoutMs,
     // Longer than the plugins' own wait for the stores.
     pluginTimeout: 20_000,
-    // Answered in the envelope by plugins/shutdown.ts.
+    // Answered in the envelope by plugins/connections.ts.
     return503OnClosing: false,
-    http: { requireHostHeader: false },
-    rewriteUrl: ({ url = '/' }) => originForm(url),
-    clientErrorHandler: (error, socket) => refuseSocket(socket, socketErrorStatus(error)),
-    frameworkErrors: (_error, _request, reply: FastifyReply) => refuseUrl(reply)
+    http: { requireHostHeader: false, headersTimeout: requestTimeoutMs, connectionsCheckingInterval: 1_000 },
+    clientErrorHandler(error, socket) {
+      // What stands before the answer of another request would be taken for that answer.
+      if (app.connections.isBusy(socket)) socket.destroy()
+      else refuseSocket(socket, socketErrorStatus(error), badRequest)
+    },
+    // A URL that cannot be decoded. Fastify neither decorates the reply nor logs the request.
+    frameworkErrors(_error, request: FastifyRequest, reply: FastifyReply) {
+      reply.outcomeName = 'bad_request'
+      reply.code(400).type(jsonType).send(badRequest)
+      requestLog.requestCompleted(null, request, reply)
+    }
   })
 
   // Node answers these two itself, outside the envelope, unless somebody listens.
-  app.server.on('checkExpectation', (_request, response) => refuseSocket(response.socket, 417))
-  app.server.on('connect', (_request, socket: Socket) => refuseSocket(socket, 400))
+  app.server.on('checkExpectation', (_request, response) => refuseSocket(response.socket, 417, badRequest))
+  app.server.on('connect', (_request, socket: Socket) => refuseSocket(socket, 400, badRequest))
 
   await app.register(envelope, config)
-  await app.register(shutdown)
+  await app.register(connections)
   app.setNotFoundHandler((_request, reply) => reply.outcome('no_such_route'))
   app.addHook('onRequest', async (request, reply) => {
     // RFC 9112, 3.2. Node's own check is off because its answer has no envelope.
@@ -71,29 +89,12 @@ export async function buildApp(config: Config, logStream?: DestinationStream): P
   return app
 }
 
-/**
- * The path of a request target, which a proxy may send in absolute form (RFC 9112, 3.2.2): @fastify/session compares
- * the target with the cookie's path.
- */
-function originForm(target: string): string {
-  return target.replace(/^https?:\/\/[^/?#]*/i, '') || '/'
-}
-
-const jsonType = 'application/json; charset=utf-8'
-const badRequestBody = JSON.stringify({ errno: outcomes.bad_request.errno, errmsg: outcomes.bad_request.zh })
-
-/** Answers a URL that cannot be decoded: Fastify gives such a request a reply without the decorators. */
-function refuseUrl(reply: FastifyReply): void {
-  reply.outcomeName = 'bad_request'
-  reply.code(400).type(jsonType).send(badRequestBody)
-}
-
 /** Answers on a bare socket what Node could not read as HTTP. */
-function refuseSocket(socket: Socket | null, status: number): void {
+function refuseSocket(socket: Socket | null, status: number, body: string): void {
   if (socket === null || !socket.writable) return
   socket.end(
     `HTTP/1.1 ${status} ${STATUS_CODES[status]}\r\nContent-Type: ${jsonType}\r\n` +
-      `Content-Length: ${Buffer.byteLength(badRequestBody)}\r\nConnection: close\r\n\r\n${badRequestBody}`
+      `Content-Length: ${Buffer.byteLength(body)}\r\nConnection: close\r\n\r\n${body}`
   )
 }
 

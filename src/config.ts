@@ -1,5 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import { isIP } from 'node:net'
+import { availableParallelism } from 'node:os'
 import { type Language, languages } from './replies.js'
 
 export type Environment = Readonly<Record<string, string | undefined>>
@@ -24,6 +25,8 @@ export interface Config {
   readonly passwordMin: number
   readonly hashMemoryKib: number
   readonly hashPasses: number
+  readonly hashThreads: number
+  readonly hashMaxWaitMs: number
   readonly pgPoolMax: number
   readonly storeTimeoutMs: number
   readonly logLevel: (typeof logLevels)[number]
@@ -56,6 +59,9 @@ const owaspArgon2id = [
   [9_216, 4],
   [7_168, 5]
 ] as const
+
+/** The largest body of a request: a sign-up with the longest password has less than 2 KiB. */
+export const bodyMaxBytes = 4 * 1_024
 
 /** How a variable is read. `parse` throws the value's fault. */
 interface Variable<T> {
@@ -134,6 +140,10 @@ const url = (...schemes: string[]): Variable<string> => ({
     // A list of Cluster nodes would parse as a URL, with a comma in its host name.
     if (parsed === undefined || parsed.hostname.includes(',')) throw new Error('its value is not a URL')
     if (!schemes.includes(parsed.protocol)) throw new Error('its value has another scheme')
+    // ioredis takes query parameters for options, and a database that is no number for the first.
+    const isRedis = parsed.protocol.startsWith('redis')
+    if (isRedis && (parsed.search || !/^\/?\d*$/.test(parsed.pathname)))
+      throw new Error('its value has more than a database number')
     return text
   }
 })
@@ -144,7 +154,7 @@ const secretMin = 32
 const secrets: Variable<readonly [string, ...string[]]> = {
   expected: `secrets of at least ${secretMin} characters each, separated by commas`,
   parse(text) {
-    const [first = '', ...others] = text.split(',')
+    const [first = '', ...others] = text.split(',').map((secret) => secret.trim())
     const short = [first, ...others].findIndex((secret) => secret.length < secretMin)
     if (short < 0) return [first, ...others]
     throw new Error(`its secret ${short + 1} is too short`)
@@ -238,6 +248,8 @@ export function loadConfig(env: Environment): Config {
     passwordMin: read('PASSWORD_MIN', integer(production ? 8 : 1, passwordMax), 8),
     hashMemoryKib,
     hashPasses,
+    hashThreads: read('HASH_THREADS', integer(1, 1_024), availableParallelism()),
+    hashMaxWaitMs: read('HASH_MAX_WAIT_MS', integer(0, 600_000), 2_000),
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10),
     storeTimeoutMs: read('STORE_TIMEOUT_MS', integer(1, 60_000), 1_000),
     logLevel: read('LOG_LEVEL', oneOf(...logLevels), 'info'),

@@ -1,5 +1,5 @@
 import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
-import type { DestinationStream } from 'pino'
+import { type DestinationStream, stdSerializers } from 'pino'
 import type { Config } from './config.js'
 
 /** A mobile number anywhere in a text. */
@@ -10,34 +10,23 @@ export function maskMobiles(text: string): string {
   return text.replace(mobiles, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
 }
 
-type LoggedError = {
-  type: string
-  message: string
-  code?: unknown
-  stack: string
-  cause?: LoggedError
-}
-
 /**
- * An error for the log: only the fields named here. pino's own serializer takes all there are, and so would print the
- * arguments of a failed Redis command (`command.args`) and the key of a Postgres conflict (`detail`).
+ * A store's error as it may leave the service: no field but these, and no mobile. The original has the arguments of a
+ * failed Redis command (`command.args`) and the key of a Postgres conflict (`detail`), and loggers print all there is.
  */
-function serializeError(error: unknown): LoggedError {
-  if (!(error instanceof Error)) return { type: typeof error, message: 'not an error', stack: '' }
-  return {
-    type: error.name,
-    message: maskMobiles(error.message),
-    ...('code' in error && { code: error.code }),
-    stack: maskMobiles(error.stack ?? ''),
-    ...(error.cause !== undefined && { cause: serializeError(error.cause) })
-  }
+export function publicError(error: unknown): Error {
+  if (!(error instanceof Error)) return new Error('not an error')
+  const { name, code } = { code: undefined, ...error, name: error.name }
+  const copy = new Error(maskMobiles(error.message))
+  return Object.assign(copy, { name, stack: maskMobiles(error.stack ?? ''), ...(code !== undefined && { code }) })
 }
 
 /** A logger's options, for JSON lines to a stream or else to standard output. */
 export function loggerOptions({ logLevel }: Pick<Config, 'logLevel'>, stream?: DestinationStream) {
   return {
     level: logLevel,
-    serializers: { err: serializeError },
+    // Also for what did not come from a store.
+    serializers: { err: (error: Error) => stdSerializers.err(publicError(error)) },
     ...(stream && { stream })
   }
 }
@@ -73,8 +62,8 @@ function mobileOf(body: unknown): string | undefined {
   return /^\d{3}\*{4}\d{4}$/.test(masked) ? masked : undefined
 }
 
-/** What a request id may look like: those of gateways and tracers, but not a mobile number. */
-const saneRequestId = /^(?!1[3-9]\d{9}$)[\w.:/+=-]{1,128}$/
+/** What a request id may look like: those of gateways and tracers, but with no mobile number in it. */
+const saneRequestId = /^(?!.*(?<!\d)1[3-9]\d{9}(?!\d))[\w.:/+=-]{1,128}$/
 
 /** The request id of the gateway if it is sane, else undefined. */
 export function gatewayRequestId(header: string | string[] | undefined): string | undefined {

@@ -1,3 +1,4 @@
+import { availableParallelism } from 'node:os'
 import t from 'tap'
 import { ConfigError, databaseUrlOf, type Environment, isEmbedded, loadConfig } from '../src/config.js'
 
@@ -30,6 +31,8 @@ t.test('the defaults are those of the design', async (t) => {
     passwordMin: 8,
     hashMemoryKib: 19_456,
     hashPasses: 2,
+    hashThreads: availableParallelism(),
+    hashMaxWaitMs: 2_000,
     pgPoolMax: 10,
     storeTimeoutMs: 1_000,
     logLevel: 'info',
@@ -55,6 +58,8 @@ t.test('every variable is read', async (t) => {
     PASSWORD_MIN: '12',
     HASH_MEMORY_KIB: '47104',
     HASH_PASSES: '1',
+    HASH_THREADS: '5',
+    HASH_MAX_WAIT_MS: '700',
     PG_POOL_MAX: '3',
     STORE_TIMEOUT_MS: '250',
     LOG_LEVEL: 'silent',
@@ -73,6 +78,8 @@ t.test('every variable is read', async (t) => {
     passwordMin: 12,
     hashMemoryKib: 47_104,
     hashPasses: 1,
+    hashThreads: 5,
+    hashMaxWaitMs: 700,
     pgPoolMax: 3,
     storeTimeoutMs: 250,
     logLevel: 'silent',
@@ -97,7 +104,7 @@ t.test('a bad value is named, whatever the variable', async (t) => {
     ['PORT', '-1', '65536', 'x', '3000 ', '0x10', '1e3', '9'.repeat(400)],
     ['HOST', 'a b', 'http://host', '-host', '1.2.3.4:80'],
     ['DATABASE_URL', 'db', 'mysql://db/app', 'postgres'],
-    ['REDIS_URL', 'cache:6379', 'http://cache', 'redis://a,redis://b'],
+    ['REDIS_URL', 'cache:6379', 'http://cache', 'redis://a,redis://b', 'redis://cache/x', 'redis://cache/?keyPrefix=x'],
     ['SESSION_SECRET', 'short', `${secret},short`, `${secret},`, ','],
     ['COOKIE_SECURE', 'TRUE', '1', 'auto'],
     ['TRUST_PROXY', 'true', '1', '10.0.0.0/33', '10.0.0.0/', '::/129', '10.0.0.0/8,', 'loopback', '1.2.3.4/8/8'],
@@ -107,6 +114,8 @@ t.test('a bad value is named, whatever the variable', async (t) => {
     ['PASSWORD_MIN', '0', '129'],
     ['HASH_MEMORY_KIB', '7', '4194305'],
     ['HASH_PASSES', '0'],
+    ['HASH_THREADS', '0', '1025', 'all'],
+    ['HASH_MAX_WAIT_MS', '-1', '600001'],
     ['PG_POOL_MAX', '0'],
     ['STORE_TIMEOUT_MS', '0', '60001'],
     ['LOG_LEVEL', 'verbose'],

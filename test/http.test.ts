@@ -105,3 +105,35 @@ t.test(
     )
   }
 )
+
+t.test('shutdown does not wait for a request that never ends', async (t) => {
+  const app = await build(t)
+  await app.listen({ port: 0 })
+  const { port } = app.server.address() as AddressInfo
+  const halfBody = connect(port, '127.0.0.1')
+  const received = once(app.server, 'request')
+  halfBody.write(`POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 100\r\n\r\n{"mobile":`)
+  await received
+  const halfHead = connect(port, '127.0.0.1')
+  halfHead.write(`GET /api/v1.0/session HTTP/1.1\r\n${host}\r\nGET /api/v1.0/sess`)
+  await once(halfHead, 'data')
+  const ended = Promise.all([once(halfBody, 'close'), once(halfHead, 'close')])
+  await app.close()
+  await ended
+})
+
+t.test('a request that does not arrive in ten seconds gets 408', async (t) => {
+  const app = await build(t)
+  await app.listen({ port: 0 })
+  const reply = await exchange(app, `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 100\r\n\r\n{"mobile":`)
+  t.match(reply, /^HTTP\/1.1 408 /)
+  t.equal(reply.split('\r\n\r\n')[1], '{"errno":"4201","errmsg":"非法请求"}')
+})
+
+t.test('garbage behind a sign-up never looks like its answer', async (t) => {
+  const app = await build(t)
+  await app.listen({ port: 0 })
+  const body = JSON.stringify(await signUpBody())
+  const signUp = `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
+  t.notMatch(await exchange(app, `${signUp}GARBAGE\r\n\r\n`), '4201')
+})

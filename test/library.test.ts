@@ -39,6 +39,9 @@ t.test('another Fastify application registers the routes, with a prefix and plug
     'strict all the same'
   )
 
+  const large = await host.inject({ method: 'POST', url: '/auth/users', payload: { password: 'x'.repeat(5_000) } })
+  t.equal(large.statusCode, 413, 'the limits are its own')
+
   t.strictSame((await host.inject('/fails')).json(), { host: 'error' })
   t.strictSame((await host.inject('/nowhere')).json(), { host: 'not found' })
   const { payload } = await host.inject({ method: 'POST', url: '/coerces', payload: { n: '1' } })

@@ -31,7 +31,7 @@ t.test('a request is one line at info, with what a gateway’s operator can use'
 
 t.test('X-Request-Id counts only when it is sane', async (t) => {
   const { app, lines } = await buildWithLog(t)
-  const insane = ['', ' ', 'a b', 'x'.repeat(129), '{"a":1}', '号', newMobile()]
+  const insane = ['', ' ', 'a b', 'x'.repeat(129), '{"a":1}', '号', newMobile(), `m=${newMobile()}`]
   for (const id of ['a', 'x'.repeat(128), '4bf92f3577b34da6:00f067aa0ba902b7-01', ...insane]) {
     await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
     const reqId = lines.at(-1)?.reqId

@@ -84,11 +84,42 @@ t.test('GET /session: what another service has broken in Redis is not logged in'
   const app = await build(t)
   const cookie = cookieOf(await post(app, await signUpBody()))
   const key = `session:${cookie.slice('sid='.length).split('.')[0]}`
-  for (const value of ['', 'garbage', 'null', '1', '"text"', '[]', '{}', '{"user_id":"1"}', '{"cookie":7}']) {
+  for (const value of [
+    '',
+    'garbage',
+    'null',
+    '1',
+    '"text"',
+    '[]',
+    '{}',
+    '{"user_id":"1"}',
+    '{"cookie":7}',
+    '{"user_id":null,"name":"n","mobile":"m"}',
+    '{"user_id":{},"name":"n","mobile":"m"}',
+    '{"user_id":"1","name":"n","mobile":false}'
+  ]) {
     await redis.set(key, value)
     const reply = await app.inject({ url: session, headers: { cookie } })
     t.strictSame([reply.statusCode, reply.json()], [401, notLoggedIn], value)
   }
+})
+
+t.test('fields of a stored session that are none of its user’s do no harm', async (t) => {
+  const app = await build(t)
+  const cookie = cookieOf(await post(app, await signUpBody()))
+  const key = `session:${cookie.slice('sid='.length).split('.')[0]}`
+  for (const extra of [
+    '"__proto__":{"user_id":"2"}',
+    '"isModified":1',
+    '"destroy":1',
+    '"cookie":{"expires":"never"}'
+  ]) {
+    await redis.set(key, `{${extra},"user_id":"1","name":"n","mobile":"m"}`)
+    const reply = await app.inject({ url: session, headers: { cookie } })
+    t.strictSame([reply.statusCode, reply.json().data], [200, { user_id: '1', name: 'n', mobile: 'm' }], extra)
+  }
+  const reply = await app.inject({ method: 'DELETE', url: session, headers: { cookie } })
+  t.strictSame([reply.statusCode, await redis.exists(key)], [200, 0])
 })
 
 t.test('DELETE /session ends the session and clears the cookie, also when nobody is logged in', async (t) => {

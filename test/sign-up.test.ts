@@ -1,5 +1,7 @@
 import { verify } from '@node-rs/argon2'
+import Fastify from 'fastify'
 import t from 'tap'
+import { envelope } from '../src/plugins/envelope.js'
 import { outcomes } from '../src/replies.js'
 import {
   build,
@@ -127,6 +129,17 @@ t.test('400: what is not JSON or not an object', async (t) => {
   }
 })
 
+t.test('400: what is not UTF-8, or half a character, is no text: it would make one password of many', async (t) => {
+  const app = await build(t)
+  const body = JSON.stringify(await signUpBody({ password: 'a password @', password2: 'a password @' }))
+  for (const bytes of [[0xff], [0xc0, 0xaf], [0xed, 0xa0, 0x80]]) {
+    const reply = await post(app, Buffer.from(body.replaceAll('@', Buffer.from(bytes).toString('latin1')), 'latin1'))
+    t.strictSame([reply.statusCode, reply.json().errmsg], [400, '参数错误'])
+  }
+  const reply = await post(app, body.replaceAll('@', '\\ud800'))
+  t.strictSame([reply.statusCode, reply.json().errmsg], [400, '参数错误'])
+})
+
 t.test('lengths count code points: 8 and 128 are enough and not too many', async (t) => {
   const app = await build(t)
   for (const password of ['😀'.repeat(8), '😀'.repeat(128)]) {
@@ -249,9 +262,13 @@ t.test('201 with session false and no cookie: the row is there and Redis is not'
 })
 
 t.test('500: a bug tells nothing of its cause', async (t) => {
-  // argon2 refuses less than 8 KiB, and no loaded configuration has it.
-  const app = await build(t, {}, { ...testConfig(), hashMemoryKib: 1 })
-  const reply = await post(app, await signUpBody())
+  const app = Fastify()
+  t.after(() => app.close())
+  await app.register(envelope, testConfig())
+  app.get('/', () => {
+    throw new Error('a secret cause')
+  })
+  const reply = await app.inject('/')
   t.strictSame([reply.statusCode, reply.json()], [500, { errno: '4500', errmsg: '内部错误' }])
 })
 

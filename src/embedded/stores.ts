@@ -107,7 +107,7 @@ export class EmbeddedStores {
     // A file, because other users of the machine can see a command line.
     await writeFile(
       config,
-      `bind 127.0.0.1\nport ${this.redisPort}\nrequirepass ${this.secret}\ndir "${data}"\nappendonly yes\nsave ""\n`,
+      `bind 127.0.0.1\nport ${this.redisPort}\nrequirepass ${this.secret}\ndir "${data}"\nsave 3600 1\n`,
       { mode: 0o600 }
     )
     const server = { command: [redisBinary(), config], identity: {} }

@@ -1,3 +1,4 @@
+import { isUtf8 } from 'node:buffer'
 import { Ajv, type ErrorObject } from 'ajv'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
@@ -39,8 +40,11 @@ export const envelope = fp<Pick<Config, 'defaultLanguage' | 'legacyStatus' | 'pa
     fastify.decorateReply('outcome', function (this: FastifyReply, name: OutcomeName, data?: object) {
       const outcome = outcomes[name]
       this.outcomeName = name
-      this.code(config.legacyStatus ? 200 : outcome.status)
-      if ('retryAfterSeconds' in outcome) this.header('retry-after', outcome.retryAfterSeconds)
+      // What HTTP parsing refuses is none of the legacy handler's outcomes.
+      this.code(config.legacyStatus && name !== 'bad_request' ? 200 : outcome.status)
+      if ('retryAfterSeconds' in outcome && !this.hasHeader('retry-after')) {
+        this.header('retry-after', outcome.retryAfterSeconds)
+      }
       const errmsg = messageOf(name, languageOf(this.request))
       return this.send(data === undefined ? { errno: outcome.errno, errmsg } : { errno: outcome.errno, errmsg, data })
     })
@@ -48,15 +52,18 @@ export const envelope = fp<Pick<Config, 'defaultLanguage' | 'legacyStatus' | 'pa
     // Not Fastify's own settings of ajv, which coerce and strip, nor those of a host that registers the plugin.
     // `allErrors` and `verbose` let validationFault() find the fault to tell; the schemas are small and so are bodies.
     const ajv = new Ajv({ allErrors: true, verbose: true })
+    ajv.addFormat('well-formed', (text: string) => text.isWellFormed())
     fastify.setValidatorCompiler(({ schema }) => ajv.compile(schema))
     fastify.setSchemaErrorFormatter((errors) => new Refusal(validationFault(errors)))
 
     // JSON only. An empty body is no body: DELETE is often sent with a content type and nothing to go with it.
     fastify.removeAllContentTypeParsers()
     const parseJson = fastify.getDefaultJsonParser('ignore', 'ignore')
-    fastify.addContentTypeParser<string>('application/json', { parseAs: 'string' }, (request, body, done) => {
-      if (body === '') done(null, undefined)
-      else parseJson(request, body, done)
+    fastify.addContentTypeParser<Buffer>('application/json', { parseAs: 'buffer' }, (request, body, done) => {
+      if (body.length === 0) done(null, undefined)
+      // Decoding would replace what is not UTF-8, and make one password of many.
+      else if (!isUtf8(body)) done(new Refusal('malformed_parameter'))
+      else parseJson(request, body.toString(), done)
     })
 
     fastify.setErrorHandler((error: FastifyError, request, reply) => {

@@ -2,6 +2,7 @@ import fastifyPostgres from '@fastify/postgres'
 import fp from 'fastify-plugin'
 import type { QueryConfig, QueryResult, QueryResultRow } from 'pg'
 import type { Config } from '../config.js'
+import { publicError } from '../logging.js'
 import { Refusal } from '../replies.js'
 import { waitForStore } from '../start-up.js'
 
@@ -45,7 +46,7 @@ export const postgres = fp<Pick<Config, 'databaseUrl' | 'pgPoolMax' | 'storeTime
       try {
         return await pool.query<Row>({ ...statement, values })
       } catch (cause) {
-        throw new Refusal('storage_unavailable', cause)
+        throw new Refusal('storage_unavailable', publicError(cause))
       }
     })
   },

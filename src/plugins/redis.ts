@@ -2,6 +2,7 @@ import fastifyRedis from '@fastify/redis'
 import fp from 'fastify-plugin'
 import { Redis } from 'ioredis'
 import type { Config } from '../config.js'
+import { publicError } from '../logging.js'
 import { Refusal } from '../replies.js'
 import { waitForStore } from '../start-up.js'
 
@@ -30,6 +31,7 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
       // ioredis is patient by default: it queues while Redis is away and sends again what was not answered.
       // A sign-up would rather hear at once that Redis is away, and a GETDEL must never run twice.
       enableOfflineQueue: false,
+      enableAutoPipelining: true,
       maxRetriesPerRequest: 0,
       autoResendUnfulfilledCommands: false,
       retryStrategy: (attempt) => Math.random() * Math.min(reconnectMaxMs, 50 * 2 ** attempt)
@@ -43,6 +45,8 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
     fastify.addHook('onClose', () => client.disconnect())
     await waitForStore('Redis', async () => {
       if (client.status !== 'ready') throw connectionError ?? new Error('no connection yet')
+      // ioredis only warns when it cannot select the URL's database, and goes on with the first.
+      await client.select(client.options.db ?? 0)
     })
     await fastify.register(fastifyRedis, { client, namespace })
 
@@ -50,9 +54,13 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
       try {
         return await run(client)
       } catch (cause) {
-        throw new Refusal('storage_unavailable', cause)
+        // The connection may be dead without a word, and ioredis would keep it.
+        if (isTimeout(cause) && client.status === 'ready') client.stream.destroy()
+        throw new Refusal('storage_unavailable', publicError(cause))
       }
     })
   },
   { fastify: '5.x', name: 'redis' }
 )
+
+const isTimeout = (error: unknown) => error instanceof Error && error.message === 'Command timed out'

@@ -78,6 +78,7 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
     // So it is shown the cookie as the first secret signs it, or none.
     fastify.decorateRequest('formerSessionId', undefined)
     fastify.addHook('onRequest', async (request) => {
+      request.raw.url = originForm(request.raw.url ?? '/')
       const signed = request.cookies[cookieName]
       if (signed === undefined) return
       const { value } = signer.unsign(signed)
@@ -127,12 +128,24 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
   { fastify: '5.x', name: 'sessions', dependencies: ['redis'] }
 )
 
-/** A stored session; null for what is none, as other services write here, too. */
+/**
+ * A stored session, of which only who is logged in counts; null for what is none. Other services write here, too, and
+ * @fastify/session would take over any field, its own methods' names included.
+ */
 function parseSession(json: string): Session | null {
   try {
-    const session = JSON.parse(json)
-    return typeof session === 'object' ? session : null
+    const { user_id, name, mobile } = JSON.parse(json)
+    if ([user_id, name, mobile].some((field) => typeof field !== 'string')) return null
+    return { cookie: { originalMaxAge: lifeSeconds * 1_000 }, user_id, name, mobile }
   } catch {
     return null
   }
+}
+
+/**
+ * The path of a request target that a proxy sent in absolute form (RFC 9112, 3.2.2). @fastify/session compares the
+ * target with the cookie's path, and without a match gives the request no session.
+ */
+function originForm(target: string): string {
+  return target.replace(/^https?:\/\/[^/?#]*/i, '') || '/'
 }

@@ -1,11 +1,12 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import type { Config } from '../config.js'
+import { bodyMaxBytes, type Config } from '../config.js'
 import { passwordFault } from '../password-policy.js'
+import type { TakenCode } from '../plugins/codes.js'
 import { repliesWith } from '../replies.js'
 
-/** A required text: absent, null and "" are all the same fault. */
-const required = { minLength: 1 }
+/** A required text: absent, null and "" are all the same fault. Half a surrogate pair is no text. */
+const required = { minLength: 1, format: 'well-formed' }
 
 const SignUp = Type.Object({
   mobile: Type.String({ ...required, pattern: '^1[3-9]\\d{9}$' }),
@@ -28,6 +29,7 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     url: '/users',
     schema: { body: SignUp, response: repliesWith(Registered) },
     config: { startsSession: true },
+    bodyLimit: bodyMaxBytes,
     handler: signUp
   })
 
@@ -36,14 +38,28 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     const fault = passwordFault(request.body, passwordMin)
     if (fault !== undefined) return reply.outcome(fault)
 
-    if (!(await fastify.codes.take(mobile, code))) return reply.outcome('wrong_code')
+    const retryAfter = fastify.passwords.retryAfterSeconds()
+    if (retryAfter !== undefined) return reply.header('retry-after', retryAfter).outcome('busy')
 
-    const passwordHash = await fastify.passwords.hash(password)
+    const taken = await fastify.codes.take(mobile, code)
+    if (taken === undefined) return reply.outcome('wrong_code')
+
+    const passwordHash = await hashOrPutBack(password, taken, reply)
     const userId = await fastify.users.insert(mobile, passwordHash)
     if (userId === undefined) return reply.outcome('mobile_registered')
 
     const user = { user_id: userId, name: mobile, mobile }
     const session = await fastify.sessions.start(request, user)
     return reply.outcome('registered', { ...user, session })
+  }
+
+  /** The code of a client that has gone while its work was waiting goes back, and so does that of a hash that failed. */
+  async function hashOrPutBack(password: string, taken: TakenCode, reply: FastifyReply): Promise<string> {
+    try {
+      return await fastify.passwords.hash(password, reply.raw)
+    } catch (error) {
+      await fastify.codes.putBack(taken)
+      throw error
+    }
   }
 }

@@ -1,0 +1,19 @@
+// JavaScript, so that a thread needs no TypeScript loader where the tests run the sources.
+import { setPriority } from 'node:os'
+import { parentPort, workerData } from 'node:worker_threads'
+import { hashSync, verifySync } from '@node-rs/argon2'
+
+/** @type {{ parameters: import('@node-rs/argon2').Options, niceness: number }} */
+const { parameters, niceness } = workerData
+
+// Linux gives each thread a priority of its own; elsewhere this would lower the whole process.
+if (process.platform === 'linux') setPriority(niceness)
+
+parentPort?.on('message', (/** @type {import('./hash-pool.js').HashJob} */ { password, phc }) => {
+  try {
+    const result = phc === undefined ? hashSync(password, parameters) : verifySync(phc, password)
+    parentPort?.postMessage({ result })
+  } catch (error) {
+    parentPort?.postMessage({ error })
+  }
+})
