@@ -1,5 +1,5 @@
 import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
-import { type DestinationStream, stdSerializers } from 'pino'
+import { type DestinationStream, destination, stdSerializers } from 'pino'
 import type { Config } from './config.js'
 
 /** A mobile number anywhere in a text. */
@@ -19,6 +19,16 @@ export function publicError(error: unknown): Error {
   const { name, code } = { code: undefined, ...error, name: error.name }
   const copy = new Error(maskMobiles(error.message))
   return Object.assign(copy, { name, stack: maskMobiles(error.stack ?? ''), ...(code !== undefined && { code }) })
+}
+
+/** How long a line of the log may wait for others to be written with. */
+const flushMs = 100
+
+/** JSON lines on standard output, several with one write: a write for each line was 5 % of the event loop's work. */
+export function jsonLog(): DestinationStream {
+  const stream = destination({ minLength: 4_096, periodicFlush: flushMs })
+  process.once('exit', () => stream.flushSync())
+  return stream
 }
 
 /** A logger's options, for JSON lines to a stream or else to standard output. */

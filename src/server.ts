@@ -2,6 +2,7 @@ import { buildApp } from './app.js'
 import { isEmbedded, loadConfig } from './config.js'
 import { demoBanner, prettyLog } from './embedded/demo.js'
 import { EmbeddedStores } from './embedded/stores.js'
+import { jsonLog } from './logging.js'
 import { migrate } from './migrations.js'
 
 try {
@@ -16,7 +17,7 @@ async function main(): Promise<void> {
   const config = loadConfig({ ...process.env, ...stores?.environment(process.env) })
   await stores?.start()
 
-  const app = await buildApp(config, stores && (await prettyLog()))
+  const app = await buildApp(config, stores ? await prettyLog() : jsonLog())
   // Node's own report would print all fields of an error, and a Redis error carries the command's arguments.
   process.on('uncaughtException', (err) => {
     app.log.fatal({ err }, 'uncaught exception')
