@@ -103,9 +103,9 @@ export class Lab {
   }
 
   /** Runs a program of this folder to its end and reads the JSON that it prints. */
-  static async run(file: string, ...args: (string | number)[]): Promise<unknown> {
+  static async run<Result>(file: string, ...args: number[]): Promise<Result> {
     const path = fileURLToPath(new URL(file, import.meta.url))
-    const { stdout } = await promisify(execFile)(process.execPath, [...typescript, path, ...args.map(String)])
+    const { stdout } = await promisify(execFile)(process.execPath, [path, ...args.map(String)])
     return JSON.parse(stdout)
   }
 }

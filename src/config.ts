@@ -52,7 +52,7 @@ export const passwordMax = 128
  * The argon2id settings of equal strength that OWASP's Password Storage Cheat Sheet lists, as [KiB, passes]
  * with one lane. A setting is strong enough if it is at least as large in both as one of them.
  */
-const owaspArgon2id = [
+export const owaspArgon2id = [
   [47_104, 1],
   [19_456, 2],
   [12_288, 3],

@@ -1,6 +1,7 @@
 import { type EventEmitter, once } from 'node:events'
 import { Worker } from 'node:worker_threads'
 import type { Options } from '@node-rs/argon2'
+import { Refusal } from './replies.js'
 
 /** A password to hash or, with a PHC string, to verify against it. */
 export interface HashJob {
@@ -27,11 +28,13 @@ type Answer = { result: string | boolean } | { error: unknown }
 const newestWeight = 0.1
 
 /** How much lower than the event loop's the threads' priority is, on Linux, in steps of nice(2). */
-const niceness = 10
+const niceness = 5
 
-/** Nobody waits for the job any more, and it has not begun. */
-export class ClientGone extends Error {
-  override readonly name = 'ClientGone'
+/** Nobody waits for the job any more, and it has not begun. As an outcome for whoever may still listen: ask again. */
+export class ClientGone extends Refusal {
+  constructor() {
+    super('busy')
+  }
 }
 
 /**

@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto'
 import fastifyCookie, { type CookieSerializeOptions, Signer } from '@fastify/cookie'
 import fastifySession, { type SessionStore } from '@fastify/session'
 import type { FastifyReply, FastifyRequest, Session } from 'fastify'
@@ -18,35 +19,31 @@ interface Sessions {
    *
    * @returns whether the session could be stored; if not, no cookie is sent
    */
-  start(request: FastifyRequest, user: SessionUser): Promise<boolean>
+  start(request: FastifyRequest, reply: FastifyReply, user: SessionUser): Promise<boolean>
   /** The user of the request's session, or undefined: no cookie, a forged one, or a session that has ended. */
   userOf(request: FastifyRequest): SessionUser | undefined
   /** Logs out: destroys the request's session, if there is one, and clears the cookie. */
   end(request: FastifyRequest, reply: FastifyReply): Promise<void>
+  /** What @fastify/session is registered with around the routes that ask for `userOf` and `end`. */
+  readonly options: fastifySession.FastifySessionOptions & { cookieName: string; secret: Signer }
 }
 
 declare module 'fastify' {
   interface FastifyInstance {
     sessions: Sessions
   }
-  interface FastifyRequest {
-    /** Of a route with `startsSession`: the verified id of the session that the request came with. */
-    formerSessionId: string | undefined
-  }
-  interface FastifyContextConfig {
-    /** The route starts a session and asks nothing of an older one, which is therefore not read from Redis. */
-    startsSession?: boolean
-  }
   interface Session extends Partial<SessionUser> {}
 }
-
-const userFields = ['user_id', 'name', 'mobile'] as const satisfies readonly (keyof SessionUser)[]
 
 const lifeSeconds = 86_400
 
 /** The key is a contract with other services. */
 const keyOf = (sessionId: string) => `session:${sessionId}`
 
+/**
+ * Sessions in Redis behind a signed cookie. A route that starts one needs nothing else; a route that asks who is logged
+ * in, or logs out, stands in the scope of {@link loadSessions}.
+ */
 export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
   async (fastify, { sessionSecrets, cookieSecure }) => {
     // The prefix makes browsers refuse the cookie from a subdomain or over plain HTTP (RFC 6265bis, 4.1.3.2).
@@ -55,11 +52,13 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
     const cookie: CookieSerializeOptions = { ...attributes, maxAge: lifeSeconds }
     const signer = new Signer([...sessionSecrets])
 
+    const save = (sessionId: string, session: Session) =>
+      fastify.onRedis((redis) => redis.set(keyOf(sessionId), JSON.stringify(session), 'EX', lifeSeconds))
+    const destroy = (sessionId: string) => fastify.onRedis((redis) => redis.del(keyOf(sessionId)))
+
     const store: SessionStore = {
       set(sessionId, session, done) {
-        fastify
-          .onRedis((redis) => redis.set(keyOf(sessionId), JSON.stringify(session), 'EX', lifeSeconds))
-          .then(() => done(), done)
+        save(sessionId, session).then(() => done(), done)
       },
       get(sessionId, done) {
         fastify
@@ -67,50 +66,40 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
           .then((json) => done(null, json === null ? null : parseSession(json)), done)
       },
       destroy(sessionId, done) {
-        fastify.onRedis((redis) => redis.del(keyOf(sessionId))).then(() => done(), done)
+        destroy(sessionId).then(() => done(), done)
       }
     }
 
     // A host application may have registered @fastify/cookie already.
-    if (!fastify.hasRequestDecorator('cookies')) await fastify.register(fastifyCookie, { parseOptions: cookie })
-
-    // @fastify/session clears every cookie that the first secret has not signed, though it accepts those of the others.
-    // So it is shown the cookie as the first secret signs it, or none.
-    fastify.decorateRequest('formerSessionId', undefined)
-    fastify.addHook('onRequest', async (request) => {
-      request.raw.url = originForm(request.raw.url ?? '/')
-      const signed = request.cookies[cookieName]
-      if (signed === undefined) return
-      const { value } = signer.unsign(signed)
-      const { startsSession } = request.routeOptions.config
-      request.cookies[cookieName] = value === null || startsSession ? undefined : signer.sign(value)
-      if (value !== null && startsSession) request.formerSessionId = value
-    })
-
-    await fastify.register(fastifySession, {
-      secret: signer,
-      store,
-      cookieName,
-      cookie: { ...attributes, maxAge: lifeSeconds * 1_000 },
-      // Each of the two would add a round trip to requests that change nothing.
-      rolling: false,
-      saveUninitialized: false
-    })
+    if (!fastify.hasRequestDecorator('cookies')) await fastify.register(fastifyCookie)
 
     fastify.decorate('sessions', {
-      async start(request, user) {
-        const { session, formerSessionId } = request
-        Object.assign(session, user)
+      options: {
+        secret: signer,
+        store,
+        cookieName,
+        cookie: { ...attributes, maxAge: lifeSeconds * 1_000 },
+        // Each of the two would add a round trip to requests that change nothing.
+        rolling: false,
+        saveUninitialized: false
+      },
+
+      // Not by way of @fastify/session: that makes a session for every request of its scope, refused ones included, and
+      // hashes it three times; it would also read the former session before the body is known to be valid.
+      async start(request, reply, user) {
+        const former = signer.unsign(request.cookies[cookieName] ?? '').value
+        const sessionId = randomBytes(24).toString('base64url')
+        const expires = new Date(Date.now() + lifeSeconds * 1_000)
+        const session = { cookie: { ...attributes, expires, originalMaxAge: lifeSeconds * 1_000 }, ...user }
         try {
-          if (formerSessionId !== undefined) await fastify.onRedis((redis) => redis.del(keyOf(formerSessionId)))
-          await session.save()
-          return true
+          if (former !== null) await destroy(former)
+          await save(sessionId, session)
         } catch (err) {
           request.log.error({ reqId: request.id, err }, 'a session could not be stored')
-          // Or @fastify/session would find it modified, try once more, and let that failure replace the reply.
-          for (const field of userFields) delete session[field]
           return false
         }
+        reply.setCookie(cookieName, signer.sign(sessionId), cookie)
+        return true
       },
 
       userOf({ session: { user_id, name, mobile } }) {
@@ -120,12 +109,31 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
 
       async end(request, reply) {
         if (request.cookies[cookieName] === request.session.encryptedSessionId) await request.session.destroy()
+        // Or @fastify/session would clear it once more.
         request.cookies[cookieName] = undefined
         reply.clearCookie(cookieName, cookie)
       }
     } satisfies Sessions)
   },
   { fastify: '5.x', name: 'sessions', dependencies: ['redis'] }
+)
+
+/** Gives the requests of its scope their session: @fastify/session, over what it gets wrong. */
+export const loadSessions = fp(
+  async (fastify) => {
+    const { cookieName, secret } = fastify.sessions.options
+
+    fastify.addHook('onRequest', async (request) => {
+      request.raw.url = originForm(request.raw.url ?? '/')
+      // @fastify/session accepts the cookies of all secrets, but clears those that the first has not signed. So it is
+      // shown the cookie as the first signs it, or none.
+      const { value } = secret.unsign(request.cookies[cookieName] ?? '')
+      request.cookies[cookieName] = value === null ? undefined : secret.sign(value)
+    })
+
+    await fastify.register(fastifySession, fastify.sessions.options)
+  },
+  { fastify: '5.x', name: 'load-sessions', dependencies: ['sessions'] }
 )
 
 /**

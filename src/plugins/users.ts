@@ -18,7 +18,7 @@ declare module 'fastify' {
   }
 }
 
-const insertUser: NamedStatement = {
+export const insertUser: NamedStatement = {
   name: 'insert_user',
   text: `INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)
          ON CONFLICT (mobile) DO NOTHING RETURNING id`

@@ -1,10 +1,12 @@
 import { Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
+import { loadSessions } from '../plugins/sessions.js'
 import { repliesWith } from '../replies.js'
 
 const User = Type.Object({ user_id: Type.String(), name: Type.String(), mobile: Type.String() })
 
 export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
+  await fastify.register(loadSessions)
   fastify.route({ method: 'GET', url: '/session', schema: { response: repliesWith(User) }, handler: whoAmI })
   fastify.route({
     method: 'DELETE',

@@ -28,7 +28,6 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     method: 'POST',
     url: '/users',
     schema: { body: SignUp, response: repliesWith(Registered) },
-    config: { startsSession: true },
     bodyLimit: bodyMaxBytes,
     handler: signUp
   })
@@ -49,7 +48,7 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     if (userId === undefined) return reply.outcome('mobile_registered')
 
     const user = { user_id: userId, name: mobile, mobile }
-    const session = await fastify.sessions.start(request, user)
+    const session = await fastify.sessions.start(request, reply, user)
     return reply.outcome('registered', { ...user, session })
   }
 

@@ -1,0 +1,28 @@
+import type { Lab } from './lab.js'
+import { closedLoop, issueSignUps } from './load.js'
+import { progress, type Row } from './report.js'
+import { median, round } from './statistics.js'
+
+/** P6: all but the hash, against a program without a framework that hashes nothing. */
+export async function overhead(lab: Lab): Promise<Row[]> {
+  const [rounds, seconds] = [5, 4]
+  const service = await lab.service({ HASH_MEMORY_KIB: '8', HASH_PASSES: '1' })
+  const bare = await lab.program('bare-server.ts')
+  const pairs = []
+  for (let n = 0; n <= rounds; n++) {
+    progress(n === 0 ? 'overhead: warm-up' : `overhead: round ${n} of ${rounds}`)
+    const measure = async (subject: typeof bare) =>
+      (await closedLoop(subject, { connections: 32, seconds, bodies: await issueSignUps(lab.redis, 35_000) })).perSecond
+    const pair = [await measure(service), await measure(bare)] as const
+    if (n > 0) pairs.push(pair)
+  }
+  await Promise.all([service.stop(), bare.stop()])
+  return [
+    {
+      name: 'P6: sign-ups/s with the cheapest hash ÷ a bare program without one',
+      figure: median(pairs.map(([ours, theirs]) => ours / theirs)),
+      target: { atLeast: 0.75 },
+      raw: pairs.map((pair) => pair.map(round))
+    }
+  ]
+}
