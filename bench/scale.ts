@@ -55,7 +55,7 @@ export async function scale(lab: Lab): Promise<Row[]> {
 }
 
 async function database(lab: Lab, name: string): Promise<pg.Client> {
-  await lab.postgres.query(`CREATE DATABASE ${name}`)
+  await lab.postgres.query(`CREATE DATABASE "${name}"`)
   const url = new URL(lab.stores.databaseUrl)
   url.pathname = `/${name}`
   await migrate(url.href)
