@@ -102,7 +102,8 @@ export async function openLoop(
   const count = Math.round(perSecond * seconds)
   while (replies.length < count) {
     const dueAt = startAt + (replies.length * 1_000) / perSecond
-    if (dueAt > performance.now()) await sleep(1)
+    const earlyMs = dueAt - performance.now()
+    if (earlyMs > 0) await sleep(earlyMs)
     else
       replies.push(
         send(idle, { host: hostname, port: Number(port) }, bodies[replies.length % bodies.length] ?? '', dueAt)

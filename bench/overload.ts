@@ -17,9 +17,10 @@ export async function overload(lab: Lab): Promise<Row[]> {
   const idleMib = service.residentMib()
   const { perSecond: hashesPerSecond } = await bareHashes({ threads, seconds: 3 })
   const hashMs = (1_000 * threads) / hashesPerSecond
-  const capacity = (
-    await closedLoop(service, { connections: 32, seconds: 6, bodies: await issueSignUps(lab.redis, 3_000 * threads) })
-  ).perSecond
+  const measureCapacity = async () =>
+    (await closedLoop(service, { connections: 32, seconds: 6, bodies: await issueSignUps(lab.redis, 3_000 * threads) }))
+      .perSecond
+  const capacity = await measureCapacity()
 
   const points: LoadPoint[] = []
   const rows: Row[] = []
@@ -27,12 +28,16 @@ export async function overload(lab: Lab): Promise<Row[]> {
     const seconds = load === 3 ? 30 : 8
     progress(`overload: ${load} × capacity (${round(capacity)}/s), ${seconds} s`)
     const bodies = await issueSignUps(lab.redis, Math.ceil(load * capacity * seconds))
+    const capacityBefore = load === 3 ? await measureCapacity() : capacity
     const memory = watchMemory(service)
     const replies = await openLoop(service, { perSecond: load * capacity, seconds, bodies })
     const peakMib = memory.stop()
     const point = describe(load, seconds, capacity, replies)
     points.push(point)
     if (load !== 3) continue
+
+    // The machine's speed drifts: the capacity just before and just after.
+    const capacityAfter = await measureCapacity()
 
     const refused = replies
       .map(({ status }, n) => (status === 503 ? bodies[n] : undefined))
@@ -42,9 +47,9 @@ export async function overload(lab: Lab): Promise<Row[]> {
     rows.push(
       {
         name: 'P5: sign-ups/s at 3 × capacity ÷ capacity',
-        figure: point.goodput / capacity,
+        figure: (2 * point.goodput) / (capacityBefore + capacityAfter),
         target: { atLeast: 0.9 },
-        raw: [round(point.goodput), round(capacity)]
+        raw: [round(point.goodput), round(capacityBefore), round(capacityAfter)]
       },
       {
         name: 'P5: p99 of the refusals at 3 × capacity ÷ a bare hash',

@@ -1,6 +1,6 @@
-import { EventEmitter } from 'node:events'
 import { readdirSync, readFileSync } from 'node:fs'
 import { type AddressInfo, connect } from 'node:net'
+import { PassThrough } from 'node:stream'
 import { verify } from '@node-rs/argon2'
 import t from 'tap'
 import { ClientGone, HashPool } from '../src/hash-pool.js'
@@ -69,15 +69,16 @@ t.test('a client that goes while its job waits takes it out of the queue, but no
   const pool = new HashPool(1, slow)
   t.teardown(() => pool.close())
   await pool.ready()
-  const [first, second] = [new EventEmitter(), new EventEmitter()]
+  const [first, second] = [new PassThrough(), new PassThrough()]
   const begun = pool.hash('begun', first)
   const waiting = pool.hash('waiting', second)
   t.ok(pool.expectedWaitMs > 0)
-  second.emit('close')
+  second.destroy()
   await t.rejects(waiting, new ClientGone())
   t.equal(pool.expectedWaitMs, 0)
-  first.emit('close')
+  first.destroy()
   t.match(await begun, /^\$argon2id/)
+  await t.rejects(pool.hash('late', second), new ClientGone(), 'nor does it enter when it has gone before')
 })
 
 t.test(

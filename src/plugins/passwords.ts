@@ -1,4 +1,4 @@
-import type { EventEmitter } from 'node:events'
+import type { Writable } from 'node:stream'
 import fp from 'fastify-plugin'
 import type { Config } from '../config.js'
 import { HashPool } from '../hash-pool.js'
@@ -17,9 +17,9 @@ interface Passwords {
    * @throws {ClientGone}
    * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
    */
-  hash(password: string, client: EventEmitter): Promise<string>
+  hash(password: string, client: Writable): Promise<string>
   /** Whether a password is that of a PHC string; in the same queue as the hashes. */
-  verify(phc: string, password: string, client: EventEmitter): Promise<boolean>
+  verify(phc: string, password: string, client: Writable): Promise<boolean>
 }
 
 declare module 'fastify' {
