@@ -21,7 +21,7 @@ interface Line {
 }
 
 /** Goodput and latency over the offered load, one above the other, as SVG. */
-export function drawOverload(points: readonly LoadPoint[], capacity: number): string {
+export function drawOverload(points: readonly LoadPoint[]): string {
   const maxLoad = Math.max(...points.map(({ load }) => load))
   const x = (load: number) => left + (load / maxLoad) * (width - left - right)
 
@@ -55,9 +55,9 @@ export function drawOverload(points: readonly LoadPoint[], capacity: number): st
   }
 
   const plotHeight = height - top - bottom
-  const maxRate = Math.ceil((capacity * 1.5) / 50) * 50
-  const linear = (rate: number) => height - bottom - (Math.min(rate, maxRate) / maxRate) * plotHeight
-  const logarithmic = (ms: number) => height - bottom - ((Math.log10(Math.max(ms, 1)) - 0) / 4) * plotHeight
+  const maxRate = Math.ceil(Math.max(...points.map(({ offered }) => offered)) / 100) * 100
+  const linear = (rate: number) => height - bottom - (rate / maxRate) * plotHeight
+  const logarithmic = (ms: number) => height - bottom - (Math.log10(Math.max(ms, 1)) / 4) * plotHeight
   const goodput = panel(
     'Sign-ups/s over the offered load (in parts of the capacity)',
     0,

@@ -40,6 +40,7 @@ export class Subject {
   }
 
   async stop(): Promise<void> {
+    if (this.child.exitCode !== null || this.child.signalCode !== null) return
     const exit = once(this.child, 'exit')
     this.child.kill('SIGTERM')
     await exit
@@ -48,7 +49,7 @@ export class Subject {
 
 /** Private stores, and the processes that are measured on them. */
 export class Lab {
-  private subjects = 0
+  private readonly subjects: Subject[] = []
 
   private constructor(
     private readonly directory: string,
@@ -67,6 +68,7 @@ export class Lab {
   }
 
   async close(): Promise<void> {
+    await Promise.all(this.subjects.map((subject) => subject.stop()))
     this.redis.disconnect()
     await this.postgres.end()
     await this.stores.stop()
@@ -86,7 +88,7 @@ export class Lab {
   private async start(args: string[], announcement: RegExp, env: Record<string, string> = {}): Promise<Subject> {
     const file = fileURLToPath(new URL(args.at(-1) ?? '', import.meta.url))
     // A file of its own: whatever this process read would be its load on the two cores.
-    const logFile = join(this.directory, `subject-${++this.subjects}.log`)
+    const logFile = join(this.directory, `subject-${this.subjects.length}.log`)
     const log = await open(logFile, 'w')
     const child = spawn(process.execPath, [...args.slice(0, -1), file], {
       env: { PATH: process.env.PATH, PORT: '0', ...this.stores.environment({}), ...env },
@@ -95,11 +97,13 @@ export class Lab {
     await log.close()
     let url: string | undefined
     while (url === undefined) {
-      if (child.exitCode !== null) throw new Error(`${file} ended before it listened`)
+      if (child.exitCode !== null || child.signalCode !== null) throw new Error(`${file} ended before it listened`)
       await sleep(20)
       url = announcement.exec(await readFile(logFile, 'utf8'))?.[1]
     }
-    return new Subject(url, child)
+    const subject = new Subject(url, child)
+    this.subjects.push(subject)
+    return subject
   }
 
   /** Runs a program of this folder to its end and reads the JSON that it prints. */

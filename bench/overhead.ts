@@ -11,8 +11,13 @@ export async function overhead(lab: Lab): Promise<Row[]> {
   const pairs = []
   for (let n = 0; n <= rounds; n++) {
     progress(n === 0 ? 'overhead: warm-up' : `overhead: round ${n} of ${rounds}`)
-    const measure = async (subject: typeof bare) =>
-      (await closedLoop(subject, { connections: 32, seconds, bodies: await issueSignUps(lab.redis, 35_000) })).perSecond
+    const measure = async (subject: typeof bare) => {
+      const bodies = await issueSignUps(lab.redis, 40_000)
+      const { perSecond, replies } = await closedLoop(subject, { connections: 32, seconds, bodies })
+      const failed = replies.filter(({ status }) => status !== 201).length
+      if (failed > 0) throw new Error(`${failed} sign-ups failed`)
+      return perSecond
+    }
     const pair = [await measure(service), await measure(bare)] as const
     if (n > 0) pairs.push(pair)
   }

@@ -1,5 +1,6 @@
 import { writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { bareHashes } from './bare-hashes.js'
 import { drawOverload, type LoadPoint } from './drawing.js'
 import type { Lab, Subject } from './lab.js'
@@ -13,8 +14,9 @@ const loads = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4]
 export async function overload(lab: Lab): Promise<Row[]> {
   const threads = availableParallelism()
   const service = await lab.service()
-  await closedLoop(service, { connections: 32, seconds: 2, bodies: await issueSignUps(lab.redis, 2_000) })
+  await sleep(1_000)
   const idleMib = service.residentMib()
+  await closedLoop(service, { connections: 32, seconds: 2, bodies: await issueSignUps(lab.redis, 2_000) })
   const { perSecond: hashesPerSecond } = await bareHashes({ threads, seconds: 3 })
   const hashMs = (1_000 * threads) / hashesPerSecond
   const measureCapacity = async () =>
@@ -72,7 +74,7 @@ export async function overload(lab: Lab): Promise<Row[]> {
     )
   }
   await service.stop()
-  writeFileSync(new URL('overload.svg', resultsFolder), drawOverload(points, capacity))
+  writeFileSync(new URL('overload.svg', resultsFolder), drawOverload(points))
   rows.push({
     name: 'goodput at 4 × capacity ÷ capacity',
     figure: (points.at(-1)?.goodput ?? 0) / capacity,

@@ -1,4 +1,3 @@
-import { once } from 'node:events'
 import type { Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
 import type { Options } from '@node-rs/argon2'
@@ -45,6 +44,8 @@ export class HashPool {
   private readonly threads: Thread[] = []
   /** In order of arrival; a set, so that a job can leave from anywhere. */
   private readonly waiting = new Set<QueuedJob>()
+  /** The jobs that are not settled yet. */
+  private readonly jobs = new Set<Promise<unknown>>()
   private averageJobMs = 0
   private closed = false
 
@@ -86,15 +87,14 @@ export class HashPool {
 
   /** Finishes the queue and ends the threads. */
   async close(): Promise<void> {
+    while (this.jobs.size > 0) await Promise.allSettled(this.jobs)
     this.closed = true
-    while (this.threads.some(({ current }) => current !== undefined)) {
-      await Promise.race(this.threads.map(({ worker }) => once(worker, 'message')))
-    }
     await Promise.all(this.threads.map(({ worker }) => worker.terminate()))
   }
 
   private run(job: HashJob, client?: Writable): Promise<string | boolean> {
-    return new Promise((resolve, reject) => {
+    const promise = new Promise<string | boolean>((resolve, reject) => {
+      if (this.closed) throw new Refusal('busy')
       if (client?.closed) throw new ClientGone()
       const queued: QueuedJob = { job, resolve, reject }
       this.waiting.add(queued)
@@ -104,6 +104,10 @@ export class HashPool {
       const idle = this.threads.find(({ current }) => current === undefined)
       if (idle) this.giveNext(idle)
     })
+    this.jobs.add(promise)
+    const settled = () => this.jobs.delete(promise)
+    promise.then(settled, settled)
+    return promise
   }
 
   private giveNext(thread: Thread): void {

@@ -1,5 +1,5 @@
 // JavaScript, so that a thread needs no TypeScript loader where the tests run the sources.
-import { setPriority } from 'node:os'
+import { constants, getPriority, setPriority } from 'node:os'
 import { parentPort, workerData } from 'node:worker_threads'
 import { hashSync, verifySync } from '@node-rs/argon2'
 
@@ -7,7 +7,7 @@ import { hashSync, verifySync } from '@node-rs/argon2'
 const { parameters, niceness } = workerData
 
 // Linux gives each thread a priority of its own; elsewhere this would lower the whole process.
-if (process.platform === 'linux') setPriority(niceness)
+if (process.platform === 'linux') setPriority(Math.min(constants.priority.PRIORITY_LOW, getPriority() + niceness))
 
 parentPort?.on('message', (/** @type {import('./hash-pool.js').HashJob} */ { password, phc }) => {
   try {

@@ -1,13 +1,28 @@
 import { readdirSync, readFileSync } from 'node:fs'
-import { type AddressInfo, connect } from 'node:net'
+import { type AddressInfo, connect, type Socket } from 'node:net'
+import { getPriority } from 'node:os'
 import { PassThrough } from 'node:stream'
 import { verify } from '@node-rs/argon2'
+import type { FastifyInstance } from 'fastify'
 import t from 'tap'
+import { buildApp } from '../src/app.js'
 import { ClientGone, HashPool } from '../src/hash-pool.js'
-import { build, issueCode, post, redis, signUpBody, until, userRow } from './helper.js'
+import { build, issueCode, post, redis, signUpBody, testConfig, until, userRow } from './helper.js'
 
 /** A hash that takes long enough to be waited for, and hashes that take next to nothing. */
 const slow = { memoryCost: 65_536, timeCost: 3, parallelism: 1 }
+
+/** Sends a sign-up on a connection of its own and waits until its code has been taken. */
+async function sendAndTake(app: FastifyInstance, body: Awaited<ReturnType<typeof signUpBody>>): Promise<Socket> {
+  const { port } = app.server.address() as AddressInfo
+  const socket = connect(port, '127.0.0.1')
+  const json = JSON.stringify(body)
+  socket.write(
+    `POST /api/v1.0/users HTTP/1.1\r\nHost: service\r\nContent-Type: application/json\r\nContent-Length: ${json.length}\r\n\r\n${json}`
+  )
+  await until(async () => (await redis.exists(`sms_code_${body.mobile}`)) === 0)
+  return socket
+}
 
 t.test('the pool hashes and verifies, and a hash that cannot be made is an error of its own', async (t) => {
   const pool = new HashPool(2, { memoryCost: 64, timeCost: 1, parallelism: 1 })
@@ -47,8 +62,7 @@ t.test(
     const pool = new HashPool(3, { memoryCost: 64, timeCost: 1, parallelism: 1 })
     t.teardown(() => pool.close())
     await pool.ready()
-    t.equal(niceness().filter((nice) => nice === 5).length, 3)
-    t.ok(niceness().includes(0))
+    t.equal(niceness().filter((nice) => nice === getPriority() + 5).length, 3)
   }
 )
 
@@ -121,22 +135,12 @@ t.test(
   async (t) => {
     const app = await build(t, { HASH_MEMORY_KIB: '65536', HASH_PASSES: '9', HASH_THREADS: '1' })
     await app.listen({ port: 0 })
-    const { port } = app.server.address() as AddressInfo
     const [working, gone, newer] = [await signUpBody(), await signUpBody(), await signUpBody()]
     await redis.pexpire(`sms_code_${gone.mobile}`, 100_000)
     const first = post(app, working)
     await until(async () => (await redis.exists(`sms_code_${working.mobile}`)) === 0)
 
-    const leave = async ({ mobile }: typeof gone, body: object) => {
-      const json = JSON.stringify(body)
-      const socket = connect(port, '127.0.0.1')
-      socket.write(
-        `POST /api/v1.0/users HTTP/1.1\r\nHost: service\r\nContent-Type: application/json\r\nContent-Length: ${json.length}\r\n\r\n${json}`
-      )
-      await until(async () => (await redis.exists(`sms_code_${mobile}`)) === 0)
-      return socket
-    }
-    const sockets = [await leave(gone, gone), await leave(newer, newer)]
+    const sockets = [await sendAndTake(app, gone), await sendAndTake(app, newer)]
     const newerCode = await issueCode(newer.mobile)
     for (const socket of sockets) socket.destroy()
     await until(async () => (await redis.exists(`sms_code_${gone.mobile}`)) === 1)
@@ -150,3 +154,18 @@ t.test(
     t.equal((await post(app, gone)).statusCode, 201, 'the code still works')
   }
 )
+
+t.test('shutdown waits for the sign-ups of clients that have gone: their codes go back', async (t) => {
+  const app = await buildApp(testConfig({ HASH_MEMORY_KIB: '65536', HASH_PASSES: '9', HASH_THREADS: '1' }), {
+    write: () => undefined
+  })
+  await app.listen({ port: 0 })
+  const [working, gone] = [await signUpBody(), await signUpBody()]
+  const first = await sendAndTake(app, working)
+  const second = await sendAndTake(app, gone)
+  first.destroy()
+  second.destroy()
+  await app.close()
+  t.equal(await redis.get(`sms_code_${gone.mobile}`), gone.sms_code)
+  t.equal((await userRow(working.mobile)).length, 1, 'what had begun is finished')
+})

@@ -4,7 +4,7 @@ import fastifyRedis from '@fastify/redis'
 import Fastify from 'fastify'
 import t from 'tap'
 import * as library from '../src/index.js'
-import { cookieOf, signUpBody, stores, testConfig } from './helper.js'
+import { cookieOf, redis, signUpBody, stores, testConfig } from './helper.js'
 
 t.test('the package exports buildApp, the config loader, the migrations and the sign-up plugin', async (t) => {
   t.strictSame(Object.keys(library).sort(), ['ConfigError', 'buildApp', 'loadConfig', 'migrate', 'signUp'])
@@ -47,3 +47,27 @@ t.test('another Fastify application registers the routes, with a prefix and plug
   const { payload } = await host.inject({ method: 'POST', url: '/coerces', payload: { n: '1' } })
   t.equal(payload, '[{"n":1}]', 'the host keeps its own settings')
 })
+
+t.test(
+  'G7: no full mobile and no code reaches a host’s log, whose serializers print all there is of an error',
+  async (t) => {
+    let log = ''
+    const stream = {
+      write(line: string) {
+        log += line
+      }
+    }
+    const host = Fastify({ logger: { stream } })
+    t.after(() => host.close())
+    await host.register(library.signUp, { prefix: '/auth', config: testConfig() })
+    const body = await signUpBody()
+    const key = `sms_code_${body.mobile}`
+    await redis.del(key)
+    // A command on a key of the wrong type fails with an error that holds the command.
+    await redis.lpush(key, body.sms_code)
+    const reply = await host.inject({ method: 'POST', url: '/auth/users', payload: body })
+    t.strictSame([reply.statusCode, reply.json().errno], [503, '4001'])
+    t.match(log, 'WRONGTYPE')
+    t.notMatch(log, body.mobile)
+  }
+)

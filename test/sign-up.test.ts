@@ -11,9 +11,11 @@ import {
   issueCode,
   newMobile,
   post,
+  postgres,
   redis,
   signUpBody,
   testConfig,
+  until,
   userRow
 } from './helper.js'
 
@@ -232,6 +234,42 @@ t.test('503 4001: Redis does not answer in STORE_TIMEOUT_MS', async (t) => {
   await writes.release()
   t.strictSame([reply.statusCode, reply.json()], [503, { errno: '4001', errmsg: '数据库异常' }])
   t.equal(reply.headers['retry-after'], '1')
+})
+
+t.test(
+  'a Redis connection on which a command has timed out is dropped, and the next request has a new one',
+  async (t) => {
+    const connectionsOfService = async () => {
+      const own = await redis.client('ID')
+      const list = String(await redis.client('LIST'))
+      return [...list.matchAll(/^id=(\d+) /gm)].map(([, id]) => Number(id)).filter((id) => id !== own)
+    }
+    const before = await connectionsOfService()
+    const app = await build(t, { STORE_TIMEOUT_MS: '100' })
+    const [connection] = (await connectionsOfService()).filter((id) => !before.includes(id))
+    const body = await signUpBody()
+    const writes = await holdRedisWrites()
+    t.equal((await post(app, body)).statusCode, 503)
+    await writes.release()
+    await until(async () => !(await connectionsOfService()).includes(connection ?? 0))
+    const again = await signUpBody()
+    await until(async () => (await post(app, again)).statusCode === 201)
+  }
+)
+
+t.test('an idle Postgres connection that dies does not end the process', async (t) => {
+  const app = await build(t)
+  t.equal((await post(app, await signUpBody())).statusCode, 201)
+  const { rowCount } = await postgres.query(
+    `SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity WHERE application_name = 'mobile-signup'`
+  )
+  t.ok(rowCount)
+  const body = await signUpBody()
+  await until(async () => {
+    const reply = await post(app, body)
+    if (reply.statusCode === 503) await issueCode(body.mobile, body.sms_code)
+    return reply.statusCode === 201
+  })
 })
 
 t.test('503 4001: Postgres does not answer in STORE_TIMEOUT_MS, and nothing is written', async (t) => {

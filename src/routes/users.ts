@@ -15,6 +15,8 @@ const SignUp = Type.Object({
   password2: Type.String(required)
 })
 
+type SignUpRequest = FastifyRequest<{ Body: Static<typeof SignUp> }>
+
 const Registered = Type.Object({
   user_id: Type.String(),
   name: Type.String(),
@@ -29,10 +31,23 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     url: '/users',
     schema: { body: SignUp, response: repliesWith(Registered) },
     bodyLimit: bodyMaxBytes,
-    handler: signUp
+    handler(request: SignUpRequest, reply) {
+      const signingUp = signUp(request, reply)
+      running.add(signingUp)
+      const settled = () => running.delete(signingUp)
+      signingUp.then(settled, settled)
+      return signingUp
+    }
   })
 
-  async function signUp(request: FastifyRequest<{ Body: Static<typeof SignUp> }>, reply: FastifyReply) {
+  // The server waits for connections. A client that has gone leaves none, but its sign-up still has a code in hand; this
+  // hook runs before those that close the stores, as Fastify takes them from the last to the first.
+  const running = new Set<Promise<unknown>>()
+  fastify.addHook('onClose', async () => {
+    await Promise.allSettled(running)
+  })
+
+  async function signUp(request: SignUpRequest, reply: FastifyReply) {
     const { mobile, sms_code: code, password } = request.body
     const fault = passwordFault(request.body, passwordMin)
     if (fault !== undefined) return reply.outcome(fault)
@@ -57,7 +72,7 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     try {
       return await fastify.passwords.hash(password, reply.raw)
     } catch (error) {
-      await fastify.codes.putBack(taken)
+      await fastify.codes.putBack(taken).catch((err) => reply.log.error({ err }, 'a code could not be put back'))
       throw error
     }
   }
