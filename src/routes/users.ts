@@ -72,7 +72,9 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     try {
       return await fastify.passwords.hash(password, reply.raw)
     } catch (error) {
-      await fastify.codes.putBack(taken).catch((err) => reply.log.error({ err }, 'a code could not be put back'))
+      await fastify.codes
+        .putBack(taken)
+        .catch((err) => reply.log.error({ reqId: reply.request.id, err }, 'a code could not be put back'))
       throw error
     }
   }
