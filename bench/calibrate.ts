@@ -8,11 +8,11 @@ import { round } from './statistics.js'
 const seconds = 2
 const cores = availableParallelism()
 
-/** The part of the hashes that become sign-ups where load, service and stores share the cores: P1, measured. */
-const signUpsPerHash = 0.85
+/** The part of the hashes that become sign-ups where load, service and stores share the cores: P1 as measured here. */
+const signUpsPerHash = 0.9
 
-/** What the service needs beside the memory of its hashes, in MiB: measured at 3 × capacity. */
-const baseMib = 200
+/** What an instance needs beside the memory of its hashes, in MiB: measured at 3 × capacity, rounded up. */
+const instanceMib = 200
 
 const results = []
 for (const [memoryKib, passes] of owaspArgon2id) {
@@ -40,12 +40,12 @@ for (const { memoryKib, passes, threads, perSecond } of results) {
 
 const fastest = results.reduce((best, result) => (result.perSecond > best.perSecond ? result : best))
 const signUps = fastest.perSecond * signUpsPerHash
-const mib = Math.ceil(baseMib + (fastest.threads * fastest.memoryKib) / 1_024)
+const hashMib = Math.ceil(fastest.memoryKib / 1_024)
 process.stdout.write(`
 The fastest of equal strength here:
 
 HASH_MEMORY_KIB=${fastest.memoryKib}
 HASH_PASSES=${fastest.passes}
 
-This machine: about ${Math.round(signUps)} sign-ups/s; for S sign-ups/s take S ÷ ${round(signUps / cores)} such cores and ${mib} MiB for every ${cores} of them.
+This machine: about ${Math.round(signUps)} sign-ups/s; for S sign-ups/s take N = S ÷ ${round(signUps / cores)} such cores and N × ${hashMib} MiB, and ${instanceMib} MiB for each instance.
 `)

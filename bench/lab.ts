@@ -75,6 +75,12 @@ export class Lab {
     await rm(this.directory, { recursive: true })
   }
 
+  async versions(): Promise<Record<string, string>> {
+    const { rows } = await this.postgres.query('SHOW server_version')
+    const [, redis = ''] = /redis_version:(\S+)/.exec(await this.redis.info('server')) ?? []
+    return { postgres: rows[0].server_version, redis }
+  }
+
   /** The built service with the given changes of its default configuration. */
   service(env: Record<string, string> = {}): Promise<Subject> {
     return this.start(['../dist/server.js'], /Server listening at (http:[^"]+)/, env)

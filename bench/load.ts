@@ -8,7 +8,7 @@ import type { Subject } from './lab.js'
 
 export const signUpPath = '/api/v1.0/users'
 
-/** A reply, or its absence (status 0). */
+/** A reply, or its absence (status 0): the connection ended, or nothing came for ten seconds. */
 export interface Reply {
   status: number
   ms: number
@@ -40,6 +40,9 @@ export interface ClosedLoop {
   cpuMs: number
   replies: Reply[]
 }
+
+/** The longest wait for a reply: well past HASH_MAX_WAIT_MS and three timeouts of a store. */
+const replyTimeoutMs = 10_000
 
 /** The first part of a run, which is not counted: connections open, queues fill. */
 const rampMs = 500
@@ -119,12 +122,14 @@ export async function openLoop(
  * cores; the service's replies all have a Content-Length and a short body.
  */
 function send(idle: Socket[], address: { host: string; port: number }, body: string, dueAt: number): Promise<Reply> {
-  const socket = idle.pop() ?? connect({ ...address, noDelay: true })
+  const socket = takeIdle(idle) ?? connect({ ...address, noDelay: true }).on('error', ignore)
   return new Promise((resolve) => {
     let text = ''
     function end(status: number): void {
-      socket.off('data', read).off('close', fail).off('error', fail)
+      clearTimeout(timeout)
+      socket.off('data', read).off('close', fail)
       if (status > 0) idle.push(socket)
+      else socket.destroy()
       resolve({ status, ms: performance.now() - dueAt })
     }
     function read(chunk: Buffer): void {
@@ -135,10 +140,20 @@ function send(idle: Socket[], address: { host: string; port: number }, body: str
       if (text.length >= headEnd + 4 + length) end(Number(text.slice(9, 12)))
     }
     const fail = () => end(0)
-    socket.on('data', read).once('close', fail).once('error', fail)
+    const timeout = setTimeout(fail, replyTimeoutMs)
+    socket.on('data', read).once('close', fail)
     socket.write(
       `POST ${signUpPath} HTTP/1.1\r\nHost: ${address.host}\r\nContent-Type: application/json\r\n` +
         `Content-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
     )
   })
+}
+
+/** An error is followed by 'close', which says enough. */
+const ignore = () => undefined
+
+/** A connection that has not ended while it was idle. */
+function takeIdle(idle: Socket[]): Socket | undefined {
+  const socket = idle.pop()
+  return socket?.destroyed ? takeIdle(idle) : socket
 }

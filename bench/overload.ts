@@ -6,9 +6,13 @@ import { drawOverload, type LoadPoint } from './drawing.js'
 import type { Lab, Subject } from './lab.js'
 import { closedLoop, issueSignUps, openLoop, type Reply } from './load.js'
 import { progress, type Row, resultsFolder } from './report.js'
-import { percentile, round } from './statistics.js'
+import { median, percentile, round } from './statistics.js'
 
 const loads = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4]
+
+/** The runs at 3 × capacity, which the targets speak of. */
+const rounds = 3
+const roundSeconds = 30
 
 /** P5 and P7, and the curve that stays flat past capacity. */
 export async function overload(lab: Lab): Promise<Row[]> {
@@ -24,63 +28,68 @@ export async function overload(lab: Lab): Promise<Row[]> {
       .perSecond
   const capacity = await measureCapacity()
 
-  const points: LoadPoint[] = []
-  const rows: Row[] = []
-  for (const load of loads) {
-    const seconds = load === 3 ? 30 : 8
+  async function offer(load: number, seconds: number) {
     progress(`overload: ${load} × capacity (${round(capacity)}/s), ${seconds} s`)
     const bodies = await issueSignUps(lab.redis, Math.ceil(load * capacity * seconds))
-    const capacityBefore = load === 3 ? await measureCapacity() : capacity
-    const memory = watchMemory(service)
     const replies = await openLoop(service, { perSecond: load * capacity, seconds, bodies })
-    const peakMib = memory.stop()
-    const point = describe(load, seconds, capacity, replies)
-    points.push(point)
-    if (load !== 3) continue
+    return { bodies, replies, point: describe(load, seconds, capacity, replies) }
+  }
 
+  const points: LoadPoint[] = []
+  for (const load of loads) points.push((await offer(load, 8)).point)
+
+  const results = []
+  let capacityBefore = await measureCapacity()
+  for (let n = 0; n < rounds; n++) {
+    const memory = watchMemory(service)
+    const { bodies, replies, point } = await offer(3, roundSeconds)
+    const peakMib = memory.stop()
+    const refused = bodies.filter((_, k) => replies[k]?.status === 503)
     // The machine's speed drifts: the capacity just before and just after.
     const capacityAfter = await measureCapacity()
-
-    const refused = replies
-      .map(({ status }, n) => (status === 503 ? bodies[n] : undefined))
-      .filter((body) => body !== undefined)
-    const kept = await countCodes(lab, refused)
-    const failed = replies.filter(({ status }) => status !== 201 && status !== 503).length
-    rows.push(
-      {
-        name: 'P5: sign-ups/s at 3 × capacity ÷ capacity',
-        figure: (2 * point.goodput) / (capacityBefore + capacityAfter),
-        target: { atLeast: 0.9 },
-        raw: [round(point.goodput), round(capacityBefore), round(capacityAfter)]
-      },
-      {
-        name: 'P5: p99 of the refusals at 3 × capacity ÷ a bare hash',
-        figure: point.refusedP99Ms / hashMs,
-        target: { atMost: 4 },
-        raw: [round(point.refusedP99Ms), round(hashMs)]
-      },
-      {
-        name: 'P5: refused codes that are still in Redis, in parts of all',
-        figure: refused.length === 0 ? Number.NaN : kept / refused.length,
-        target: { atLeast: 1 },
-        raw: [kept, refused.length, { neither201nor503: failed }]
-      },
-      {
-        name: 'P7: memory at 3 × capacity over idle and the hashes, MiB',
-        figure: peakMib - idleMib - (threads * 19_456) / 1_024,
-        target: { atMost: 100 },
-        raw: [round(peakMib), round(idleMib)]
-      }
-    )
+    results.push({
+      ...point,
+      capacity: (capacityBefore + capacityAfter) / 2,
+      peakMib,
+      kept: await countCodes(lab, refused),
+      refused: refused.length,
+      neither201nor503: replies.filter(({ status }) => status !== 201 && status !== 503).length
+    })
+    capacityBefore = capacityAfter
   }
   await service.stop()
   writeFileSync(new URL('overload.svg', resultsFolder), drawOverload(points))
-  rows.push({
-    name: 'goodput at 4 × capacity ÷ capacity',
-    figure: (points.at(-1)?.goodput ?? 0) / capacity,
-    raw: points
-  })
-  return rows
+  return [
+    {
+      name: 'P5: sign-ups/s at 3 × capacity ÷ capacity',
+      figure: median(results.map((result) => result.goodput / result.capacity)),
+      target: { atLeast: 0.9 },
+      raw: results.map((result) => [result.goodput, round(result.capacity)])
+    },
+    {
+      name: 'P5: p99 of the refusals at 3 × capacity ÷ a bare hash',
+      figure: median(results.map(({ refusedP99Ms }) => refusedP99Ms / hashMs)),
+      target: { atMost: 4 },
+      raw: { refusedP99Ms: results.map(({ refusedP99Ms }) => refusedP99Ms), hashMs: round(hashMs) }
+    },
+    {
+      name: 'P5: refused codes that are still in Redis, in parts of all',
+      figure: Math.min(...results.map(({ kept, refused }) => kept / refused)),
+      target: { atLeast: 1 },
+      raw: results.map(({ kept, refused, neither201nor503 }) => ({ kept, refused, neither201nor503 }))
+    },
+    {
+      name: 'P7: memory at 3 × capacity over idle and the hashes, MiB',
+      figure: Math.max(...results.map(({ peakMib }) => peakMib)) - idleMib - (threads * 19_456) / 1_024,
+      target: { atMost: 100 },
+      raw: { peakMib: results.map(({ peakMib }) => round(peakMib)), idleMib: round(idleMib) }
+    },
+    {
+      name: 'goodput at 4 × capacity ÷ capacity',
+      figure: (points.at(-1)?.goodput ?? 0) / capacity,
+      raw: points
+    }
+  ]
 }
 
 function describe(load: number, seconds: number, capacity: number, replies: readonly Reply[]): LoadPoint {

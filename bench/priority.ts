@@ -8,7 +8,7 @@ import { median, percentile, round } from './statistics.js'
 /** P3: a refusal never waits for a hash. */
 export async function priority(lab: Lab): Promise<Row[]> {
   const threads = availableParallelism()
-  const [rounds, seconds] = [3, 8]
+  const [rounds, seconds] = [5, 6]
   const service = await lab.service()
   await closedLoop(service, { connections: 32, seconds: 2, bodies: await issueSignUps(lab.redis, 2_000) })
   const results = []

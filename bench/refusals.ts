@@ -1,3 +1,4 @@
+import { availableParallelism } from 'node:os'
 import type { Lab, Subject } from './lab.js'
 import { closedLoop, issueSignUps } from './load.js'
 import { wrongCode } from './priority.js'
@@ -7,6 +8,8 @@ import { median, round } from './statistics.js'
 /** Refusals a second, against a Fastify route that returns a constant. A duplicate costs a hash, by design. */
 export async function refusals(lab: Lab): Promise<Row[]> {
   const [rounds, seconds] = [3, 3]
+  // More than the service can hash in a round: each would be registered by a second try.
+  const duplicates = 500 * availableParallelism() * (seconds + 1)
   const service = await lab.service()
   const constant = await lab.program('constant-server.ts')
   const wrong = Array.from({ length: 1_000 }, (_, n) => wrongCode(13_000_000 + n))
@@ -23,7 +26,7 @@ export async function refusals(lab: Lab): Promise<Row[]> {
 
   for (let n = 0; n < rounds; n++) {
     progress(`refusals: round ${n + 1} of ${rounds}`)
-    const registered = await issueSignUps(lab.redis, 3_000)
+    const registered = await issueSignUps(lab.redis, duplicates)
     await lab.postgres.query(
       `INSERT INTO users (name, mobile, password_hash) SELECT m, m, '' FROM unnest($1::text[]) m`,
       [registered.map((body) => JSON.parse(body).mobile)]

@@ -1,5 +1,5 @@
 import { execFileSync } from 'node:child_process'
-import { mkdirSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { arch, availableParallelism, cpus, platform, release, totalmem } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { round } from './statistics.js'
@@ -39,7 +39,10 @@ export function printTable(rows: readonly Row[]): void {
 }
 
 /** Writes the rows with the machine, the versions and the commit. */
-export function writeResults(name: string, rows: readonly Row[]): string {
+export function writeResults(name: string, rows: readonly Row[], stores: Record<string, string> = {}): string {
+  const packageVersion = (packageName: string) =>
+    JSON.parse(readFileSync(new URL(`../node_modules/${packageName}/package.json`, import.meta.url), 'utf8')).version
+  const packages = ['fastify', '@node-rs/argon2', 'ioredis', 'pg', 'autocannon']
   const git = (...args: string[]) => execFileSync('git', args, { encoding: 'utf8' }).trim()
   const result = {
     at: new Date().toISOString(),
@@ -51,7 +54,11 @@ export function writeResults(name: string, rows: readonly Row[]): string {
       memoryGib: Math.round(totalmem() / 2 ** 30),
       system: `${platform()} ${release()} ${arch()}`
     },
-    versions: { node: process.version, v8: process.versions.v8, uv: process.versions.uv },
+    versions: {
+      node: process.version,
+      ...stores,
+      ...Object.fromEntries(packages.map((packageName) => [packageName, packageVersion(packageName)]))
+    },
     rows: rows.map((row) => ({ ...row, met: met(row) }))
   }
   mkdirSync(resultsFolder, { recursive: true })

@@ -24,15 +24,21 @@ if (name === 'compare') {
 } else {
   const chosen = name === 'all' ? Object.values(benches) : [benches[name]]
   const rows: Row[] = []
-  for (const bench of chosen) {
-    if (bench === undefined) throw new Error(`no benchmark ${name}; there are ${Object.keys(benches).join(', ')}`)
-    const lab = await Lab.open()
-    try {
-      rows.push(...(bench === limit ? await limit(lab, short) : await bench(lab)))
-    } finally {
-      await lab.close()
+  let storeVersions: Record<string, string> | undefined
+  try {
+    for (const bench of chosen) {
+      if (bench === undefined) throw new Error(`no benchmark ${name}; there are ${Object.keys(benches).join(', ')}`)
+      const lab = await Lab.open()
+      try {
+        rows.push(...(bench === limit ? await limit(lab, short) : await bench(lab)))
+        storeVersions ??= await lab.versions()
+      } finally {
+        await lab.close()
+      }
     }
+  } finally {
+    // What was measured before a benchmark failed is not lost.
+    printTable(rows)
+    if (!short && rows.length > 0) process.stdout.write(`\n${writeResults(name, rows, storeVersions)}\n`)
   }
-  printTable(rows)
-  if (!short) process.stdout.write(`\n${writeResults(name, rows)}\n`)
 }
