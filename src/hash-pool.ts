@@ -28,7 +28,7 @@ type Answer = { result: string | boolean } | { error: unknown }
 const newestWeight = 0.1
 
 /** How much lower than the event loop's the threads' priority is, on Linux, in steps of nice(2). */
-const niceness = 5
+const niceness = 10
 
 /** Nobody waits for the job any more, and it has not begun. As an outcome for whoever may still listen: ask again. */
 export class ClientGone extends Refusal {

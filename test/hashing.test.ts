@@ -62,7 +62,7 @@ t.test(
     const pool = new HashPool(3, { memoryCost: 64, timeCost: 1, parallelism: 1 })
     t.teardown(() => pool.close())
     await pool.ready()
-    t.equal(niceness().filter((nice) => nice === getPriority() + 5).length, 3)
+    t.equal(niceness().filter((nice) => nice === getPriority() + 10).length, 3)
   }
 )
 
