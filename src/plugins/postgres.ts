@@ -1,6 +1,7 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import fastifyPostgres from '@fastify/postgres'
 import fp from 'fastify-plugin'
-import type { QueryConfig, QueryResult, QueryResultRow } from 'pg'
+import pg, { type ClientConfig, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
 import type { Config } from '../config.js'
 import { publicError } from '../logging.js'
 import { Refusal } from '../replies.js'
@@ -23,17 +24,19 @@ declare module 'fastify' {
 /** The service's own pool, beside any that a host application has registered. */
 const poolName = 'mobileSignup'
 
+/** The longest pause between two tries whether Postgres answers again. */
+const retryMaxMs = 1_000
+
 export const postgres = fp<Pick<Config, 'databaseUrl' | 'pgPoolMax' | 'storeTimeoutMs'>>(
   async (fastify, { databaseUrl, pgPoolMax, storeTimeoutMs }) => {
-    await fastify.register(fastifyPostgres, {
-      name: poolName,
+    const connection = {
       connectionString: databaseUrl,
       application_name: 'mobile-signup',
-      max: pgPoolMax,
       connectionTimeoutMillis: storeTimeoutMs,
       query_timeout: storeTimeoutMs,
       statement_timeout: storeTimeoutMs
-    })
+    }
+    await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = fastify.pg[poolName]?.pool
     if (pool === undefined) throw new Error('@fastify/postgres made no pool')
 
@@ -42,13 +45,50 @@ export const postgres = fp<Pick<Config, 'databaseUrl' | 'pgPoolMax' | 'storeTime
 
     await waitForStore('Postgres', () => pool.query('SELECT 1'))
 
+    // While Postgres does not answer, each statement would wait for its timeout. So after a failure that Postgres did not
+    // tell itself, a connection beside the pool tries whether it answers; until it does, statements fail at once.
+    let unanswering: unknown
+    let trying = false
+    let closed = false
+    fastify.addHook('onClose', async () => {
+      closed = true
+    })
+    async function tryConnection(): Promise<void> {
+      if (trying) return
+      trying = true
+      while (!closed) {
+        unanswering = await failureOf(connection)
+        if (unanswering === undefined) break
+        await sleep(Math.random() * retryMaxMs, undefined, { ref: false })
+      }
+      trying = false
+    }
+
     fastify.decorate('sql', async <Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]) => {
+      if (unanswering !== undefined) throw new Refusal('storage_unavailable', publicError(unanswering))
       try {
         return await pool.query<Row>({ ...statement, values })
       } catch (cause) {
+        if (!(cause instanceof pg.DatabaseError)) tryConnection()
         throw new Refusal('storage_unavailable', publicError(cause))
       }
     })
   },
   { fastify: '5.x', name: 'postgres' }
 )
+
+/** Why Postgres does not answer; undefined if it does. */
+async function failureOf(connection: ClientConfig): Promise<unknown> {
+  const client = new pg.Client(connection)
+  // It has an end of its own below.
+  client.on('error', () => undefined)
+  try {
+    await client.connect()
+    await client.query('SELECT 1')
+    return undefined
+  } catch (error) {
+    return error
+  } finally {
+    client.end().catch(() => undefined)
+  }
+}
