@@ -30,7 +30,7 @@ export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { 
   if (!fastify.hasPlugin('envelope')) await fastify.register(envelope, config)
   await fastify.register(postgres, config)
   await fastify.register(redis, config)
-  await fastify.register(codes)
+  await fastify.register(codes, config)
   await fastify.register(passwords, config)
   await fastify.register(users)
   await fastify.register(sessions, config)

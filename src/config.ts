@@ -23,6 +23,8 @@ export interface Config {
   readonly defaultLanguage: Language
   /** Characters. */
   readonly passwordMin: number
+  /** The wrong guesses that use a code up. */
+  readonly smsCodeAttempts: number
   readonly hashMemoryKib: number
   readonly hashPasses: number
   readonly hashThreads: number
@@ -246,6 +248,7 @@ export function loadConfig(env: Environment): Config {
     defaultLanguage: read('DEFAULT_LANGUAGE', oneOf(...languages), 'zh'),
     // NIST SP 800-63B asks for 8 at the least.
     passwordMin: read('PASSWORD_MIN', integer(production ? 8 : 1, passwordMax), 8),
+    smsCodeAttempts: read('SMS_CODE_ATTEMPTS', integer(1, 1_000), 1),
     hashMemoryKib,
     hashPasses,
     hashThreads: read('HASH_THREADS', integer(1, 1_024), availableParallelism()),

@@ -1,6 +1,6 @@
 import { verify } from '@node-rs/argon2'
 import t from 'tap'
-import { build, holdInserts, holdRedisWrites, issueCode, post, redis, signUpBody, until, userRow } from './helper.js'
+import { build, holdInserts, issueCode, post, signUpBody, until, userRow } from './helper.js'
 
 /** Two instances of the service, which take the requests in turn. */
 async function twoInstances(t: Parameters<typeof build>[0]) {
@@ -17,19 +17,43 @@ const statuses = async (replies: ReturnType<typeof post>[]) => {
 
 t.test('G1: of 50 simultaneous sign-ups with one code, on two instances, exactly one completes', async (t) => {
   const send = await twoInstances(t)
+  const first = await signUpBody()
+  const bodies = await Promise.all(Array.from({ length: 50 }, () => signUpBody({ mobile: first.mobile })))
+  await issueCode(first.mobile, first.sms_code)
+  // The barrier: whoever takes the code stands before the table until all others have their answer.
+  const inserts = await holdInserts()
+  let answered = 0
+  const replies = bodies.map((body, n) =>
+    send(n, { ...body, sms_code: first.sms_code }).then((reply) => {
+      answered++
+      return reply
+    })
+  )
+  await until(async () => answered === 49)
+  await inserts.release()
+  t.strictSame(await statuses(replies), { 201: 1, 503: 49 })
+  t.equal((await userRow(first.mobile)).length, 1)
+})
+
+t.test('G5: of 50 simultaneous sends of one request each ends, asked again, in the same success', async (t) => {
+  const send = await twoInstances(t)
   const body = await signUpBody()
-  // The barrier: Redis executes nothing until all 50 commands have arrived on the two connections.
-  const writes = await holdRedisWrites()
-  const replies = Array.from({ length: 50 }, (_, n) => send(n, body))
-  const command = `*2\r\n$6\r\ngetdel\r\n$20\r\nsms_code_${body.mobile}\r\n`
-  await until(async () => {
-    const waiting = [...String(await redis.client('LIST')).matchAll(/ flags=b.* qbuf=(\d+)/g)]
-    // Of each connection the first command is held, and 24 wait behind it.
-    return waiting.length === 2 && waiting.every(([, bytes]) => Number(bytes) >= 24 * command.length)
-  })
-  await writes.release()
-  t.strictSame(await statuses(replies), { 201: 1, 422: 49 })
-  t.equal((await userRow(body.mobile)).length, 1)
+  const replies = await Promise.all(
+    Array.from({ length: 50 }, async (_, n) => {
+      let reply = await send(n, body)
+      while (reply.statusCode === 503) {
+        t.strictSame([reply.json().errno, reply.headers['retry-after']], ['4500', '1'])
+        reply = await send(n, body)
+      }
+      return reply
+    })
+  )
+  const [row] = await userRow(body.mobile)
+  for (const reply of replies) {
+    t.strictSame([reply.statusCode, reply.json().data.user_id, reply.json().data.session], [201, row.id, true])
+  }
+  const replayed = replies.filter(({ headers }) => headers['idempotent-replayed'] === 'true')
+  t.equal(replayed.length, 49)
 })
 
 t.test('G2: of 50 simultaneous sign-ups of one mobile with 50 passwords exactly one gets 201', async (t) => {

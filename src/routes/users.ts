@@ -2,7 +2,8 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import { bodyMaxBytes, type Config } from '../config.js'
 import { passwordFault } from '../password-policy.js'
-import type { TakenCode } from '../plugins/codes.js'
+import type { Attempt, CompletedSignUp } from '../plugins/codes.js'
+import type { SessionUser } from '../plugins/sessions.js'
 import { repliesWith } from '../replies.js'
 
 /** A required text: absent, null and "" are all the same fault. Half a surrogate pair is no text. */
@@ -48,34 +49,85 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
   })
 
   async function signUp(request: SignUpRequest, reply: FastifyReply) {
-    const { mobile, sms_code: code, password } = request.body
+    const { mobile, sms_code: code } = request.body
     const fault = passwordFault(request.body, passwordMin)
     if (fault !== undefined) return reply.outcome(fault)
 
     const retryAfter = fastify.passwords.retryAfterSeconds()
     if (retryAfter !== undefined) return reply.header('retry-after', retryAfter).outcome('busy')
 
-    const taken = await fastify.codes.take(mobile, code)
-    if (taken === undefined) return reply.outcome('wrong_code')
+    const take = await fastify.codes.take(mobile, code)
+    switch (take.state) {
+      case 'taken':
+        return register(request, reply, take)
+      case 'done':
+        return replay(request, reply, take)
+      case 'in_progress':
+        return reply.outcome('busy')
+      case 'wrong':
+        return reply.outcome('wrong_code')
+    }
+  }
 
-    const passwordHash = await hashOrPutBack(password, taken, reply)
-    const userId = await fastify.users.insert(mobile, passwordHash)
-    if (userId === undefined) return reply.outcome('mobile_registered')
-
-    const user = { user_id: userId, name: mobile, mobile }
-    const session = await fastify.sessions.start(request, reply, user)
+  async function register(request: SignUpRequest, reply: FastifyReply, attempt: Attempt) {
+    const user = await storeOrPutBack(request.body.password, attempt, reply)
+    if (user === undefined) {
+      await fastify.codes.spend(attempt).catch((err) => logLeft(reply, err))
+      return reply.outcome('mobile_registered')
+    }
+    // In one trip. Without the second a retry has to wait for the lease's end, and then finds the row.
+    const [session] = await Promise.all([
+      fastify.sessions.start(request, reply, user),
+      fastify.codes.complete(attempt, user.user_id).catch((err) => logLeft(reply, err))
+    ])
     return reply.outcome('registered', { ...user, session })
   }
 
-  /** The code of a client that has gone while its work was waiting goes back, and so does that of a hash that failed. */
-  async function hashOrPutBack(password: string, taken: TakenCode, reply: FastifyReply): Promise<string> {
+  /**
+   * The attempt's user in Postgres, by this attempt or by an earlier one whose outcome nobody knew; undefined if the
+   * mobile is registered otherwise. The code goes back when a fault of ours, or the departure of its client, ends this.
+   */
+  async function storeOrPutBack(
+    password: string,
+    attempt: Attempt,
+    reply: FastifyReply
+  ): Promise<SessionUser | undefined> {
+    const { mobile, again } = attempt
+    let mayBeRegistered = again
     try {
-      return await fastify.passwords.hash(password, reply.raw)
+      const passwordHash = await fastify.passwords.hash(password, reply.raw)
+      mayBeRegistered = true
+      const userId = await fastify.users.insert(mobile, passwordHash)
+      if (userId !== undefined) return { user_id: userId, name: mobile, mobile }
+      return again ? await findVerified(mobile, password, reply) : undefined
     } catch (error) {
-      await fastify.codes
-        .putBack(taken)
-        .catch((err) => reply.log.error({ reqId: reply.request.id, err }, 'a code could not be put back'))
+      await fastify.codes.putBack(attempt, mayBeRegistered).catch((err) => logLeft(reply, err))
       throw error
     }
   }
+
+  /** Answers the repeated request of a sign-up that is done. */
+  async function replay(request: SignUpRequest, reply: FastifyReply, { userId, takenAt }: CompletedSignUp) {
+    const { mobile, password } = request.body
+    const user = await findVerified(mobile, password, reply)
+    if (user?.user_id !== userId) {
+      await fastify.codes.countWrongPassword(mobile, takenAt)
+      return reply.outcome('mobile_registered')
+    }
+    const session = await fastify.sessions.start(request, reply, user)
+    return reply.header('idempotent-replayed', 'true').outcome('registered', { ...user, session })
+  }
+
+  /** The user of a mobile if the password is theirs. */
+  async function findVerified(mobile: string, password: string, reply: FastifyReply): Promise<SessionUser | undefined> {
+    const user = await fastify.users.find(mobile)
+    if (user === undefined) return undefined
+    const matches = await fastify.passwords.verify(user.passwordHash, password, reply.raw)
+    return matches ? { user_id: user.id, name: user.name, mobile } : undefined
+  }
+}
+
+/** The marker of an attempt is left as it was: it ends with its lease. */
+function logLeft({ log, request }: FastifyReply, err: unknown): void {
+  log.error({ reqId: request.id, err }, 'an attempt could not be ended in Redis')
 }

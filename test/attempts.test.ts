@@ -1,0 +1,315 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { hash, verify } from '@node-rs/argon2'
+import Fastify, { type FastifyInstance } from 'fastify'
+import fp from 'fastify-plugin'
+import t, { type Test } from 'tap'
+import type { Environment } from '../src/config.js'
+import { codes } from '../src/plugins/codes.js'
+import { envelope } from '../src/plugins/envelope.js'
+import { postgres as postgresPlugin } from '../src/plugins/postgres.js'
+import { redis as redisPlugin } from '../src/plugins/redis.js'
+import { sessions } from '../src/plugins/sessions.js'
+import { users } from '../src/plugins/users.js'
+import { userRoutes } from '../src/routes/users.js'
+import { FaultProxy } from './fault-proxy.js'
+import {
+  build,
+  cookieOf,
+  holdInserts,
+  issueCode,
+  newMobile,
+  post,
+  postgres,
+  redis,
+  signUpBody,
+  stores,
+  testConfig,
+  until,
+  userRow
+} from './helper.js'
+
+/*
+ * The attempt marker: what a retry finds, and what a guess does. docs/guarantees.md has the protocol.
+ */
+
+const markerKey = (mobile: string) => `{sms_code_${mobile}}:attempt`
+const markerOf = async (mobile: string) => JSON.parse((await redis.get(markerKey(mobile))) ?? 'null')
+const brief = (reply: Awaited<ReturnType<typeof post>>) => [reply.statusCode, reply.json().errno]
+
+/** The service with hashes that fail until `hashes.work` is true. */
+async function buildWithFailingHashes(
+  t: Test,
+  env: Environment = {},
+  onFailure: () => Promise<unknown> = async () => {}
+) {
+  const hashes = { work: false }
+  const config = testConfig(env)
+  const failing = fp(
+    async (fastify) => {
+      fastify.decorate('passwords', {
+        retryAfterSeconds: () => undefined,
+        verify: (phc, password) => verify(phc, password),
+        async hash(password) {
+          if (hashes.work) return hash(password)
+          await onFailure()
+          throw new Error('no memory for a hash')
+        }
+      } satisfies FastifyInstance['passwords'])
+    },
+    { name: 'passwords' }
+  )
+  const app = Fastify()
+  t.after(() => app.close())
+  await app.register(
+    async (scope) => {
+      await scope.register(envelope, config)
+      await scope.register(postgresPlugin, config)
+      await scope.register(redisPlugin, config)
+      await scope.register(codes, config)
+      await scope.register(failing)
+      await scope.register(users)
+      await scope.register(sessions, config)
+      await scope.register(userRoutes, config)
+    },
+    { prefix: config.apiPrefix }
+  )
+  return { app, hashes }
+}
+
+/** Settings with a short lease: 500 + 3 × 100 ms. */
+const shortLease = { HASH_MAX_WAIT_MS: '500', STORE_TIMEOUT_MS: '100' }
+
+t.test('G5: the same request again is the same success: user_id, a new session, Idempotent-Replayed', async (t) => {
+  const [here, there] = [await build(t), await build(t)]
+  const body = await signUpBody()
+  const first = await post(here, body)
+  t.equal(first.headers['idempotent-replayed'], undefined)
+  for (const app of [here, there]) {
+    const again = await post(app, body)
+    t.equal(again.statusCode, 201)
+    t.equal(again.headers['idempotent-replayed'], 'true')
+    t.strictSame(again.json(), first.json())
+    const cookie = cookieOf(again)
+    t.not(cookie, cookieOf(first))
+    const session = await app.inject({ url: '/api/v1.0/session', headers: { cookie } })
+    t.equal(session.json().data.user_id, first.json().data.user_id)
+  }
+  const lifeMs = await redis.pttl(markerKey(body.mobile))
+  t.ok(lifeMs > 290_000 && lifeMs <= 300_000, 'for 300 s')
+})
+
+t.test('a replay with another password is 409; the second wrong one ends it', async (t) => {
+  const app = await build(t)
+  const body = await signUpBody()
+  const wrong = { ...body, password: 'another password', password2: 'another password' }
+  t.equal((await post(app, body)).statusCode, 201)
+  t.strictSame(brief(await post(app, wrong)), [409, '4003'])
+  t.equal((await post(app, body)).headers['idempotent-replayed'], 'true', 'after the first it goes on')
+  t.strictSame(brief(await post(app, wrong)), [409, '4003'])
+  t.strictSame(brief(await post(app, body)), [422, '4004'], 'after the second the code is as used as any')
+})
+
+t.test('a replay whose user has been deleted since, or renewed, is not answered with success', async (t) => {
+  const app = await build(t)
+  const body = await signUpBody()
+  t.equal((await post(app, body)).statusCode, 201)
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
+  t.equal((await post(app, body)).statusCode, 409)
+})
+
+t.test(
+  'no secret stands in Redis beside the code: the marker has a keyed MAC, and no trace of the password',
+  async (t) => {
+    const [app, other] = [
+      await build(t),
+      await build(t, { SESSION_SECRET: 'another secret of at least 32 characters' })
+    ]
+    const [here, there] = [await signUpBody({ mobile: newMobile() }), await signUpBody()]
+    await post(app, here)
+    const marker = await markerOf(here.mobile)
+    t.strictSame(Object.keys(marker).sort(), ['at', 'mac', 'state', 'user_id'])
+    t.equal(Buffer.from(marker.mac, 'base64url').length, 32)
+    t.notMatch(JSON.stringify(marker), here.sms_code)
+    await issueCode(there.mobile, here.sms_code)
+    await post(other, { ...there, sms_code: here.sms_code })
+    t.not((await markerOf(there.mobile)).mac, marker.mac)
+  }
+)
+
+t.test('a retry after a rotation of SESSION_SECRET is safe: all secrets verify', async (t) => {
+  const old = 'an old secret of at least thirty-two characters'
+  const [before, after] = [
+    await build(t, { SESSION_SECRET: old }),
+    await build(t, { SESSION_SECRET: `a new secret of at least thirty-two characters,${old}` })
+  ]
+  const body = await signUpBody()
+  t.equal((await post(before, body)).statusCode, 201)
+  t.equal((await post(after, body)).headers['idempotent-replayed'], 'true')
+})
+
+t.test('a code in hand is 503 4500 for whoever presents it again, and 422 for a wrong one', async (t) => {
+  const app = await build(t, { SMS_CODE_ATTEMPTS: '2', STORE_TIMEOUT_MS: '30000' })
+  const body = await signUpBody()
+  const inserts = await holdInserts()
+  const first = post(app, body)
+  await inserts.arrived(1)
+  const again = await post(app, body)
+  t.strictSame([...brief(again), again.headers['retry-after']], [503, '4500', '1'])
+  t.strictSame(brief(await post(app, { ...body, sms_code: 'wrong' })), [422, '4004'])
+  t.strictSame(brief(await post(app, body)), [503, '4500'], 'one guess of two is not the last')
+  await inserts.release()
+  t.equal((await first).statusCode, 201)
+})
+
+t.test(
+  'a wrong guess never makes a right one fail beside it, and ends the marker that could be guessed at',
+  async (t) => {
+    const app = await build(t, { STORE_TIMEOUT_MS: '30000' })
+    const body = await signUpBody()
+    const inserts = await holdInserts()
+    const first = post(app, body)
+    await inserts.arrived(1)
+    t.strictSame(brief(await post(app, { ...body, sms_code: 'wrong' })), [422, '4004'])
+    t.equal(await redis.exists(markerKey(body.mobile)), 0)
+    await inserts.release()
+    t.equal((await first).statusCode, 201)
+    t.equal((await post(app, body)).headers['idempotent-replayed'], 'true', 'and its retry is safe')
+  }
+)
+
+t.test('an attempt whose owner died is taken over when its lease has ended, by the same code alone', async (t) => {
+  const proxy = await FaultProxy.open(stores.redisUrl)
+  t.teardown(() => proxy.close())
+  const app = await build(t, { ...shortLease, REDIS_URL: proxy.url })
+  const body = await signUpBody()
+  // The code is taken and nobody knows: as after a death.
+  proxy.strike(markerKey(body.mobile), { kind: 'drop reply' })
+  t.strictSame(brief(await post(app, body)), [503, '4001'])
+  t.equal(await redis.exists(`sms_code_${body.mobile}`), 0)
+  t.equal((await markerOf(body.mobile)).state, 'pending')
+  const answers = new Set<string>()
+  let reply = await post(app, body)
+  for (; reply.statusCode === 503; reply = await post(app, body)) {
+    answers.add(reply.json().errno)
+    await sleep(20)
+  }
+  t.ok(answers.has('4500'), 'within the lease it is in progress')
+  t.equal(reply.statusCode, 201)
+  t.equal((await userRow(body.mobile)).length, 1)
+})
+
+t.test('an INSERT of unknown outcome: the code is back, and the row’s hash decides about the retry', async (t) => {
+  const app = await build(t, { STORE_TIMEOUT_MS: '300' })
+  for (const samePassword of [true, false]) {
+    const body = await signUpBody()
+    await redis.pexpire(`sms_code_${body.mobile}`, 100_000)
+    const inserts = await holdInserts()
+    t.strictSame(brief(await post(app, body)), [503, '4001'])
+    t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+    const lifeMs = await redis.pttl(`sms_code_${body.mobile}`)
+    t.ok(lifeMs > 90_000 && lifeMs <= 100_000, 'with its remaining life')
+    t.equal((await markerOf(body.mobile)).state, 'unknown')
+    await inserts.release()
+    // The row comes after all.
+    await postgres.query('INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)', [
+      body.mobile,
+      await hash(samePassword ? body.password : 'another password')
+    ])
+    t.equal((await post(app, body)).statusCode, samePassword ? 201 : 409)
+  }
+})
+
+t.test('a conflict uses the code up: 409, and then 422', async (t) => {
+  const app = await build(t)
+  const body = await signUpBody()
+  await post(app, body)
+  const second = await signUpBody({ mobile: body.mobile })
+  t.strictSame(brief(await post(app, second)), [409, '4003'])
+  t.strictSame(brief(await post(app, second)), [422, '4004'])
+})
+
+t.test('a fault before the INSERT: the code is back, and nothing else', async (t) => {
+  const { app } = await buildWithFailingHashes(t)
+  const body = await signUpBody()
+  t.strictSame(brief(await post(app, body)), [500, '4500'])
+  t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+  t.equal(await redis.exists(markerKey(body.mobile)), 0)
+})
+
+t.test('a put-back never overwrites a newer code, nor stands beside one that is in hand', async (t) => {
+  const app = await build(t, { STORE_TIMEOUT_MS: '1000' })
+  const [replaced, overtaken] = [await signUpBody(), await signUpBody()]
+  const inserts = await holdInserts()
+  const first = [post(app, replaced), post(app, overtaken)]
+  await inserts.arrived(2)
+  const newer = await issueCode(replaced.mobile)
+  await sleep(300)
+  const later = { ...overtaken, sms_code: await issueCode(overtaken.mobile) }
+  const second = post(app, later)
+  await inserts.arrived(3)
+
+  for (const reply of first) t.strictSame(brief(await reply), [503, '4001'])
+  t.equal(await redis.get(`sms_code_${replaced.mobile}`), newer)
+  t.equal(await redis.get(`sms_code_${overtaken.mobile}`), null)
+  t.strictSame(brief(await second), [503, '4001'])
+  t.equal(await redis.get(`sms_code_${overtaken.mobile}`), later.sms_code, 'so the newer one finds its place free')
+  await inserts.release()
+})
+
+t.test('SMS_CODE_ATTEMPTS wrong guesses use a code up; one fewer do not, and a new code starts anew', async (t) => {
+  const app = await build(t, { SMS_CODE_ATTEMPTS: '3' })
+  const guess = async (body: object) =>
+    t.strictSame(brief(await post(app, { ...body, sms_code: 'wrong' })), [422, '4004'])
+  const lucky = await signUpBody()
+  await redis.pexpire(`sms_code_${lucky.mobile}`, 100_000)
+  await guess(lucky)
+  await guess(lucky)
+  const lifeMs = await redis.pttl(`sms_code_${lucky.mobile}`)
+  t.ok(lifeMs > 90_000 && lifeMs <= 100_000, 'it stays with its life')
+  t.ok((await redis.pttl(markerKey(lucky.mobile))) <= 100_000, 'and so does the count')
+  t.equal((await post(app, lucky)).statusCode, 201)
+
+  const body = await signUpBody()
+  for (const _ of [1, 2]) await guess(body)
+  await issueCode(body.mobile, body.sms_code.toUpperCase())
+  for (const _ of [1, 2, 3]) await guess(body)
+  t.strictSame(brief(await post(app, { ...body, sms_code: body.sms_code.toUpperCase() })), [422, '4004'])
+})
+
+t.test('a code without an end is taken and put back as such', async (t) => {
+  const { app, hashes } = await buildWithFailingHashes(t)
+  const body = await signUpBody()
+  await redis.persist(`sms_code_${body.mobile}`)
+  await post(app, body)
+  t.equal(await redis.pttl(`sms_code_${body.mobile}`), -1)
+  hashes.work = true
+  t.equal((await post(app, body)).statusCode, 201)
+})
+
+t.test('a Redis that is full takes no code; one that fills up keeps the marker, which its lease ends', async (t) => {
+  const fill = () => redis.config('SET', 'maxmemory', '1')
+  const empty = () => redis.config('SET', 'maxmemory', '0')
+  t.teardown(empty)
+  const app = await build(t)
+  const { app: failing, hashes } = await buildWithFailingHashes(t, shortLease, fill)
+  const [before, between] = [await signUpBody(), await signUpBody()]
+
+  await fill()
+  t.strictSame(brief(await post(app, before)), [503, '4001'])
+  t.equal(await redis.get(`sms_code_${before.mobile}`), before.sms_code)
+  await empty()
+  t.equal((await post(app, before)).statusCode, 201)
+
+  t.strictSame(brief(await post(failing, between)), [500, '4500'])
+  t.equal((await markerOf(between.mobile)).state, 'pending')
+  await empty()
+  hashes.work = true
+  await until(async () => (await post(failing, between)).statusCode === 201)
+})
+
+t.test('a Redis that has forgotten its scripts is given them again', async (t) => {
+  const app = await build(t)
+  t.equal((await post(app, await signUpBody())).statusCode, 201)
+  await redis.script('FLUSH')
+  t.equal((await post(app, await signUpBody())).statusCode, 201)
+})
