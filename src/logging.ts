@@ -10,6 +10,9 @@ export function maskMobiles(text: string): string {
   return text.replace(mobiles, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
 }
 
+/** Redis quotes the arguments of a command that it does not know. */
+const publicText = (text: string) => maskMobiles(text.replace(/,? with args beginning with:.*/g, ''))
+
 /**
  * A store's error as it may leave the service: no field but these, and no mobile. The original has the arguments of a
  * failed Redis command (`command.args`) and the key of a Postgres conflict (`detail`), and loggers print all there is.
@@ -17,8 +20,8 @@ export function maskMobiles(text: string): string {
 export function publicError(error: unknown): Error {
   if (!(error instanceof Error)) return new Error('not an error')
   const { name, code } = { code: undefined, ...error, name: error.name }
-  const copy = new Error(maskMobiles(error.message))
-  return Object.assign(copy, { name, stack: maskMobiles(error.stack ?? ''), ...(code !== undefined && { code }) })
+  const copy = new Error(publicText(error.message))
+  return Object.assign(copy, { name, stack: publicText(error.stack ?? ''), ...(code !== undefined && { code }) })
 }
 
 /** How long a line of the log may wait for others to be written with. */

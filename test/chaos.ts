@@ -45,6 +45,7 @@ function mulberry32(state: number): () => number {
 class Instance {
   url: string | undefined
   private process: ChildProcess | undefined
+  private failedStarts = 0
 
   constructor(private readonly env: Record<string, string>) {}
 
@@ -56,11 +57,17 @@ class Instance {
     this.process = child
     let log = ''
     child.stdout.on('data', (chunk) => {
+      // A child that was killed may still have something to say.
+      if (this.process !== child) return
       log = `${log}${chunk}`.slice(-10_000)
       this.url ??= /Server listening at (http:[^"]+)/.exec(log)?.[1]
     })
     while (this.url === undefined) {
-      if (child.exitCode !== null) return this.start()
+      if (child.exitCode !== null) {
+        // A store may have been away for longer than a start waits.
+        if (++this.failedStarts > 3) throw new Error(`an instance does not start: ${log}`)
+        return this.start()
+      }
       await sleep(20)
     }
   }
@@ -71,6 +78,13 @@ class Instance {
     this.url = undefined
     this.process.kill('SIGKILL')
     await exit
+  }
+
+  /** Neither dead nor alive for a while: its leases end, and it goes on. */
+  async pause(ms: number): Promise<void> {
+    this.process?.kill('SIGSTOP')
+    await sleep(ms)
+    this.process?.kill('SIGCONT')
   }
 
   /** @returns the exit code after SIGTERM */
@@ -144,7 +158,7 @@ async function faults(): Promise<void> {
     await sleep(between(200, 1_500))
     const proxy = oneOf(redisProxy, postgresProxy)
     const store = proxy === redisProxy ? 'Redis' : 'Postgres'
-    switch (oneOf('kill', 'kill', 'restart', 'cut', 'cut', 'stall')) {
+    switch (oneOf('kill', 'kill', 'pause', 'restart', 'cut', 'cut', 'stall')) {
       case 'kill': {
         const instance = oneOf(...instances)
         await instance.kill()
@@ -153,6 +167,10 @@ async function faults(): Promise<void> {
         await instance.start()
         break
       }
+      case 'pause':
+        await oneOf(...instances).pause(between(500, 3_000))
+        count('instances paused')
+        break
       case 'restart': {
         const mode = oneOf('fast', 'immediate')
         await stores.restartPostgres(mode)

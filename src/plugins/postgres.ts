@@ -18,6 +18,8 @@ declare module 'fastify' {
      * @throws {Refusal} `storage_unavailable` when Postgres fails or does not answer in `STORE_TIMEOUT_MS`
      */
     sql<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
+    /** @throws {Refusal} `storage_unavailable` while Postgres is known not to answer */
+    requirePostgres(): void
   }
 }
 
@@ -64,8 +66,12 @@ export const postgres = fp<Pick<Config, 'databaseUrl' | 'pgPoolMax' | 'storeTime
       trying = false
     }
 
-    fastify.decorate('sql', async <Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]) => {
+    function requirePostgres(): void {
       if (unanswering !== undefined) throw new Refusal('storage_unavailable', publicError(unanswering))
+    }
+    fastify.decorate('requirePostgres', requirePostgres)
+    fastify.decorate('sql', async <Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]) => {
+      requirePostgres()
       try {
         return await pool.query<Row>({ ...statement, values })
       } catch (cause) {
@@ -87,7 +93,8 @@ async function failureOf(connection: ClientConfig): Promise<unknown> {
     await client.query('SELECT 1')
     return undefined
   } catch (error) {
-    return error
+    // What Postgres tells itself, as that it has no connection left, is an answer.
+    return error instanceof pg.DatabaseError ? undefined : error
   } finally {
     client.end().catch(() => undefined)
   }
