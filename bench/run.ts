@@ -7,6 +7,7 @@
 import { compare } from './compare.js'
 import { Lab } from './lab.js'
 import { limit } from './limit.js'
+import { login } from './login.js'
 import { overhead } from './overhead.js'
 import { overload } from './overload.js'
 import { priority } from './priority.js'
@@ -14,7 +15,15 @@ import { refusals } from './refusals.js'
 import { printTable, type Row, writeResults } from './report.js'
 import { scale } from './scale.js'
 
-const benches: Record<string, (lab: Lab) => Promise<Row[]>> = { limit, priority, overload, overhead, refusals, scale }
+const benches: Record<string, (lab: Lab) => Promise<Row[]>> = {
+  limit,
+  priority,
+  overload,
+  overhead,
+  refusals,
+  login,
+  scale
+}
 
 const [name = 'all', ...args] = process.argv.slice(2)
 const short = args.includes('--short')

@@ -12,9 +12,13 @@ import { passwords } from './plugins/passwords.js'
 import { postgres } from './plugins/postgres.js'
 import { redis } from './plugins/redis.js'
 import { sessions } from './plugins/sessions.js'
+import { sms } from './plugins/sms.js'
+import { throttles } from './plugins/throttles.js'
 import { users } from './plugins/users.js'
+import { work } from './plugins/work.js'
 import { outcomes } from './replies.js'
 import { sessionRoutes } from './routes/sessions.js'
+import { smsCodeRoutes } from './routes/sms-codes.js'
 import { userRoutes } from './routes/users.js'
 
 const jsonType = 'application/json; charset=utf-8'
@@ -34,8 +38,14 @@ export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { 
   await fastify.register(passwords, config)
   await fastify.register(users)
   await fastify.register(sessions, config)
+  await fastify.register(throttles)
+  await fastify.register(work)
   await fastify.register(userRoutes, { passwordMin: config.passwordMin })
   await fastify.register(sessionRoutes)
+  if (config.sms) {
+    await fastify.register(sms, config)
+    await fastify.register(smsCodeRoutes, config)
+  }
 }
 
 /** Builds the service, ready to listen. The log goes to standard output, or to a stream as JSON lines. */

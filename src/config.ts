@@ -23,8 +23,22 @@ export interface Config {
   readonly defaultLanguage: Language
   /** Characters. */
   readonly passwordMin: number
+  /** Whether this service sends the codes; if not, another writes them to Redis. */
+  readonly sms: boolean
   /** The wrong guesses that use a code up. */
   readonly smsCodeAttempts: number
+  readonly smsCodeTtlS: number
+  /** Seconds between two codes for a mobile; of this and of the four below 0 is no limit. */
+  readonly smsResendS: number
+  /** Codes for a mobile in 24 hours. */
+  readonly smsDailyMax: number
+  /** Codes in an hour: for an address, for the first seven digits of a mobile, for all. */
+  readonly smsIpHourlyMax: number
+  readonly smsPrefixHourlyMax: number
+  readonly smsHourlyMax: number
+  /** Where codes are posted; absent outside production, where they may stay in Redis and, embedded, in the log. */
+  readonly smsWebhookUrl: string | undefined
+  readonly smsWebhookSecret: string | undefined
   readonly hashMemoryKib: number
   readonly hashPasses: number
   readonly hashThreads: number
@@ -34,6 +48,8 @@ export interface Config {
   readonly logLevel: (typeof logLevels)[number]
   /** Whether `server.ts` applies pending migrations at start. */
   readonly migrate: boolean
+  /** Whether the service brings its own stores, for a first look at it. */
+  readonly embedded: boolean
 }
 
 /** A bad environment: the message has a line for each bad variable. */
@@ -142,6 +158,9 @@ const url = (...schemes: string[]): Variable<string> => ({
     // A list of Cluster nodes would parse as a URL, with a comma in its host name.
     if (parsed === undefined || parsed.hostname.includes(',')) throw new Error('its value is not a URL')
     if (!schemes.includes(parsed.protocol)) throw new Error('its value has another scheme')
+    // fetch refuses them, and would name them.
+    if (parsed.protocol.startsWith('http') && (parsed.username || parsed.password))
+      throw new Error('its value has credentials')
     // ioredis takes query parameters for options, and a database that is no number for the first.
     const isRedis = parsed.protocol.startsWith('redis')
     if (isRedis && (parsed.search || !/^\/?\d*$/.test(parsed.pathname)))
@@ -190,9 +209,11 @@ function faultOf(name: string, { expected }: Variable<unknown>, error: unknown):
 /**
  * Reads the configuration from environment variables. An empty variable counts as absent.
  *
+ * @param embedded what the embedded stores add to the environment
  * @throws {ConfigError} which names every bad variable, its value's fault and what is expected, but prints no secret
  */
-export function loadConfig(env: Environment): Config {
+export function loadConfig(given: Environment, embedded?: Environment): Config {
+  const env = { ...given, ...embedded }
   const faults: string[] = []
 
   function read<T>(name: string, variable: Variable<T>, whenAbsent: T): T {
@@ -234,6 +255,12 @@ export function loadConfig(env: Environment): Config {
     )
   }
 
+  const sms = read('SMS', oneOf('on', 'off'), 'on') === 'on'
+  const smsWebhookUrl = read<string | undefined>('SMS_WEBHOOK_URL', url('https:', 'http:'), undefined)
+  if (production && sms && !env.SMS_WEBHOOK_URL) {
+    faults.push('SMS_WEBHOOK_URL: is absent; expected in production, unless SMS=off')
+  }
+
   const config: Config = {
     production,
     port: read('PORT', integer(0, 65_535), 3000),
@@ -248,7 +275,16 @@ export function loadConfig(env: Environment): Config {
     defaultLanguage: read('DEFAULT_LANGUAGE', oneOf(...languages), 'zh'),
     // NIST SP 800-63B asks for 8 at the least.
     passwordMin: read('PASSWORD_MIN', integer(production ? 8 : 1, passwordMax), 8),
+    sms,
     smsCodeAttempts: read('SMS_CODE_ATTEMPTS', integer(1, 1_000), 1),
+    smsCodeTtlS: read('SMS_CODE_TTL_S', integer(1, 86_400), 300),
+    smsResendS: read('SMS_RESEND_S', integer(0, 86_400), 60),
+    smsDailyMax: read('SMS_DAILY_MAX', integer(0, 1_000_000), 10),
+    smsIpHourlyMax: read('SMS_IP_HOURLY_MAX', integer(0, 1_000_000_000), 20),
+    smsPrefixHourlyMax: read('SMS_PREFIX_HOURLY_MAX', integer(0, 1_000_000_000), 200),
+    smsHourlyMax: read('SMS_HOURLY_MAX', integer(0, 1_000_000_000), 0),
+    smsWebhookUrl,
+    smsWebhookSecret: env.SMS_WEBHOOK_SECRET || undefined,
     hashMemoryKib,
     hashPasses,
     hashThreads: read('HASH_THREADS', integer(1, 1_024), availableParallelism()),
@@ -256,7 +292,8 @@ export function loadConfig(env: Environment): Config {
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10),
     storeTimeoutMs: read('STORE_TIMEOUT_MS', integer(1, 60_000), 1_000),
     logLevel: read('LOG_LEVEL', oneOf(...logLevels), 'info'),
-    migrate: read('MIGRATE', flag, true)
+    migrate: read('MIGRATE', flag, true),
+    embedded: embedded !== undefined
   }
   if (faults.length > 0) throw new ConfigError(faults)
   return Object.freeze(config)

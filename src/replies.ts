@@ -17,6 +17,9 @@ interface Outcome extends Record<Language, string> {
  */
 export const outcomes = {
   registered: { status: 201, errno: '0', zh: '注册成功', en: 'Registered' },
+  logged_in: { status: 201, errno: '0', zh: '登录成功', en: 'Logged in' },
+  code_sent: { status: 202, errno: '0', zh: '发送成功', en: 'Sent' },
+  password_reset: { status: 200, errno: '0', zh: '密码已重置', en: 'Password reset' },
   session_found: { status: 200, errno: '0', zh: '成功', en: 'OK' },
   logged_out: { status: 200, errno: '0', zh: '退出成功', en: 'Logged out' },
   missing_parameter: { status: 400, errno: '4103', zh: '参数不完整', en: 'A required parameter is missing' },
@@ -35,8 +38,16 @@ export const outcomes = {
   wrong_code: { status: 422, errno: '4004', zh: '短信验证码错误', en: 'Wrong SMS code' },
   mobile_registered: { status: 409, errno: '4003', zh: '手机号已存在', en: 'Mobile already registered' },
   not_logged_in: { status: 401, errno: '4101', zh: '用户未登录', en: 'Not logged in' },
+  wrong_login: { status: 401, errno: '4102', zh: '用户名或密码错误', en: 'Wrong mobile or password' },
   no_such_route: { status: 404, errno: '4201', zh: '非法请求', en: 'No such route' },
   bad_request: { status: 400, errno: '4201', zh: '非法请求', en: 'Bad request' },
+  too_many_requests: {
+    status: 429,
+    errno: '4201',
+    zh: '请求过于频繁，请稍后重试',
+    en: 'Too many requests',
+    retryAfterSeconds: 60
+  },
   storage_unavailable: {
     status: 503,
     errno: '4001',
@@ -45,6 +56,13 @@ export const outcomes = {
     retryAfterSeconds: 1
   },
   busy: { status: 503, errno: '4500', zh: '服务繁忙，请稍后重试', en: 'Busy, try again', retryAfterSeconds: 1 },
+  sms_gateway_unavailable: {
+    status: 503,
+    errno: '4301',
+    zh: '第三方系统错误',
+    en: 'SMS gateway unavailable',
+    retryAfterSeconds: 5
+  },
   internal_error: { status: 500, errno: '4500', zh: '内部错误', en: 'Internal error' }
 } as const satisfies Record<string, Outcome>
 

@@ -14,7 +14,7 @@ try {
 
 async function main(): Promise<void> {
   const stores = isEmbedded(process.env) ? await EmbeddedStores.prepare('.data') : undefined
-  const config = loadConfig({ ...process.env, ...stores?.environment(process.env) })
+  const config = loadConfig(process.env, stores?.environment(process.env))
   await stores?.start()
 
   const app = await buildApp(config, stores ? await prettyLog() : jsonLog())

@@ -1,3 +1,4 @@
+import { EventEmitter, once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { hash, verify } from '@node-rs/argon2'
 import Fastify, { type FastifyInstance } from 'fastify'
@@ -10,6 +11,7 @@ import { postgres as postgresPlugin } from '../src/plugins/postgres.js'
 import { redis as redisPlugin } from '../src/plugins/redis.js'
 import { sessions } from '../src/plugins/sessions.js'
 import { users } from '../src/plugins/users.js'
+import { work } from '../src/plugins/work.js'
 import { userRoutes } from '../src/routes/users.js'
 import { FaultProxy } from './fault-proxy.js'
 import {
@@ -36,23 +38,18 @@ const markerKey = (mobile: string) => `{sms_code_${mobile}}:attempt`
 const markerOf = async (mobile: string) => JSON.parse((await redis.get(markerKey(mobile))) ?? 'null')
 const brief = (reply: Awaited<ReturnType<typeof post>>) => [reply.statusCode, reply.json().errno]
 
-/** The service with hashes that fail until `hashes.work` is true. */
-async function buildWithFailingHashes(
-  t: Test,
-  env: Environment = {},
-  onFailure: () => Promise<unknown> = async () => {}
-) {
-  const hashes = { work: false }
+/** The service with something before each hash: a barrier, or a failure. */
+async function buildWithHashesAfter(t: Test, before: () => Promise<void>, env: Environment = {}) {
   const config = testConfig(env)
-  const failing = fp(
+  const delayed = fp(
     async (fastify) => {
       fastify.decorate('passwords', {
         retryAfterSeconds: () => undefined,
-        verify: (phc, password) => verify(phc, password),
+        verify: (phc, password) => verify(phc ?? '', password),
+        isOutdated: () => false,
         async hash(password) {
-          if (hashes.work) return hash(password)
-          await onFailure()
-          throw new Error('no memory for a hash')
+          await before()
+          return hash(password)
         }
       } satisfies FastifyInstance['passwords'])
     },
@@ -66,17 +63,30 @@ async function buildWithFailingHashes(
       await scope.register(postgresPlugin, config)
       await scope.register(redisPlugin, config)
       await scope.register(codes, config)
-      await scope.register(failing)
+      await scope.register(delayed)
       await scope.register(users)
       await scope.register(sessions, config)
+      await scope.register(work)
       await scope.register(userRoutes, config)
     },
     { prefix: config.apiPrefix }
   )
-  return { app, hashes }
+  return app
 }
 
-/** Settings with a short lease: 500 + 3 × 100 ms. */
+/** A hash that cannot be made, at first. */
+function failure() {
+  const hashes = {
+    work: false,
+    fail: async () => {
+      if (!hashes.work) throw new Error('no memory for a hash')
+    }
+  }
+  return hashes
+}
+
+/** Settings with a short lease. */
+const leaseMs = 500 + 3 * 100
 const shortLease = { HASH_MAX_WAIT_MS: '500', STORE_TIMEOUT_MS: '100' }
 
 t.test('G5: the same request again is the same success: user_id, a new session, Idempotent-Replayed', async (t) => {
@@ -107,6 +117,21 @@ t.test('a replay with another password is 409; the second wrong one ends it', as
   t.equal((await post(app, body)).headers['idempotent-replayed'], 'true', 'after the first it goes on')
   t.strictSame(brief(await post(app, wrong)), [409, '4003'])
   t.strictSame(brief(await post(app, body)), [422, '4004'], 'after the second the code is as used as any')
+})
+
+t.test('of many simultaneous replays with wrong passwords two are looked at', async (t) => {
+  const app = await build(t)
+  const body = await signUpBody()
+  await post(app, body)
+  const guesses = Array.from({ length: 20 }, async (_, n) => {
+    const password = `a guess, number ${n}`
+    let reply = await post(app, { ...body, password, password2: password })
+    while (reply.statusCode === 503) reply = await post(app, { ...body, password, password2: password })
+    return reply.statusCode
+  })
+  const answers = await Promise.all(guesses)
+  t.equal(answers.filter((status) => status === 409).length, 2)
+  t.equal(answers.filter((status) => status === 422).length, 18)
 })
 
 t.test('a replay whose user has been deleted since, or renewed, is not answered with success', async (t) => {
@@ -188,12 +213,14 @@ t.test('an attempt whose owner died is taken over when its lease has ended, by t
   t.equal(await redis.exists(`sms_code_${body.mobile}`), 0)
   t.equal((await markerOf(body.mobile)).state, 'pending')
   const answers = new Set<string>()
+  const startedAt = Date.now()
   let reply = await post(app, body)
   for (; reply.statusCode === 503; reply = await post(app, body)) {
     answers.add(reply.json().errno)
     await sleep(20)
   }
   t.ok(answers.has('4500'), 'within the lease it is in progress')
+  t.ok(Date.now() - startedAt < leaseMs + 1_000, 'and not for longer')
   t.equal(reply.statusCode, 201)
   t.equal((await userRow(body.mobile)).length, 1)
 })
@@ -229,7 +256,7 @@ t.test('a conflict uses the code up: 409, and then 422', async (t) => {
 })
 
 t.test('a fault before the INSERT: the code is back, and nothing else', async (t) => {
-  const { app } = await buildWithFailingHashes(t)
+  const app = await buildWithHashesAfter(t, failure().fail)
   const body = await signUpBody()
   t.strictSame(brief(await post(app, body)), [500, '4500'])
   t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
@@ -237,23 +264,34 @@ t.test('a fault before the INSERT: the code is back, and nothing else', async (t
 })
 
 t.test('a put-back never overwrites a newer code, nor stands beside one that is in hand', async (t) => {
-  const app = await build(t, { STORE_TIMEOUT_MS: '1000' })
+  const [app, patient] = [await build(t, { STORE_TIMEOUT_MS: '1000' }), await build(t, { STORE_TIMEOUT_MS: '30000' })]
   const [replaced, overtaken] = [await signUpBody(), await signUpBody()]
   const inserts = await holdInserts()
   const first = [post(app, replaced), post(app, overtaken)]
-  await inserts.arrived(2)
+  await until(async () => (await redis.exists(`sms_code_${replaced.mobile}`, `sms_code_${overtaken.mobile}`)) === 0)
   const newer = await issueCode(replaced.mobile)
-  await sleep(300)
-  const later = { ...overtaken, sms_code: await issueCode(overtaken.mobile) }
-  const second = post(app, later)
-  await inserts.arrived(3)
-
+  const second = post(patient, { ...overtaken, sms_code: await issueCode(overtaken.mobile) })
   for (const reply of first) t.strictSame(brief(await reply), [503, '4001'])
   t.equal(await redis.get(`sms_code_${replaced.mobile}`), newer)
-  t.equal(await redis.get(`sms_code_${overtaken.mobile}`), null)
-  t.strictSame(brief(await second), [503, '4001'])
-  t.equal(await redis.get(`sms_code_${overtaken.mobile}`), later.sms_code, 'so the newer one finds its place free')
+  t.equal(await redis.get(`sms_code_${overtaken.mobile}`), null, 'the place of the newer one is free')
   await inserts.release()
+  t.equal((await second).statusCode, 201)
+})
+
+t.test('a slow owner finds that its code was taken over and done: the same success, not 409', async (t) => {
+  const barrier = new EventEmitter()
+  const [slow, quick] = [
+    await buildWithHashesAfter(t, async () => void (await once(barrier, 'go on'))),
+    await build(t, shortLease)
+  ]
+  const body = await signUpBody()
+  const first = post(slow, body)
+  await until(async () => (await redis.exists(`sms_code_${body.mobile}`)) === 0)
+  await until(async () => (await post(quick, body)).statusCode === 201)
+  barrier.emit('go on')
+  const reply = await first
+  t.equal(reply.statusCode, 201)
+  t.equal((await userRow(body.mobile))[0].id, reply.json().data.user_id)
 })
 
 t.test('SMS_CODE_ATTEMPTS wrong guesses use a code up; one fewer do not, and a new code starts anew', async (t) => {
@@ -271,13 +309,21 @@ t.test('SMS_CODE_ATTEMPTS wrong guesses use a code up; one fewer do not, and a n
 
   const body = await signUpBody()
   for (const _ of [1, 2]) await guess(body)
+  const failing = await buildWithHashesAfter(t, failure().fail, { SMS_CODE_ATTEMPTS: '3' })
+  const spent = await signUpBody()
+  for (const _ of [1, 2]) await guess(spent)
+  t.strictSame(brief(await post(failing, spent)), [500, '4500'])
+  await guess(spent)
+  t.strictSame(brief(await post(app, spent)), [422, '4004'], 'a put-back gives no new guesses')
+
   await issueCode(body.mobile, body.sms_code.toUpperCase())
   for (const _ of [1, 2, 3]) await guess(body)
   t.strictSame(brief(await post(app, { ...body, sms_code: body.sms_code.toUpperCase() })), [422, '4004'])
 })
 
 t.test('a code without an end is taken and put back as such', async (t) => {
-  const { app, hashes } = await buildWithFailingHashes(t)
+  const hashes = failure()
+  const app = await buildWithHashesAfter(t, hashes.fail)
   const body = await signUpBody()
   await redis.persist(`sms_code_${body.mobile}`)
   await post(app, body)
@@ -291,7 +337,12 @@ t.test('a Redis that is full takes no code; one that fills up keeps the marker, 
   const empty = () => redis.config('SET', 'maxmemory', '0')
   t.teardown(empty)
   const app = await build(t)
-  const { app: failing, hashes } = await buildWithFailingHashes(t, shortLease, fill)
+  const hashes = failure()
+  const failing = await buildWithHashesAfter(
+    t,
+    () => (hashes.work ? hashes.fail() : fill().then(hashes.fail)),
+    shortLease
+  )
   const [before, between] = [await signUpBody(), await signUpBody()]
 
   await fill()

@@ -29,7 +29,16 @@ t.test('the defaults are those of the design', async (t) => {
     legacyStatus: false,
     defaultLanguage: 'zh',
     passwordMin: 8,
+    sms: true,
     smsCodeAttempts: 1,
+    smsCodeTtlS: 300,
+    smsResendS: 60,
+    smsDailyMax: 10,
+    smsIpHourlyMax: 20,
+    smsPrefixHourlyMax: 200,
+    smsHourlyMax: 0,
+    smsWebhookUrl: undefined,
+    smsWebhookSecret: undefined,
     hashMemoryKib: 19_456,
     hashPasses: 2,
     hashThreads: availableParallelism(),
@@ -37,7 +46,8 @@ t.test('the defaults are those of the design', async (t) => {
     pgPoolMax: 10,
     storeTimeoutMs: 1_000,
     logLevel: 'info',
-    migrate: true
+    migrate: true,
+    embedded: false
   })
   t.match(sessionSecrets, [/^.{43}$/], 'a secret is made up outside production')
   t.notSame(loadConfig(stores).sessionSecrets, sessionSecrets)
@@ -57,7 +67,16 @@ t.test('every variable is read', async (t) => {
     LEGACY_STATUS: 'true',
     DEFAULT_LANGUAGE: 'en',
     PASSWORD_MIN: '12',
+    SMS: 'on',
     SMS_CODE_ATTEMPTS: '3',
+    SMS_CODE_TTL_S: '120',
+    SMS_RESEND_S: '30',
+    SMS_DAILY_MAX: '5',
+    SMS_IP_HOURLY_MAX: '7',
+    SMS_PREFIX_HOURLY_MAX: '9',
+    SMS_HOURLY_MAX: '11',
+    SMS_WEBHOOK_URL: 'https://gateway/sms',
+    SMS_WEBHOOK_SECRET: 'signs',
     HASH_MEMORY_KIB: '47104',
     HASH_PASSES: '1',
     HASH_THREADS: '5',
@@ -78,7 +97,16 @@ t.test('every variable is read', async (t) => {
     legacyStatus: true,
     defaultLanguage: 'en',
     passwordMin: 12,
+    sms: true,
     smsCodeAttempts: 3,
+    smsCodeTtlS: 120,
+    smsResendS: 30,
+    smsDailyMax: 5,
+    smsIpHourlyMax: 7,
+    smsPrefixHourlyMax: 9,
+    smsHourlyMax: 11,
+    smsWebhookUrl: 'https://gateway/sms',
+    smsWebhookSecret: 'signs',
     hashMemoryKib: 47_104,
     hashPasses: 1,
     hashThreads: 5,
@@ -115,7 +143,15 @@ t.test('a bad value is named, whatever the variable', async (t) => {
     ['LEGACY_STATUS', 'on'],
     ['DEFAULT_LANGUAGE', 'ZH', 'zh-CN'],
     ['PASSWORD_MIN', '0', '129'],
+    ['SMS', 'true', 'off '],
     ['SMS_CODE_ATTEMPTS', '0', '1001'],
+    ['SMS_CODE_TTL_S', '0', '86401'],
+    ['SMS_RESEND_S', '-1', '86401'],
+    ['SMS_DAILY_MAX', '-1', 'none'],
+    ['SMS_IP_HOURLY_MAX', '-1'],
+    ['SMS_PREFIX_HOURLY_MAX', '-1'],
+    ['SMS_HOURLY_MAX', '-1'],
+    ['SMS_WEBHOOK_URL', 'gateway', 'ftp://gateway', 'https://user:pass@gateway'],
     ['HASH_MEMORY_KIB', '7', '4194305'],
     ['HASH_PASSES', '0'],
     ['HASH_THREADS', '0', '1025', 'all'],
@@ -146,8 +182,13 @@ t.test('no secret is printed', async (t) => {
 })
 
 t.test('production asks for the stores, a secret and a strong hash; its cookies are Secure', async (t) => {
-  t.match(faultsOf({ NODE_ENV: 'production' }), [/^DATABASE_URL: /, /^REDIS_URL: /, /^SESSION_SECRET: /])
-  const env = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret }
+  t.match(faultsOf({ NODE_ENV: 'production' }), [
+    /^DATABASE_URL: /,
+    /^REDIS_URL: /,
+    /^SESSION_SECRET: /,
+    /^SMS_WEBHOOK_URL: /
+  ])
+  const env = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret, SMS: 'off' }
   t.equal(loadConfig(env).cookieSecure, true)
   t.match(faultsOf({ ...env, PASSWORD_MIN: '7' }), [/^PASSWORD_MIN: /])
   for (const [kib, passes, accepted] of [

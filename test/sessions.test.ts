@@ -6,7 +6,7 @@ import { build, cookieOf, holdRedisWrites, post, redis, sessionSecret, signUpBod
 
 const notLoggedIn = { errno: '4101', errmsg: '用户未登录' }
 const session = '/api/v1.0/session'
-const production = { NODE_ENV: 'production', HASH_MEMORY_KIB: '7168', HASH_PASSES: '5' }
+const production = { NODE_ENV: 'production', SMS: 'off', HASH_MEMORY_KIB: '7168', HASH_PASSES: '5' }
 
 t.test('the cookie: sid, HttpOnly, SameSite=Lax, Path=/, 86,400 s', async (t) => {
   const app = await build(t)

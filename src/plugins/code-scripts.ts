@@ -6,9 +6,10 @@
  *   mac      the keyed MAC of the code that the attempt took
  *   at       when it took the code, in µs of Redis's clock: tells one attempt from another
  *   ttl      the life that the code had left then, in ms; negative if it had no end
- *   user_id  of a sign-up that is done
- *   guesses  wrong codes so far; `of` is the keyed hash of the code in place that they missed
- *   passwords  wrong ones for a sign-up that is done
+ *   guesses  wrong codes so far, for the code whose keyed hash is `of`
+ *   user_id  of an attempt that is done
+ *   checking when somebody began to ask with a password for the same success, until the answer
+ *   passwords  the wrong ones among them
  *
  * A Redis that is full refuses a script's first write if that needs memory. So such a write comes first: either all of a
  * step happens or nothing.
@@ -32,8 +33,12 @@ local now = time[1] .. string.format('%06d', time[2])
 local known = false
 for n = 6, #ARGV do known = known or marker.mac == ARGV[n] end
 
+local of = code and redis.sha1hex(ARGV[5] .. code)
+if of and marker.of ~= of then marker.of, marker.guesses = of, 0 end
+
 local function take(ttl)
-  local pending = { state = 'pending', mac = ARGV[6], at = now, ttl = ttl }
+  local pending =
+    { state = 'pending', mac = ARGV[6], at = now, ttl = ttl, of = marker.of, guesses = marker.guesses }
   redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(life, ttl))
   return { 'taken', now, ttl, known and 1 or 0 }
 end
@@ -44,16 +49,17 @@ if code == ARGV[1] then
   return taken
 end
 if known then
-  if marker.state == 'done' then return { 'done', marker.user_id, marker.at } end
-  if marker.state == 'pending' and now - marker.at < tonumber(ARGV[3]) then return { 'in_progress' } end
-  return take(marker.ttl)
+  local since = marker.state == 'pending' and marker.at or marker.checking
+  if since and now - since < tonumber(ARGV[3]) then return { 'in_progress' } end
+  if marker.state ~= 'done' then return take(marker.ttl) end
+  marker.checking = now
+  redis.call('SET', KEYS[2], cjson.encode(marker), 'KEEPTTL')
+  return { 'done', marker.user_id, marker.at }
 end
 
 local guessable = marker.state == 'pending' or marker.state == 'unknown'
 if not code and not guessable then return { 'wrong' } end
 
-local of = code and redis.sha1hex(ARGV[5] .. code)
-if of and marker.of ~= of then marker.of, marker.guesses = of, 0 end
 marker.guesses = (marker.guesses or 0) + 1
 if marker.guesses < tonumber(ARGV[2]) then
   local ttl = math.max(redis.call('PTTL', KEYS[2]), redis.call('PTTL', KEYS[1]))
@@ -66,40 +72,73 @@ return { 'wrong' }
 `
 
 /**
- * Ends an attempt that has registered nobody, unless the marker has become another's.
+ * Ends an attempt that has come to nothing. Where another has had its code since, the code and the marker are that one's;
+ * where another code was done meanwhile, only its marker stays.
  *
  * ARGV: the attempt's `at`, `mac` and `ttl`, the marker's life in ms, the code if it goes back or '',
- * 1 if the user may be registered after all, else 0.
+ * 1 if the work may be done after all, else 0. Returns 1, or 0 if another has had the code since.
  */
 export const releaseCode = `
 local stored = redis.call('GET', KEYS[2])
-if stored and cjson.decode(stored).at ~= ARGV[1] then return end
-local ttl = tonumber(ARGV[3])
-if ARGV[5] ~= '' then
-  if ttl > 0 then redis.call('SET', KEYS[1], ARGV[5], 'PX', ttl, 'NX')
-  else redis.call('SET', KEYS[1], ARGV[5], 'NX') end
+local marker = stored and cjson.decode(stored) or {}
+local ours = not stored or marker.at == ARGV[1]
+if marker.mac == ARGV[2] and not ours then return 0 end
+local ttl, life = tonumber(ARGV[3]), tonumber(ARGV[4])
+if ARGV[5] ~= '' and (ours or marker.state == 'done') then
+  if ttl < 0 then redis.call('SET', KEYS[1], ARGV[5], 'NX')
+  else redis.call('SET', KEYS[1], ARGV[5], 'PX', math.max(ttl, 1), 'NX') end
 end
+if not ours then return 1 end
+local left = { of = marker.of, guesses = marker.guesses }
 if ARGV[6] == '1' then
-  local unknown = { state = 'unknown', mac = ARGV[2], at = ARGV[1], ttl = ttl }
-  redis.call('SET', KEYS[2], cjson.encode(unknown), 'PX', math.max(tonumber(ARGV[4]), ttl))
-else
+  left.state, left.mac, left.at, left.ttl = 'unknown', ARGV[2], ARGV[1], ttl
+elseif ARGV[5] == '' or (left.guesses or 0) == 0 then
   redis.call('DEL', KEYS[2])
+  return 1
 end
+redis.call('SET', KEYS[2], cjson.encode(left), 'PX', math.max(life, ttl))
+return 1
 `
 
 /**
- * Counts a wrong password for a sign-up that is done; the second ends its replay.
+ * Ends what has begun with `{'done', …}`. The second wrong password ends the marker, too.
  *
- * KEYS[1] is the marker. ARGV: the sign-up's `at`.
+ * KEYS[1] is the marker. ARGV: the attempt's `at`, 1 if the password was wrong, else 0.
  */
-export const countWrongPassword = `
+export const endReplay = `
 local stored = redis.call('GET', KEYS[1])
 local marker = stored and cjson.decode(stored) or {}
 if marker.state ~= 'done' or marker.at ~= ARGV[1] then return end
-if marker.passwords then
-  redis.call('DEL', KEYS[1])
-else
-  marker.passwords = 1
-  redis.call('SET', KEYS[1], cjson.encode(marker), 'KEEPTTL')
+marker.checking = nil
+marker.passwords = (marker.passwords or 0) + ARGV[2]
+if marker.passwords < 2 then redis.call('SET', KEYS[1], cjson.encode(marker), 'KEEPTTL')
+else redis.call('DEL', KEYS[1]) end
+`
+
+/**
+ * A new code, which starts its guesses anew.
+ *
+ * ARGV: the code, its life in ms. Returns the one that it replaces, or nil, and what life that had left.
+ */
+export const issueCode = `
+local former, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local stored = redis.call('GET', KEYS[2])
+local marker = stored and cjson.decode(stored)
+if marker and marker.of then
+  marker.of, marker.guesses = nil, nil
+  if marker.state then redis.call('SET', KEYS[2], cjson.encode(marker), 'KEEPTTL') else redis.call('DEL', KEYS[2]) end
 end
+return { former, ttl }
+`
+
+/**
+ * ARGV: the code that goes, the one that comes back or '', its life in ms. A code that has come since stays.
+ */
+export const withdrawCode = `
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
+local ttl = tonumber(ARGV[3])
+if ARGV[2] == '' then redis.call('DEL', KEYS[1])
+elseif ttl > 0 then redis.call('SET', KEYS[1], ARGV[2], 'PX', ttl)
+else redis.call('SET', KEYS[1], ARGV[2]) end
 `

@@ -1,8 +1,8 @@
-import { createHmac, hkdfSync } from 'node:crypto'
+import { createHmac, hkdfSync, randomInt } from 'node:crypto'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Config } from '../config.js'
-import { countWrongPassword, releaseCode, takeCode } from './code-scripts.js'
+import { endReplay, issueCode, releaseCode, takeCode, withdrawCode } from './code-scripts.js'
 
 /** A sign-up that has a code in hand, and what it needs to give it up. */
 export interface Attempt {
@@ -33,16 +33,32 @@ export type Take =
   /** Absent, expired, used or wrong. */
   | { readonly state: 'wrong' }
 
+/** A code that this service has made, and the one that it has replaced. */
+export interface IssuedCode {
+  readonly mobile: string
+  readonly code: string
+  readonly former: string | null
+  /** The life that the former one had left; negative if it had no end. */
+  readonly formerTtlMs: number
+}
+
+/** What a code is presented for. What one purpose has begun, another neither repeats nor takes over. */
+type Purpose = 'sign-up' | 'password'
+
 /*
  * docs/guarantees.md has the whole protocol.
  */
 interface Codes {
+  /** Makes six random digits the code of a mobile for `SMS_CODE_TTL_S`. */
+  issue(mobile: string): Promise<IssuedCode>
+  /** Takes back a code that could not be sent: the one before it is there again. */
+  withdraw(issued: IssuedCode): Promise<void>
   /**
    * Takes the SMS code of a mobile, which is gone from then on. A marker in Redis keeps who has it: in the time of a
    * lease nobody else can take it, and afterwards whoever presents it again. A wrong guess counts, and the last of
    * `SMS_CODE_ATTEMPTS` uses the code up.
    */
-  take(mobile: string, presented: string): Promise<Take>
+  take(mobile: string, presented: string, purpose: Purpose): Promise<Take>
   /**
    * Puts the code of an attempt that a fault of ours has ended back with the life that it had, unless a newer one has
    * come.
@@ -50,12 +66,16 @@ interface Codes {
    * @param mayBeRegistered whether the INSERT was sent, so that its row may be there or come yet
    */
   putBack(attempt: Attempt, mayBeRegistered: boolean): Promise<void>
-  /** Ends an attempt that has found its mobile registered: its code is used up. */
-  spend(attempt: Attempt): Promise<void>
+  /**
+   * Ends an attempt that can have no success: its code is used up.
+   *
+   * @returns whether no other attempt has had the code since
+   */
+  spend(attempt: Attempt): Promise<boolean>
   /** Ends an attempt that has registered its user: for 300 s the code, again, is answered with the same success. */
   complete(attempt: Attempt, userId: string): Promise<void>
-  /** Counts a wrong password for a completed sign-up; after the second its code is as used as any. */
-  countWrongPassword(mobile: string, takenAt: string): Promise<void>
+  /** Ends what `done` has begun: meanwhile the code is in progress. After two wrong passwords it is as used as any. */
+  endReplay(mobile: string, takenAt: string, passwordWasWrong: boolean): Promise<void>
 }
 
 declare module 'fastify' {
@@ -72,8 +92,14 @@ type TakeResult =
 declare module 'ioredis' {
   interface RedisCommander<Context> {
     takeCode(code: string, marker: string, ...args: (string | number)[]): Result<TakeResult, Context>
-    releaseCode(code: string, marker: string, ...args: (string | number)[]): Result<null, Context>
-    countWrongPassword(marker: string, takenAt: string): Result<null, Context>
+    releaseCode(code: string, marker: string, ...args: (string | number)[]): Result<0 | 1, Context>
+    endReplay(marker: string, takenAt: string, wrong: 0 | 1): Result<null, Context>
+    issueCode(
+      code: string,
+      marker: string,
+      ...args: (string | number)[]
+    ): Result<[former: string | null, ttlMs: number], Context>
+    withdrawCode(code: string, ...args: (string | number)[]): Result<null, Context>
   }
 }
 
@@ -86,16 +112,22 @@ const markerKey = (mobile: string) => `{${codeKey(mobile)}}:attempt`
 /** How long a marker lives, unless its code would have lived longer: a retry in this time is safe (G5). */
 const markerLifeMs = 300_000
 
-export const codes = fp<Pick<Config, 'sessionSecrets' | 'smsCodeAttempts' | 'hashMaxWaitMs' | 'storeTimeoutMs'>>(
-  async (fastify, { sessionSecrets, smsCodeAttempts, hashMaxWaitMs, storeTimeoutMs }) => {
+export const codes = fp<
+  Pick<Config, 'sessionSecrets' | 'smsCodeAttempts' | 'smsCodeTtlS' | 'hashMaxWaitMs' | 'storeTimeoutMs'>
+>(
+  async (fastify, { sessionSecrets, smsCodeAttempts, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs }) => {
     await fastify.onRedis(async (redis) => {
       redis.defineCommand('takeCode', { numberOfKeys: 2, lua: takeCode })
       redis.defineCommand('releaseCode', { numberOfKeys: 2, lua: releaseCode })
-      redis.defineCommand('countWrongPassword', { numberOfKeys: 1, lua: countWrongPassword })
+      redis.defineCommand('issueCode', { numberOfKeys: 2, lua: issueCode })
+      redis.defineCommand('withdrawCode', { numberOfKeys: 1, lua: withdrawCode })
+      redis.defineCommand('endReplay', { numberOfKeys: 1, lua: endReplay })
     })
 
-    // The whole of an attempt: the wait for a thread and three round trips.
-    const leaseUs = (hashMaxWaitMs + 3 * storeTimeoutMs) * 1_000
+    // G4's bound: the wait for a thread, and the take, the INSERT and the last trip. An attempt may be slower, in a pool
+    // that is full or behind a queue that has grown; then two of them hold the code, and Postgres decides.
+    const leaseMs = hashMaxWaitMs + 3 * storeTimeoutMs
+    const pendingLifeMs = Math.max(markerLifeMs, 2 * leaseMs)
     const derive = (secret: string, purpose: string) => Buffer.from(hkdfSync('sha256', secret, '', purpose, 32))
     // Six digits are soon found from a plain hash. So Redis alone does not tell what the code was.
     const macKeys = sessionSecrets.map((secret) => derive(secret, 'mobile-signup: code of an attempt'))
@@ -109,16 +141,26 @@ export const codes = fp<Pick<Config, 'sessionSecrets' | 'smsCodeAttempts' | 'has
           takenAt,
           mac,
           ttlMs,
-          markerLifeMs,
+          pendingLifeMs,
           back ? code : '',
           mayBeRegistered ? 1 : 0
         )
       )
 
     fastify.decorate('codes', {
-      async take(mobile, presented) {
+      async issue(mobile) {
+        const code = `${randomInt(1_000_000)}`.padStart(6, '0')
+        const [former, formerTtlMs] = await fastify.onRedis((redis) =>
+          redis.issueCode(codeKey(mobile), markerKey(mobile), code, smsCodeTtlS * 1_000)
+        )
+        return { mobile, code, former, formerTtlMs }
+      },
+      async withdraw({ mobile, code, former, formerTtlMs }) {
+        await fastify.onRedis((redis) => redis.withdrawCode(codeKey(mobile), code, former ?? '', formerTtlMs))
+      },
+      async take(mobile, presented, purpose) {
         const macs = macKeys.map((key) =>
-          createHmac('sha256', key).update(`${mobile}:${presented}`).digest('base64url')
+          createHmac('sha256', key).update(`${purpose}:${mobile}:${presented}`).digest('base64url')
         )
         const taken = await fastify.onRedis((redis) =>
           redis.takeCode(
@@ -126,8 +168,8 @@ export const codes = fp<Pick<Config, 'sessionSecrets' | 'smsCodeAttempts' | 'has
             markerKey(mobile),
             presented,
             smsCodeAttempts,
-            leaseUs,
-            markerLifeMs,
+            leaseMs * 1_000,
+            pendingLifeMs,
             guessKey,
             ...macs
           )
@@ -149,14 +191,14 @@ export const codes = fp<Pick<Config, 'sessionSecrets' | 'smsCodeAttempts' | 'has
         await release(attempt, true, mayBeRegistered)
       },
       async spend(attempt) {
-        await release(attempt, false, false)
+        return (await release(attempt, false, false)) === 1
       },
       async complete({ mobile, mac, takenAt }, userId) {
         const marker = { state: 'done', mac, at: takenAt, user_id: userId }
         await fastify.onRedis((redis) => redis.set(markerKey(mobile), JSON.stringify(marker), 'PX', markerLifeMs))
       },
-      async countWrongPassword(mobile, takenAt) {
-        await fastify.onRedis((redis) => redis.countWrongPassword(markerKey(mobile), takenAt))
+      async endReplay(mobile, takenAt, passwordWasWrong) {
+        await fastify.onRedis((redis) => redis.endReplay(markerKey(mobile), takenAt, passwordWasWrong ? 1 : 0))
       }
     } satisfies Codes)
   },

@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import type { Writable } from 'node:stream'
 import fp from 'fastify-plugin'
 import type { Config } from '../config.js'
@@ -17,9 +18,15 @@ interface Passwords {
    * @throws {ClientGone}
    * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
    */
-  hash(password: string, client: Writable): Promise<string>
-  /** Whether a password is that of a PHC string; in the same queue as the hashes. */
-  verify(phc: string, password: string, client: Writable): Promise<boolean>
+  hash(password: string, client?: Writable): Promise<string>
+  /**
+   * Whether a password is that of a PHC string; in the same queue as the hashes.
+   *
+   * @param phc undefined where there is none: false, after the time that it takes with one
+   */
+  verify(phc: string | undefined, password: string, client: Writable): Promise<boolean>
+  /** Whether a PHC string was made with other parameters than are configured. */
+  isOutdated(phc: string): boolean
 }
 
 declare module 'fastify' {
@@ -34,6 +41,8 @@ export const passwords = fp<Pick<Config, 'hashMemoryKib' | 'hashPasses' | 'hashT
     const pool = new HashPool(hashThreads, { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 })
     fastify.addHook('onClose', () => pool.close())
     await pool.ready()
+    const nobodys = await pool.hash(randomUUID())
+    const parameters = nobodys.slice(0, nobodys.indexOf('$', '$argon2id$v=19$'.length) + 1)
 
     fastify.decorate('passwords', {
       retryAfterSeconds() {
@@ -41,7 +50,11 @@ export const passwords = fp<Pick<Config, 'hashMemoryKib' | 'hashPasses' | 'hashT
         return excessMs > 0 ? Math.ceil(excessMs / 1_000) : undefined
       },
       hash: (password, client) => pool.hash(password.normalize('NFKC'), client),
-      verify: (phc, password, client) => pool.verify(phc, password.normalize('NFKC'), client)
+      async verify(phc, password, client) {
+        const matches = await pool.verify(phc ?? nobodys, password.normalize('NFKC'), client)
+        return matches && phc !== undefined
+      },
+      isOutdated: (phc) => !phc.startsWith(parameters)
     } satisfies Passwords)
   },
   { fastify: '5.x', name: 'passwords' }

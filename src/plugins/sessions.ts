@@ -3,6 +3,7 @@ import fastifyCookie, { type CookieSerializeOptions, Signer } from '@fastify/coo
 import fastifySession, { type SessionStore } from '@fastify/session'
 import type { FastifyReply, FastifyRequest, Session } from 'fastify'
 import fp from 'fastify-plugin'
+import type { Result } from 'ioredis'
 import type { Config } from '../config.js'
 
 /** Who is logged in. `user_id` is a 64-bit integer in decimal. */
@@ -24,6 +25,8 @@ interface Sessions {
   userOf(request: FastifyRequest): SessionUser | undefined
   /** Logs out: destroys the request's session, if there is one, and clears the cookie. */
   end(request: FastifyRequest, reply: FastifyReply): Promise<void>
+  /** Destroys all sessions of a user. */
+  endAll(userId: string): Promise<void>
   /** What @fastify/session is registered with around the routes that ask for `userOf` and `end`. */
   readonly options: fastifySession.FastifySessionOptions & { cookieName: string; secret: Signer }
 }
@@ -40,6 +43,30 @@ const lifeSeconds = 86_400
 /** The key is a contract with other services. */
 const keyOf = (sessionId: string) => `session:${sessionId}`
 
+/** The sessions of a user, by their end: a sorted set that ends with the last of them. */
+const indexKey = (userId: string) => `sessions_of:${userId}`
+
+/** So many sessions a user may have; one more ends the oldest. */
+const sessionsMax = 100
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    indexSession(index: string, ...args: (string | number)[]): Result<string[], Context>
+  }
+}
+
+/** ARGV: the session's id, now, its life and the most sessions. Times in s. Returns the ids of those that are too many. */
+const indexSession = `
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[2])
+redis.call('ZADD', KEYS[1], ARGV[2] + ARGV[3], ARGV[1])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+local excess = redis.call('ZCARD', KEYS[1]) - ARGV[4]
+if excess <= 0 then return {} end
+local oldest = redis.call('ZRANGE', KEYS[1], 0, excess - 1)
+redis.call('ZREM', KEYS[1], unpack(oldest))
+return oldest
+`
+
 /**
  * Sessions in Redis behind a signed cookie. A route that starts one needs nothing else; a route that asks who is logged
  * in, or logs out, stands in the scope of {@link loadSessions}.
@@ -55,6 +82,12 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
     const save = (sessionId: string, session: Session) =>
       fastify.onRedis((redis) => redis.set(keyOf(sessionId), JSON.stringify(session), 'EX', lifeSeconds))
     const destroy = (sessionId: string) => fastify.onRedis((redis) => redis.del(keyOf(sessionId)))
+
+    await fastify.onRedis(async (redis) => redis.defineCommand('indexSession', { numberOfKeys: 1, lua: indexSession }))
+    const index = (userId: string, sessionId: string) => {
+      const now = Math.floor(Date.now() / 1_000)
+      return fastify.onRedis((redis) => redis.indexSession(indexKey(userId), sessionId, now, lifeSeconds, sessionsMax))
+    }
 
     const store: SessionStore = {
       set(sessionId, session, done) {
@@ -92,8 +125,13 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
         const expires = new Date(Date.now() + lifeSeconds * 1_000)
         const session = { cookie: { ...attributes, expires, originalMaxAge: lifeSeconds * 1_000 }, ...user }
         try {
-          if (former !== null) await destroy(former)
-          await save(sessionId, session)
+          // In one trip.
+          const [excess] = await Promise.all([
+            index(user.user_id, sessionId),
+            save(sessionId, session),
+            former !== null && destroy(former)
+          ])
+          await Promise.all(excess.map(destroy))
         } catch (err) {
           request.log.error({ reqId: request.id, err }, 'a session could not be stored')
           return false
@@ -108,10 +146,24 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
       },
 
       async end(request, reply) {
-        if (request.cookies[cookieName] === request.session.encryptedSessionId) await request.session.destroy()
+        const { user_id, sessionId } = request.session
+        if (request.cookies[cookieName] === request.session.encryptedSessionId) {
+          if (user_id !== undefined) await fastify.onRedis((redis) => redis.zrem(indexKey(user_id), sessionId))
+          await request.session.destroy()
+        }
         // Or @fastify/session would clear it once more.
         request.cookies[cookieName] = undefined
         reply.clearCookie(cookieName, cookie)
+      },
+
+      async endAll(userId) {
+        const sessionIds = await fastify.onRedis((redis) => redis.zrange(indexKey(userId), 0, '-1'))
+        if (sessionIds.length === 0) return
+        await Promise.all([
+          ...sessionIds.map(destroy),
+          // Those, and not the index: a session may have begun meanwhile.
+          fastify.onRedis((redis) => redis.zrem(indexKey(userId), sessionIds))
+        ])
       }
     } satisfies Sessions)
   },

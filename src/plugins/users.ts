@@ -11,9 +11,16 @@ interface Users {
    */
   insert(mobile: string, passwordHash: string): Promise<string | undefined>
   find(mobile: string): Promise<User | undefined>
+  /**
+   * Gives a user a new password.
+   *
+   * @param former the PHC string that it is to replace, if it must not replace any other
+   * @returns undefined if there was none to replace
+   */
+  setPassword(mobile: string, passwordHash: string, former?: string): Promise<Omit<User, 'passwordHash'> | undefined>
 }
 
-interface User {
+export interface User {
   /** A 64-bit integer in decimal. */
   id: string
   name: string
@@ -38,6 +45,12 @@ const findUser: NamedStatement = {
   text: 'SELECT id, name, password_hash AS "passwordHash" FROM users WHERE mobile = $1'
 }
 
+const setPassword: NamedStatement = {
+  name: 'set_password',
+  text: `UPDATE users SET password_hash = $2 WHERE mobile = $1 AND password_hash = coalesce($3, password_hash)
+         RETURNING id, name`
+}
+
 export const users = fp(
   async (fastify) => {
     fastify.decorate('users', {
@@ -47,6 +60,10 @@ export const users = fp(
       },
       async find(mobile) {
         const { rows } = await fastify.sql<User>(findUser, [mobile])
+        return rows[0]
+      },
+      async setPassword(mobile, passwordHash, former) {
+        const { rows } = await fastify.sql<Omit<User, 'passwordHash'>>(setPassword, [mobile, passwordHash, former])
         return rows[0]
       }
     } satisfies Users)

@@ -4,118 +4,178 @@ import { bodyMaxBytes, type Config } from '../config.js'
 import { passwordFault } from '../password-policy.js'
 import type { Attempt, CompletedSignUp } from '../plugins/codes.js'
 import type { SessionUser } from '../plugins/sessions.js'
-import { repliesWith } from '../replies.js'
+import { type OutcomeName, repliesWith } from '../replies.js'
+import { codeField, LoggedIn, mobileField, passwordField } from './fields.js'
 
-/** A required text: absent, null and "" are all the same fault. Half a surrogate pair is no text. */
-const required = { minLength: 1, format: 'well-formed' }
-
-const SignUp = Type.Object({
-  mobile: Type.String({ ...required, pattern: '^1[3-9]\\d{9}$' }),
-  sms_code: Type.String({ ...required, maxLength: 16 }),
-  password: Type.String(required),
-  password2: Type.String(required)
+/** What proves a mobile and chooses a password. */
+const NewPassword = Type.Object({
+  mobile: mobileField,
+  sms_code: codeField,
+  password: passwordField,
+  password2: passwordField
 })
 
-type SignUpRequest = FastifyRequest<{ Body: Static<typeof SignUp> }>
-
-const Registered = Type.Object({
-  user_id: Type.String(),
-  name: Type.String(),
-  mobile: Type.String(),
-  /** False if the user is registered but the session could not be stored: the client logs in. */
-  session: Type.Boolean()
-})
+type NewPasswordRequest = FastifyRequest<{ Body: Static<typeof NewPassword> }>
 
 export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async (fastify, { passwordMin }) => {
+  const schema = { body: NewPassword, response: repliesWith(LoggedIn) }
   fastify.route({
     method: 'POST',
     url: '/users',
-    schema: { body: SignUp, response: repliesWith(Registered) },
+    schema,
     bodyLimit: bodyMaxBytes,
-    handler(request: SignUpRequest, reply) {
-      const signingUp = signUp(request, reply)
-      running.add(signingUp)
-      const settled = () => running.delete(signingUp)
-      signingUp.then(settled, settled)
-      return signingUp
-    }
+    handler: (request: NewPasswordRequest, reply) => fastify.finish(signUp(request, reply))
+  })
+  fastify.route({
+    method: 'PUT',
+    url: '/users/password',
+    schema,
+    bodyLimit: bodyMaxBytes,
+    handler: (request: NewPasswordRequest, reply) => fastify.finish(resetPassword(request, reply))
   })
 
-  // The server waits for connections. A client that has gone leaves none, but its sign-up still has a code in hand; this
-  // hook runs before those that close the stores, as Fastify takes them from the last to the first.
-  const running = new Set<Promise<unknown>>()
-  fastify.addHook('onClose', async () => {
-    await Promise.allSettled(running)
-  })
-
-  async function signUp(request: SignUpRequest, reply: FastifyReply) {
-    const { mobile, sms_code: code } = request.body
-    const fault = passwordFault(request.body, passwordMin)
-    if (fault !== undefined) return reply.outcome(fault)
-
-    const retryAfter = fastify.passwords.retryAfterSeconds()
-    if (retryAfter !== undefined) return reply.header('retry-after', retryAfter).outcome('busy')
-
-    const take = await fastify.codes.take(mobile, code)
+  async function signUp(request: NewPasswordRequest, reply: FastifyReply) {
+    if (refuse(request, reply)) return reply
+    const { mobile, sms_code: code, password } = request.body
+    const take = await fastify.codes.take(mobile, code, 'sign-up')
     switch (take.state) {
-      case 'taken':
-        return register(request, reply, take)
-      case 'done':
-        return replay(request, reply, take)
-      case 'in_progress':
-        return reply.outcome('busy')
       case 'wrong':
         return reply.outcome('wrong_code')
+      case 'in_progress':
+        return reply.outcome('busy')
+      case 'done':
+        return replay(request, reply, take, 'registered', 'mobile_registered')
+      case 'taken': {
+        const user = await orPutBack(take, reply, async (insertSent) => {
+          const passwordHash = await fastify.passwords.hash(password, reply.raw)
+          insertSent()
+          const userId = await fastify.users.insert(mobile, passwordHash)
+          if (userId !== undefined) return { user_id: userId, name: mobile, mobile }
+          // The row may be that of another attempt with this code: an earlier one whose outcome nobody knew, or a later
+          // one, if the lease has ended meanwhile. Then its hash decides.
+          const alone = await spend(take, reply)
+          return alone && !take.again ? undefined : findVerified(mobile, password, reply)
+        })
+        if (user === undefined) return reply.outcome('mobile_registered')
+        return succeed(request, reply, take, user, 'registered')
+      }
     }
   }
 
-  async function register(request: SignUpRequest, reply: FastifyReply, attempt: Attempt) {
-    const user = await storeOrPutBack(request.body.password, attempt, reply)
-    if (user === undefined) {
-      await fastify.codes.spend(attempt).catch((err) => logLeft(reply, err))
-      return reply.outcome('mobile_registered')
+  async function resetPassword(request: NewPasswordRequest, reply: FastifyReply) {
+    if (refuse(request, reply)) return reply
+    const { mobile, sms_code: code, password } = request.body
+    const take = await fastify.codes.take(mobile, code, 'password')
+    switch (take.state) {
+      case 'wrong':
+        return reply.outcome('wrong_code')
+      case 'in_progress':
+        return reply.outcome('busy')
+      case 'done':
+        return replay(request, reply, take, 'password_reset', 'wrong_code')
+      case 'taken': {
+        const user = await orPutBack(take, reply, async (updateSent) => {
+          const passwordHash = await fastify.passwords.hash(password, reply.raw)
+          updateSent()
+          const row = await fastify.users.setPassword(mobile, passwordHash)
+          if (row === undefined) {
+            await spend(take, reply)
+            return undefined
+          }
+          // Whoever knew the former password is out.
+          await fastify.sessions.endAll(row.id)
+          return { user_id: row.id, name: row.name, mobile }
+        })
+        if (user === undefined) return reply.outcome('wrong_code')
+        return succeed(request, reply, take, user, 'password_reset')
+      }
     }
+  }
+
+  /**
+   * Answers a request whose password will not do, or that would wait too long for a thread. No store is touched.
+   *
+   * @throws {Refusal} while Postgres is known not to answer: the code would be taken, and a password hashed, for nothing
+   */
+  function refuse(request: NewPasswordRequest, reply: FastifyReply): boolean {
+    const fault = passwordFault(request.body, passwordMin)
+    if (fault === undefined) fastify.requirePostgres()
+    const retryAfter = fault === undefined ? fastify.passwords.retryAfterSeconds() : undefined
+    if (fault !== undefined) reply.outcome(fault)
+    else if (retryAfter !== undefined) reply.header('retry-after', retryAfter).outcome('busy')
+    return reply.sent
+  }
+
+  /**
+   * Does what a code was taken for. The code goes back when a fault of ours, or the departure of the client, ends it.
+   *
+   * @param work calls its argument when from then on it may have been done, whatever is heard of it
+   */
+  async function orPutBack<T>(
+    attempt: Attempt,
+    reply: FastifyReply,
+    work: (sent: () => void) => Promise<T>
+  ): Promise<T> {
+    let mayBeDone = attempt.again
+    try {
+      return await work(() => {
+        mayBeDone = true
+      })
+    } catch (error) {
+      await fastify.codes.putBack(attempt, mayBeDone).catch((err) => logLeft(reply, err))
+      throw error
+    }
+  }
+
+  /** Uses a code up. Returns whether no other attempt has had it since; true where Redis does not tell. */
+  async function spend(attempt: Attempt, reply: FastifyReply): Promise<boolean> {
+    try {
+      return await fastify.codes.spend(attempt)
+    } catch (err) {
+      logLeft(reply, err)
+      return true
+    }
+  }
+
+  async function succeed(
+    request: NewPasswordRequest,
+    reply: FastifyReply,
+    attempt: Attempt,
+    user: SessionUser,
+    outcome: OutcomeName
+  ) {
     // In one trip. Without the second a retry has to wait for the lease's end, and then finds the row.
     const [session] = await Promise.all([
       fastify.sessions.start(request, reply, user),
       fastify.codes.complete(attempt, user.user_id).catch((err) => logLeft(reply, err))
     ])
-    return reply.outcome('registered', { ...user, session })
+    return reply.outcome(outcome, { ...user, session })
   }
 
-  /**
-   * The attempt's user in Postgres, by this attempt or by an earlier one whose outcome nobody knew; undefined if the
-   * mobile is registered otherwise. The code goes back when a fault of ours, or the departure of its client, ends this.
-   */
-  async function storeOrPutBack(
-    password: string,
-    attempt: Attempt,
-    reply: FastifyReply
-  ): Promise<SessionUser | undefined> {
-    const { mobile, again } = attempt
-    let mayBeRegistered = again
+  /** Answers the repeated request of an attempt that is done. */
+  async function replay(
+    request: NewPasswordRequest,
+    reply: FastifyReply,
+    { userId, takenAt }: CompletedSignUp,
+    success: OutcomeName,
+    failure: OutcomeName
+  ) {
+    const { mobile, password } = request.body
+    const endReplay = (wrong: boolean) =>
+      fastify.codes.endReplay(mobile, takenAt, wrong).catch((err) => logLeft(reply, err))
+    let user: SessionUser | undefined
     try {
-      const passwordHash = await fastify.passwords.hash(password, reply.raw)
-      mayBeRegistered = true
-      const userId = await fastify.users.insert(mobile, passwordHash)
-      if (userId !== undefined) return { user_id: userId, name: mobile, mobile }
-      return again ? await findVerified(mobile, password, reply) : undefined
+      user = await findVerified(mobile, password, reply)
     } catch (error) {
-      await fastify.codes.putBack(attempt, mayBeRegistered).catch((err) => logLeft(reply, err))
+      await endReplay(false)
       throw error
     }
-  }
-
-  /** Answers the repeated request of a sign-up that is done. */
-  async function replay(request: SignUpRequest, reply: FastifyReply, { userId, takenAt }: CompletedSignUp) {
-    const { mobile, password } = request.body
-    const user = await findVerified(mobile, password, reply)
     if (user?.user_id !== userId) {
-      await fastify.codes.countWrongPassword(mobile, takenAt)
-      return reply.outcome('mobile_registered')
+      await endReplay(true)
+      return reply.outcome(failure)
     }
-    const session = await fastify.sessions.start(request, reply, user)
-    return reply.header('idempotent-replayed', 'true').outcome('registered', { ...user, session })
+    const [session] = await Promise.all([fastify.sessions.start(request, reply, user), endReplay(false)])
+    return reply.header('idempotent-replayed', 'true').outcome(success, { ...user, session })
   }
 
   /** The user of a mobile if the password is theirs. */

@@ -1,0 +1,47 @@
+import { randomUUID } from 'node:crypto'
+import { ConsecutiveBreaker, circuitBreaker, handleAll } from 'cockatiel'
+import fp from 'fastify-plugin'
+import type { Config } from '../config.js'
+import { Refusal } from '../replies.js'
+import { logSender } from '../senders/log.js'
+import { webhookSender } from '../senders/webhook.js'
+
+interface Sms {
+  /**
+   * Sends a code to a mobile.
+   *
+   * @throws {Refusal} `sms_gateway_unavailable`; at once while the gateway keeps failing
+   */
+  send(mobile: string, code: string): Promise<void>
+}
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    sms: Sms
+  }
+}
+
+/** So many failures in a row, and the gateway is left alone. */
+const failuresMax = 5
+
+/** How long it is left alone before one message tries it again. */
+const pauseMs = 5_000
+
+export const sms = fp<Pick<Config, 'smsWebhookUrl' | 'smsWebhookSecret' | 'smsCodeTtlS' | 'embedded'>>(
+  async (fastify, { smsWebhookUrl, smsWebhookSecret, smsCodeTtlS, embedded }) => {
+    const sender =
+      smsWebhookUrl === undefined ? logSender(fastify.log, embedded) : webhookSender(smsWebhookUrl, smsWebhookSecret)
+    const breaker = circuitBreaker(handleAll, { halfOpenAfter: pauseMs, breaker: new ConsecutiveBreaker(failuresMax) })
+
+    fastify.decorate('sms', {
+      async send(mobile, code) {
+        try {
+          await breaker.execute(() => sender({ mobile, code, ttlSeconds: smsCodeTtlS, id: randomUUID() }))
+        } catch (cause) {
+          throw new Refusal('sms_gateway_unavailable', cause)
+        }
+      }
+    } satisfies Sms)
+  },
+  { fastify: '5.x', name: 'sms' }
+)

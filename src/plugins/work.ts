@@ -1,0 +1,30 @@
+import fp from 'fastify-plugin'
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    /**
+     * Keeps the stores open until the work is settled, whatever becomes of the connection that asked for it.
+     *
+     * @returns the work
+     */
+    finish<T>(work: Promise<T>): Promise<T>
+  }
+}
+
+/** Work that a shutdown waits for. The server itself waits for connections, and a client that has gone leaves none. */
+export const work = fp(
+  async (fastify) => {
+    const unfinished = new Set<Promise<unknown>>()
+    fastify.decorate('finish', (work) => {
+      unfinished.add(work)
+      const settled = () => unfinished.delete(work)
+      work.then(settled, settled)
+      return work
+    })
+    // Before those that close the stores: Fastify takes these hooks from the last to the first.
+    fastify.addHook('onClose', async () => {
+      while (unfinished.size > 0) await Promise.allSettled(unfinished)
+    })
+  },
+  { fastify: '5.x', name: 'work', dependencies: ['postgres', 'redis', 'passwords'] }
+)
