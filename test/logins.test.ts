@@ -125,7 +125,7 @@ t.test('a fault of ours is no failure of theirs: 503 4001, not counted', async (
 })
 
 t.test('a hash of other parameters is replaced after a login, and no newer password is overwritten', async (t) => {
-  const [before, after] = [await build(t), await build(t, { HASH_PASSES: '2' })]
+  const [before, after] = [await build(t), await build(t, { HASH_PASSES: '2', STORE_TIMEOUT_MS: '30000' })]
   const { mobile, password } = await registered(before)
   t.equal((await logIn(after, { mobile, password: 'wrong' })).statusCode, 401)
   t.match((await userRow(mobile))[0].password_hash, /m=64,t=1,p=1/)
@@ -155,6 +155,25 @@ t.test('a hash of other parameters is replaced after a login, and no newer passw
     return rows.length === 0
   })
   t.equal((await userRow(raced.mobile))[0].password_hash, newer)
+})
+
+t.test('a login whose password is reset meanwhile leaves no session', async (t) => {
+  const proxy = await FaultProxy.open(stores.redisUrl)
+  t.teardown(() => proxy.close())
+  const app = await build(t, { REDIS_URL: proxy.url })
+  const user = await registered(app)
+  // The session is on its way when the password changes, and all sessions that are there end.
+  const held = proxy.strike('session:', { kind: 'delay', ms: 300 })
+  const reply = logIn(app, user)
+  await held
+  await postgres.query('UPDATE users SET password_hash = $2 WHERE mobile = $1', [
+    user.mobile,
+    await hash('a newer password')
+  ])
+  t.strictSame(brief(await reply), [401, '4102'])
+  t.match((await reply).headers['set-cookie'], /Max-Age=0|Expires=Thu, 01 Jan 1970/)
+  const sessions = await redis.zrange(`sessions_of:${user.userId}`, 0, '-1')
+  t.equal(sessions.length, 1, 'but the one of the sign-up')
 })
 
 t.test('DELETE /session?everywhere=true ends all sessions of the user, and nobody else’s', async (t) => {

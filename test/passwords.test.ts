@@ -47,6 +47,7 @@ t.test('422 4004 for a wrong code and for an unknown mobile, alike; both are use
     t.strictSame([reply.statusCode, reply.json()], [422, { errno: '4004', errmsg: '短信验证码错误' }])
   }
   t.strictSame(await userRow(unknown.mobile), [])
+  t.equal(await redis.exists(`sms_code_${body.mobile}`, `sms_code_${unknown.mobile}`), 0)
 })
 
 t.test('400: the new password keeps the rules of the first', async (t) => {

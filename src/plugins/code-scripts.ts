@@ -116,19 +116,14 @@ else redis.call('DEL', KEYS[1]) end
 `
 
 /**
- * A new code, which starts its guesses anew.
+ * A new code. Its guesses start anew by themselves, as they are counted for another one.
  *
- * ARGV: the code, its life in ms. Returns the one that it replaces, or nil, and what life that had left.
+ * KEYS[1] is the code. ARGV: the new one, its life in ms. Returns the one that it replaces, or nil, and what life that had
+ * left.
  */
 export const issueCode = `
 local former, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-local stored = redis.call('GET', KEYS[2])
-local marker = stored and cjson.decode(stored)
-if marker and marker.of then
-  marker.of, marker.guesses = nil, nil
-  if marker.state then redis.call('SET', KEYS[2], cjson.encode(marker), 'KEEPTTL') else redis.call('DEL', KEYS[2]) end
-end
 return { former, ttl }
 `
 
@@ -139,6 +134,6 @@ export const withdrawCode = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
 local ttl = tonumber(ARGV[3])
 if ARGV[2] == '' then redis.call('DEL', KEYS[1])
-elseif ttl > 0 then redis.call('SET', KEYS[1], ARGV[2], 'PX', ttl)
-else redis.call('SET', KEYS[1], ARGV[2]) end
+elseif ttl < 0 then redis.call('SET', KEYS[1], ARGV[2])
+else redis.call('SET', KEYS[1], ARGV[2], 'PX', math.max(ttl, 1)) end
 `

@@ -4,7 +4,7 @@ import type { Result } from 'ioredis'
 import type { Config } from '../config.js'
 import { endReplay, issueCode, releaseCode, takeCode, withdrawCode } from './code-scripts.js'
 
-/** A sign-up that has a code in hand, and what it needs to give it up. */
+/** A sign-up or a reset that has a code in hand, and what it needs to give it up. */
 export interface Attempt {
   readonly mobile: string
   readonly code: string
@@ -14,12 +14,12 @@ export interface Attempt {
   readonly ttlMs: number
   /** Tells this attempt from any other with the same code. */
   readonly takenAt: string
-  /** Whether an earlier attempt with this code may have registered the user. */
+  /** Whether an earlier attempt with this code may have done its work. */
   readonly again: boolean
 }
 
-/** What a code has led to that is presented again. */
-export interface CompletedSignUp {
+/** The success of a code that is presented again. */
+export interface CompletedAttempt {
   readonly userId: string
   readonly takenAt: string
 }
@@ -27,7 +27,7 @@ export interface CompletedSignUp {
 /** What became of a presented code. */
 export type Take =
   | ({ readonly state: 'taken' } & Attempt)
-  | ({ readonly state: 'done' } & CompletedSignUp)
+  | ({ readonly state: 'done' } & CompletedAttempt)
   /** Another request has it in hand, or had it when its instance died less than a lease ago. */
   | { readonly state: 'in_progress' }
   /** Absent, expired, used or wrong. */
@@ -63,16 +63,16 @@ interface Codes {
    * Puts the code of an attempt that a fault of ours has ended back with the life that it had, unless a newer one has
    * come.
    *
-   * @param mayBeRegistered whether the INSERT was sent, so that its row may be there or come yet
+   * @param mayBeDone whether the statement was sent, so that its work may be done or come yet
    */
-  putBack(attempt: Attempt, mayBeRegistered: boolean): Promise<void>
+  putBack(attempt: Attempt, mayBeDone: boolean): Promise<void>
   /**
    * Ends an attempt that can have no success: its code is used up.
    *
    * @returns whether no other attempt has had the code since
    */
   spend(attempt: Attempt): Promise<boolean>
-  /** Ends an attempt that has registered its user: for 300 s the code, again, is answered with the same success. */
+  /** Ends an attempt that has done its work: for 300 s the code, again, is answered with the same success. */
   complete(attempt: Attempt, userId: string): Promise<void>
   /** Ends what `done` has begun: meanwhile the code is in progress. After two wrong passwords it is as used as any. */
   endReplay(mobile: string, takenAt: string, passwordWasWrong: boolean): Promise<void>
@@ -94,11 +94,7 @@ declare module 'ioredis' {
     takeCode(code: string, marker: string, ...args: (string | number)[]): Result<TakeResult, Context>
     releaseCode(code: string, marker: string, ...args: (string | number)[]): Result<0 | 1, Context>
     endReplay(marker: string, takenAt: string, wrong: 0 | 1): Result<null, Context>
-    issueCode(
-      code: string,
-      marker: string,
-      ...args: (string | number)[]
-    ): Result<[former: string | null, ttlMs: number], Context>
+    issueCode(code: string, ...args: (string | number)[]): Result<[former: string | null, ttlMs: number], Context>
     withdrawCode(code: string, ...args: (string | number)[]): Result<null, Context>
   }
 }
@@ -119,7 +115,7 @@ export const codes = fp<
     await fastify.onRedis(async (redis) => {
       redis.defineCommand('takeCode', { numberOfKeys: 2, lua: takeCode })
       redis.defineCommand('releaseCode', { numberOfKeys: 2, lua: releaseCode })
-      redis.defineCommand('issueCode', { numberOfKeys: 2, lua: issueCode })
+      redis.defineCommand('issueCode', { numberOfKeys: 1, lua: issueCode })
       redis.defineCommand('withdrawCode', { numberOfKeys: 1, lua: withdrawCode })
       redis.defineCommand('endReplay', { numberOfKeys: 1, lua: endReplay })
     })
@@ -133,7 +129,7 @@ export const codes = fp<
     const macKeys = sessionSecrets.map((secret) => derive(secret, 'mobile-signup: code of an attempt'))
     const guessKey = derive(sessionSecrets[0], 'mobile-signup: guesses at a code').toString('base64url')
 
-    const release = ({ mobile, code, mac, ttlMs, takenAt }: Attempt, back: boolean, mayBeRegistered: boolean) =>
+    const release = ({ mobile, code, mac, ttlMs, takenAt }: Attempt, back: boolean, mayBeDone: boolean) =>
       fastify.onRedis((redis) =>
         redis.releaseCode(
           codeKey(mobile),
@@ -143,7 +139,7 @@ export const codes = fp<
           ttlMs,
           pendingLifeMs,
           back ? code : '',
-          mayBeRegistered ? 1 : 0
+          mayBeDone ? 1 : 0
         )
       )
 
@@ -151,7 +147,7 @@ export const codes = fp<
       async issue(mobile) {
         const code = `${randomInt(1_000_000)}`.padStart(6, '0')
         const [former, formerTtlMs] = await fastify.onRedis((redis) =>
-          redis.issueCode(codeKey(mobile), markerKey(mobile), code, smsCodeTtlS * 1_000)
+          redis.issueCode(codeKey(mobile), code, smsCodeTtlS * 1_000)
         )
         return { mobile, code, former, formerTtlMs }
       },
@@ -187,8 +183,8 @@ export const codes = fp<
             return { state: taken[0] }
         }
       },
-      async putBack(attempt, mayBeRegistered) {
-        await release(attempt, true, mayBeRegistered)
+      async putBack(attempt, mayBeDone) {
+        await release(attempt, true, mayBeDone)
       },
       async spend(attempt) {
         return (await release(attempt, false, false)) === 1

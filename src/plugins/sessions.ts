@@ -18,9 +18,11 @@ interface Sessions {
    * Logs a user in: a fresh session id, stored and sent as a cookie. The session that the request came with, if any,
    * is destroyed.
    *
-   * @returns whether the session could be stored; if not, no cookie is sent
+   * @returns the session's id; undefined if it could not be stored: then no cookie is sent
    */
-  start(request: FastifyRequest, reply: FastifyReply, user: SessionUser): Promise<boolean>
+  start(request: FastifyRequest, reply: FastifyReply, user: SessionUser): Promise<string | undefined>
+  /** Takes back what `start` has done for a reply. */
+  revoke(reply: FastifyReply, userId: string, sessionId: string): Promise<void>
   /** The user of the request's session, or undefined: no cookie, a forged one, or a session that has ended. */
   userOf(request: FastifyRequest): SessionUser | undefined
   /** Logs out: destroys the request's session, if there is one, and clears the cookie. */
@@ -55,9 +57,13 @@ declare module 'ioredis' {
   }
 }
 
-/** ARGV: the session's id, now, its life and the most sessions. Times in s. Returns the ids of those that are too many. */
+/**
+ * ARGV: the session's id, now, its life, the most sessions, and the id that it replaces or ''. Times in s. Returns the ids
+ * of those that are too many.
+ */
 const indexSession = `
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[2])
+redis.call('ZREM', KEYS[1], ARGV[5])
 redis.call('ZADD', KEYS[1], ARGV[2] + ARGV[3], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 local excess = redis.call('ZCARD', KEYS[1]) - ARGV[4]
@@ -84,9 +90,17 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
     const destroy = (sessionId: string) => fastify.onRedis((redis) => redis.del(keyOf(sessionId)))
 
     await fastify.onRedis(async (redis) => redis.defineCommand('indexSession', { numberOfKeys: 1, lua: indexSession }))
-    const index = (userId: string, sessionId: string) => {
+    const index = (userId: string, sessionId: string, former: string) => {
       const now = Math.floor(Date.now() / 1_000)
-      return fastify.onRedis((redis) => redis.indexSession(indexKey(userId), sessionId, now, lifeSeconds, sessionsMax))
+      return fastify.onRedis((redis) =>
+        redis.indexSession(indexKey(userId), sessionId, now, lifeSeconds, sessionsMax, former)
+      )
+    }
+
+    const endOne = async (userId: string, sessionId: string) => {
+      await destroy(sessionId)
+      // Last, or a session that could not be ended would be none of `endAll`'s.
+      await fastify.onRedis((redis) => redis.zrem(indexKey(userId), sessionId))
     }
 
     const store: SessionStore = {
@@ -127,17 +141,22 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
         try {
           // In one trip.
           const [excess] = await Promise.all([
-            index(user.user_id, sessionId),
+            index(user.user_id, sessionId, former ?? ''),
             save(sessionId, session),
             former !== null && destroy(former)
           ])
           await Promise.all(excess.map(destroy))
         } catch (err) {
           request.log.error({ reqId: request.id, err }, 'a session could not be stored')
-          return false
+          return undefined
         }
         reply.setCookie(cookieName, signer.sign(sessionId), cookie)
-        return true
+        return sessionId
+      },
+
+      async revoke(reply, userId, sessionId) {
+        await endOne(userId, sessionId)
+        reply.clearCookie(cookieName, cookie)
       },
 
       userOf({ session: { user_id, name, mobile } }) {
@@ -148,7 +167,7 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
       async end(request, reply) {
         const { user_id, sessionId } = request.session
         if (request.cookies[cookieName] === request.session.encryptedSessionId) {
-          if (user_id !== undefined) await fastify.onRedis((redis) => redis.zrem(indexKey(user_id), sessionId))
+          if (user_id !== undefined) await endOne(user_id, sessionId)
           await request.session.destroy()
         }
         // Or @fastify/session would clear it once more.

@@ -1,9 +1,10 @@
 import { randomUUID } from 'node:crypto'
-import { ConsecutiveBreaker, circuitBreaker, handleAll } from 'cockatiel'
+import { CircuitState, ConsecutiveBreaker, circuitBreaker, handleWhen } from 'cockatiel'
 import fp from 'fastify-plugin'
 import type { Config } from '../config.js'
 import { Refusal } from '../replies.js'
 import { logSender } from '../senders/log.js'
+import { MessageRefused } from '../senders/sender.js'
 import { webhookSender } from '../senders/webhook.js'
 
 interface Sms {
@@ -31,10 +32,17 @@ export const sms = fp<Pick<Config, 'smsWebhookUrl' | 'smsWebhookSecret' | 'smsCo
   async (fastify, { smsWebhookUrl, smsWebhookSecret, smsCodeTtlS, embedded }) => {
     const sender =
       smsWebhookUrl === undefined ? logSender(fastify.log, embedded) : webhookSender(smsWebhookUrl, smsWebhookSecret)
-    const breaker = circuitBreaker(handleAll, { halfOpenAfter: pauseMs, breaker: new ConsecutiveBreaker(failuresMax) })
+    // Or whoever asks for a number that the gateway refuses could shut it for everybody.
+    const gatewayFails = handleWhen((error) => !(error instanceof MessageRefused))
+    const breaker = circuitBreaker(gatewayFails, {
+      halfOpenAfter: pauseMs,
+      breaker: new ConsecutiveBreaker(failuresMax)
+    })
 
     fastify.decorate('sms', {
       async send(mobile, code) {
+        // The breaker would let all others wait for the one that tries.
+        if (breaker.state === CircuitState.HalfOpen) throw new Refusal('sms_gateway_unavailable')
         try {
           await breaker.execute(() => sender({ mobile, code, ttlSeconds: smsCodeTtlS, id: randomUUID() }))
         } catch (cause) {

@@ -19,7 +19,7 @@ const pairSeconds = 600
 
 /**
  * Failed logins of a mobile in an hour, from wherever: NIST SP 800-63B, 3.2.2, allows 100 at most. It takes twenty
- * addresses to shut the owner out, and not for long.
+ * addresses to shut the owner out, for an hour at most.
  */
 const mobileMax = 100
 const mobileSeconds = 3_600
@@ -71,15 +71,24 @@ export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
     if (!matches || user === undefined) return reply.outcome('wrong_login')
 
     const sessionUser = { user_id: user.id, name: user.name, mobile }
-    const [session] = await Promise.all([
+    const [sessionId] = await Promise.all([
       fastify.sessions.start(request, reply, sessionUser),
       fastify.throttles.giveBack([perMobile]).catch((err) => logCounted(reply, err)),
       fastify.throttles.clear(pair).catch((err) => logCounted(reply, err))
     ])
-    if (!session) throw new Refusal('storage_unavailable')
+    if (sessionId === undefined) throw new Refusal('storage_unavailable')
+    // A reset ends all sessions that it finds. This one may have come after that, with the former password.
+    const now = await fastify.users.find(mobile)
+    if (
+      now?.passwordHash !== user.passwordHash &&
+      !(await fastify.passwords.verify(now?.passwordHash, password, reply.raw))
+    ) {
+      await fastify.sessions.revoke(reply, user.id, sessionId)
+      return reply.outcome('wrong_login')
+    }
     if (fastify.passwords.isOutdated(user.passwordHash))
       fastify.finish(rehash(mobile, password, user.passwordHash, reply))
-    return reply.outcome('logged_in', { ...sessionUser, session })
+    return reply.outcome('logged_in', { ...sessionUser, session: true })
   }
 
   /** Replaces a hash of other parameters than are configured, behind the answer, unless the queue is long already. */

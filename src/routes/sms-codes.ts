@@ -35,7 +35,9 @@ export const smsCodeRoutes: FastifyPluginAsync<
       try {
         await fastify.sms.send(mobile, issued.code)
       } catch (error) {
-        await fastify.codes.withdraw(issued)
+        await fastify.codes
+          .withdraw(issued)
+          .catch((err) => request.log.error({ reqId: request.id, err }, 'a code could not be withdrawn'))
         throw error
       }
     } catch (error) {

@@ -2,7 +2,7 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import { bodyMaxBytes, type Config } from '../config.js'
 import { passwordFault } from '../password-policy.js'
-import type { Attempt, CompletedSignUp } from '../plugins/codes.js'
+import type { Attempt, CompletedAttempt } from '../plugins/codes.js'
 import type { SessionUser } from '../plugins/sessions.js'
 import { type OutcomeName, repliesWith } from '../replies.js'
 import { codeField, LoggedIn, mobileField, passwordField } from './fields.js'
@@ -149,14 +149,14 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
       fastify.sessions.start(request, reply, user),
       fastify.codes.complete(attempt, user.user_id).catch((err) => logLeft(reply, err))
     ])
-    return reply.outcome(outcome, { ...user, session })
+    return reply.outcome(outcome, { ...user, session: session !== undefined })
   }
 
   /** Answers the repeated request of an attempt that is done. */
   async function replay(
     request: NewPasswordRequest,
     reply: FastifyReply,
-    { userId, takenAt }: CompletedSignUp,
+    { userId, takenAt }: CompletedAttempt,
     success: OutcomeName,
     failure: OutcomeName
   ) {
@@ -175,7 +175,7 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
       return reply.outcome(failure)
     }
     const [session] = await Promise.all([fastify.sessions.start(request, reply, user), endReplay(false)])
-    return reply.header('idempotent-replayed', 'true').outcome(success, { ...user, session })
+    return reply.header('idempotent-replayed', 'true').outcome(success, { ...user, session: session !== undefined })
   }
 
   /** The user of a mobile if the password is theirs. */

@@ -1,5 +1,5 @@
 import { createHmac } from 'node:crypto'
-import type { SmsSender } from './sender.js'
+import { MessageRefused, type SmsSender } from './sender.js'
 
 /** How long the receiver may take, both tries together. */
 const timeoutMs = 5_000
@@ -26,14 +26,28 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
         redirect: 'manual',
         signal
       })
-    const answer = await post().catch((error) => {
-      // There was no connection, or it broke. A receiver that was too slow is not asked twice.
-      if (signal.aborted) throw error
-      return post()
-    })
-    await drain(answer)
-    if (!answer.ok) throw new Error(`the SMS webhook answered ${answer.status}`)
+    const answer = await post()
+      .catch((error) => {
+        // A receiver that was too slow, or has answered with no HTTP, is not asked twice.
+        if (signal.aborted || codeOf(error).startsWith('HPE_')) throw error
+        return post()
+      })
+      .catch((error) => {
+        throw new Error(`the SMS webhook gave no answer: ${signal.aborted ? 'timeout' : codeOf(error)}`)
+      })
+    // The status has decided; the rest only matters to the connection.
+    await drain(answer).catch(() => undefined)
+    if (answer.ok) return
+    const { status } = answer
+    if (status >= 400 && status < 500 && status !== 429) throw new MessageRefused(`the SMS webhook answered ${status}`)
+    throw new Error(`the SMS webhook answered ${status}`)
   }
+}
+
+/** Why fetch has failed: a code of the system, of undici or of its parser. */
+function codeOf(error: unknown): string {
+  const cause = error instanceof Error ? error.cause : undefined
+  return typeof cause === 'object' && cause !== null && 'code' in cause ? String(cause.code) : 'unknown'
 }
 
 function sign(body: string, secret: string): string {
