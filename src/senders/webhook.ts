@@ -4,6 +4,20 @@ import { MessageRefused, type SmsSender } from './sender.js'
 /** How long the receiver may take, both tries together. */
 const timeoutMs = 5_000
 
+/** What the system and undici call a connection that could not be made, or broke before an answer. */
+const connectionFailures: ReadonlySet<string> = new Set([
+  'EAI_AGAIN',
+  'ECONNREFUSED',
+  'ECONNRESET',
+  'EHOSTUNREACH',
+  'ENETUNREACH',
+  'ENOTFOUND',
+  'EPIPE',
+  'ETIMEDOUT',
+  'UND_ERR_CONNECT_TIMEOUT',
+  'UND_ERR_SOCKET'
+])
+
 /** The most of an answer that is read, so that its connection can be used again. */
 const answerMaxBytes = 65_536
 
@@ -29,7 +43,7 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
     const answer = await post()
       .catch((error) => {
         // A receiver that was too slow, or has answered with no HTTP, is not asked twice.
-        if (signal.aborted || codeOf(error).startsWith('HPE_')) throw error
+        if (signal.aborted || !connectionFailures.has(codeOf(error))) throw error
         return post()
       })
       .catch((error) => {
