@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { STATUS_CODES } from 'node:http'
 import type { Socket } from 'node:net'
 import Fastify, { type FastifyInstance, type FastifyPluginAsync, type FastifyReply, type FastifyRequest } from 'fastify'
+import fp from 'fastify-plugin'
 import type { DestinationStream } from 'pino'
 import { bodyMaxBytes, type Config } from './config.js'
 import { gatewayRequestId, loggerOptions, RequestLog } from './logging.js'
@@ -17,6 +18,7 @@ import { throttles } from './plugins/throttles.js'
 import { users } from './plugins/users.js'
 import { work } from './plugins/work.js'
 import { outcomes } from './replies.js'
+import { healthRoutes } from './routes/health.js'
 import { sessionRoutes } from './routes/sessions.js'
 import { smsCodeRoutes } from './routes/sms-codes.js'
 import { userRoutes } from './routes/users.js'
@@ -31,7 +33,13 @@ const requestTimeoutMs = 10_000
  * Its error handler, validator and stores are its own and do not leave its scope.
  */
 export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  if (!fastify.hasPlugin('envelope')) await fastify.register(envelope, config)
+  await fastify.register(envelope, config)
+  await fastify.register(capabilities, config)
+  await fastify.register(routes, { config })
+}
+
+/** What the routes need, on the instance. */
+const capabilities = fp<Config>(async (fastify, config) => {
   await fastify.register(postgres, config)
   await fastify.register(redis, config)
   await fastify.register(codes, config)
@@ -40,12 +48,13 @@ export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { 
   await fastify.register(sessions, config)
   await fastify.register(throttles)
   await fastify.register(work)
+  if (config.sms) await fastify.register(sms, config)
+})
+
+const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
   await fastify.register(userRoutes, { passwordMin: config.passwordMin })
   await fastify.register(sessionRoutes)
-  if (config.sms) {
-    await fastify.register(sms, config)
-    await fastify.register(smsCodeRoutes, config)
-  }
+  if (config.sms) await fastify.register(smsCodeRoutes, config)
 }
 
 /** Builds the service, ready to listen. The log goes to standard output, or to a stream as JSON lines. */
@@ -94,7 +103,9 @@ export async function buildApp(config: Config, logStream?: DestinationStream): P
     // RFC 9112, 3.2. Node's own check is off because its answer has no envelope.
     if (request.headers.host === undefined && request.raw.httpVersion === '1.1') return reply.outcome('bad_request')
   })
-  await app.register(signUp, { prefix: config.apiPrefix, config })
+  await app.register(capabilities, config)
+  await app.register(routes, { prefix: config.apiPrefix, config })
+  await app.register(healthRoutes)
   await app.ready()
   return app
 }

@@ -51,6 +51,7 @@ export class RequestLog extends LogController {
   override incomingRequest(): void {}
 
   override requestCompleted(err: Error | null | undefined, request: FastifyRequest, reply: FastifyReply): void {
+    if (request.routeOptions.config.probe) return
     request.log.info(
       {
         reqId: request.id,

@@ -20,6 +20,7 @@ export const outcomes = {
   logged_in: { status: 201, errno: '0', zh: '登录成功', en: 'Logged in' },
   code_sent: { status: 202, errno: '0', zh: '发送成功', en: 'Sent' },
   password_reset: { status: 200, errno: '0', zh: '密码已重置', en: 'Password reset' },
+  healthy: { status: 200, errno: '0', zh: '成功', en: 'OK' },
   session_found: { status: 200, errno: '0', zh: '成功', en: 'OK' },
   logged_out: { status: 200, errno: '0', zh: '退出成功', en: 'Logged out' },
   missing_parameter: { status: 400, errno: '4103', zh: '参数不完整', en: 'A required parameter is missing' },

@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import { buildApp } from './app.js'
 import { isEmbedded, loadConfig } from './config.js'
 import { demoBanner, prettyLog } from './embedded/demo.js'
@@ -23,13 +24,21 @@ async function main(): Promise<void> {
     app.log.fatal({ err }, 'uncaught exception')
     process.exit(1)
   })
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, stop)
+  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, stop)
 
   if (config.migrate) await migrate(config.databaseUrl)
   const address = await app.listen({ port: config.port, host: config.host })
   if (stores) process.stdout.write(await demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
 
   async function stop() {
+    // Whoever asks twice does not want to wait.
+    if (app.connections.closing) process.exit(1)
+    app.connections.announceClosing()
+    await sleep(config.shutdownDelayMs)
+    setTimeout(() => {
+      app.log.error('the shutdown took too long')
+      process.exit(1)
+    }, config.shutdownTimeoutMs)
     await app.close()
     await stores?.stop()
     process.exit(0)

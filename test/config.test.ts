@@ -45,6 +45,8 @@ t.test('the defaults are those of the design', async (t) => {
     hashMaxWaitMs: 2_000,
     pgPoolMax: 10,
     storeTimeoutMs: 1_000,
+    shutdownDelayMs: 0,
+    shutdownTimeoutMs: 15_000,
     logLevel: 'info',
     migrate: true,
     embedded: false
@@ -83,6 +85,8 @@ t.test('every variable is read', async (t) => {
     HASH_MAX_WAIT_MS: '700',
     PG_POOL_MAX: '3',
     STORE_TIMEOUT_MS: '250',
+    SHUTDOWN_DELAY_MS: '50',
+    SHUTDOWN_TIMEOUT_MS: '900',
     LOG_LEVEL: 'silent',
     MIGRATE: 'false'
   })
@@ -113,6 +117,8 @@ t.test('every variable is read', async (t) => {
     hashMaxWaitMs: 700,
     pgPoolMax: 3,
     storeTimeoutMs: 250,
+    shutdownDelayMs: 50,
+    shutdownTimeoutMs: 900,
     logLevel: 'silent',
     migrate: false
   })
@@ -144,6 +150,8 @@ t.test('a bad value is named, whatever the variable', async (t) => {
     ['DEFAULT_LANGUAGE', 'ZH', 'zh-CN'],
     ['PASSWORD_MIN', '0', '129'],
     ['SMS', 'true', 'off '],
+    ['SHUTDOWN_DELAY_MS', '-1', '600001'],
+    ['SHUTDOWN_TIMEOUT_MS', '0', '600001'],
     ['SMS_CODE_ATTEMPTS', '0', '1001'],
     ['SMS_CODE_TTL_S', '0', '86401'],
     ['SMS_RESEND_S', '-1', '86401'],

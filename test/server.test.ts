@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import t, { type Test } from 'tap'
 import type { Environment } from '../src/config.js'
-import { sessionSecret, signUpBody, stores, until, userRow } from './helper.js'
+import { holdInserts, sessionSecret, signUpBody, stores, until, userRow } from './helper.js'
 
 const server = fileURLToPath(new URL('../dist/server.js', import.meta.url))
 
@@ -152,4 +152,41 @@ t.test('a store that is down stops the start after ten seconds, with one line an
     t.strictSame(await run?.exit, [1, null])
     t.match(run?.output.stderr, new RegExp(`^mobile-signup: ${name} does not answer: .*ECONNREFUSED[^\\n]*\\n$`))
   }
+})
+
+t.test(
+  'SIGTERM: ready fails at once, requests are served for SHUTDOWN_DELAY_MS, and then it exits with 0',
+  async (t) => {
+    const run = start(t, { ...named, SHUTDOWN_DELAY_MS: '1500' })
+    const [, url] = await said(run, /Server listening at (http:[^"]+)/)
+    t.equal((await fetch(`${url}/health/ready`)).status, 200)
+    run.child.kill('SIGTERM')
+    await until(async () => (await fetch(`${url}/health/ready`)).status === 503)
+    t.equal((await fetch(`${url}/api/v1.0/session`)).status, 401)
+    t.equal((await fetch(`${url}/health/live`)).status, 200)
+    t.strictSame(await run.exit, [0, null])
+  }
+)
+
+t.test('a second signal ends it at once, and so does SHUTDOWN_TIMEOUT_MS', async (t) => {
+  const twice = start(t, { ...named, SHUTDOWN_DELAY_MS: '60000' })
+  const [, url] = await said(twice, /Server listening at (http:[^"]+)/)
+  twice.child.kill('SIGTERM')
+  await until(async () => (await fetch(`${url}/health/ready`)).status === 503)
+  twice.child.kill('SIGTERM')
+  t.strictSame(await twice.exit, [1, null])
+
+  // A sign-up that takes longer: its row is behind a lock.
+  const slow = start(t, { ...named, STORE_TIMEOUT_MS: '30000', SHUTDOWN_TIMEOUT_MS: '500' })
+  const [, slowUrl] = await said(slow, /Server listening at (http:[^"]+)/)
+  const inserts = await holdInserts()
+  fetch(`${slowUrl}/api/v1.0/users`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify(await signUpBody())
+  }).catch(() => undefined)
+  await inserts.arrived(1)
+  slow.child.kill('SIGTERM')
+  t.strictSame(await slow.exit, [1, null])
+  await inserts.release()
 })

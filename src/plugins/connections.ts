@@ -5,6 +5,10 @@ import fp from 'fastify-plugin'
 interface Connections {
   /** Whether a request that this connection has sent whole is still to be answered. */
   isBusy(socket: Socket): boolean
+  /** Whether a shutdown has been announced or has begun. */
+  readonly closing: boolean
+  /** Lets balancers know of the shutdown that is to come, while requests are still served. */
+  announceClosing(): void
 }
 
 declare module 'fastify' {
@@ -26,6 +30,7 @@ const checkMs = 25
 export const connections = fp(
   async (fastify) => {
     const { server } = fastify
+    let announced = false
     let closing = false
 
     // Node's own closeIdleConnections() spares the silent, and stops its timeouts when the server closes.
@@ -40,7 +45,13 @@ export const connections = fp(
     })
 
     fastify.decorate('connections', {
-      isBusy: (socket) => [...(requests.get(socket) ?? [])].some(({ complete }) => complete)
+      isBusy: (socket) => [...(requests.get(socket) ?? [])].some(({ complete }) => complete),
+      get closing() {
+        return announced || closing
+      },
+      announceClosing() {
+        announced = true
+      }
     } satisfies Connections)
 
     fastify.addHook('preClose', async () => {

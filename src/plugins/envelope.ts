@@ -7,6 +7,10 @@ import { type Config, passwordMax } from '../config.js'
 import { type Language, languages, type OutcomeName, outcomes, Refusal } from '../replies.js'
 
 declare module 'fastify' {
+  interface FastifyContextConfig {
+    /** Asked by a machine, often: it keeps its status under LEGACY_STATUS, and has no line in the log. */
+    probe?: boolean
+  }
   interface FastifyReply {
     /** Answers with an outcome of the table, in the language that the client prefers. */
     outcome(name: OutcomeName, data?: object): FastifyReply
@@ -40,8 +44,9 @@ export const envelope = fp<Pick<Config, 'defaultLanguage' | 'legacyStatus' | 'pa
     fastify.decorateReply('outcome', function (this: FastifyReply, name: OutcomeName, data?: object) {
       const outcome = outcomes[name]
       this.outcomeName = name
-      // What HTTP parsing refuses is none of the legacy handler's outcomes.
-      this.code(config.legacyStatus && name !== 'bad_request' ? 200 : outcome.status)
+      // What HTTP parsing refuses is none of the legacy handler's outcomes, nor is a probe.
+      const legacy = config.legacyStatus && name !== 'bad_request' && !this.routeOptions.config.probe
+      this.code(legacy ? 200 : outcome.status)
       if ('retryAfterSeconds' in outcome && !this.hasHeader('retry-after')) {
         this.header('retry-after', outcome.retryAfterSeconds)
       }

@@ -5,7 +5,7 @@ import { networkOf } from '../network.js'
 import { loadSessions } from '../plugins/sessions.js'
 import type { User } from '../plugins/users.js'
 import { Refusal, repliesWith } from '../replies.js'
-import { LoggedIn, mobileField, passwordField } from './fields.js'
+import { LoggedIn, mobileField, passwordField } from './schemas.js'
 
 const Login = Type.Object({ mobile: mobileField, password: passwordField })
 const SessionUser = Type.Object({ user_id: Type.String(), name: Type.String(), mobile: Type.String() })

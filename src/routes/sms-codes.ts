@@ -4,7 +4,7 @@ import { bodyMaxBytes, type Config } from '../config.js'
 import { networkOf } from '../network.js'
 import type { Limit } from '../plugins/throttles.js'
 import { repliesWith } from '../replies.js'
-import { mobileField } from './fields.js'
+import { mobileField } from './schemas.js'
 
 const SmsCodeRequest = Type.Object({ mobile: mobileField })
 

@@ -5,7 +5,7 @@ import { passwordFault } from '../password-policy.js'
 import type { Attempt, CompletedAttempt } from '../plugins/codes.js'
 import type { SessionUser } from '../plugins/sessions.js'
 import { type OutcomeName, repliesWith } from '../replies.js'
-import { codeField, LoggedIn, mobileField, passwordField } from './fields.js'
+import { codeField, LoggedIn, mobileField, passwordField } from './schemas.js'
 
 /** What proves a mobile and chooses a password. */
 const NewPassword = Type.Object({
