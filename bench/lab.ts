@@ -100,6 +100,8 @@ export class Lab {
       env: { PATH: process.env.PATH, PORT: '0', ...this.stores.environment({}), ...env },
       stdio: ['ignore', log.fd, 'inherit']
     })
+    // Where a benchmark throws before its end.
+    process.once('exit', () => child.kill('SIGKILL'))
     await log.close()
     let url: string | undefined
     while (url === undefined) {

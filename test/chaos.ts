@@ -47,7 +47,10 @@ class Instance {
   private process: ChildProcess | undefined
   private failedStarts = 0
 
-  constructor(private readonly env: Record<string, string>) {}
+  constructor(private readonly env: Record<string, string>) {
+    // Where this program throws before its end.
+    process.once('exit', () => this.process?.kill('SIGKILL'))
+  }
 
   async start(): Promise<void> {
     const child = spawn(process.execPath, [fileURLToPath(new URL('../dist/server.js', import.meta.url))], {
