@@ -34,6 +34,9 @@ export async function issueSignUps(redis: Redis, count: number): Promise<string[
   return bodies
 }
 
+/** Whose sign-up a body is. */
+export const mobileOf = (body: string): string => JSON.parse(body).mobile
+
 export interface ClosedLoop {
   perSecond: number
   /** The subject's CPU for one reply, in milliseconds. */

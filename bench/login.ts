@@ -2,7 +2,7 @@ import { availableParallelism } from 'node:os'
 import { hash } from '@node-rs/argon2'
 import { bareHashes } from './bare-hashes.js'
 import type { Lab, Subject } from './lab.js'
-import { closedLoop, issueSignUps } from './load.js'
+import { closedLoop, issueSignUps, mobileOf } from './load.js'
 import { progress, type Row } from './report.js'
 import { median, round } from './statistics.js'
 
@@ -20,7 +20,7 @@ export async function login(lab: Lab): Promise<Row[]> {
     SMS_IP_HOURLY_MAX: '0',
     SMS_PREFIX_HOURLY_MAX: '0'
   })
-  const registered = (await issueSignUps(lab.redis, users)).map((body): string => JSON.parse(body).mobile)
+  const registered = (await issueSignUps(lab.redis, users)).map(mobileOf)
   await lab.postgres.query(
     'INSERT INTO users (name, mobile, password_hash) SELECT m, m, $2 FROM unnest($1::text[]) m',
     [registered, await hash(password)]
@@ -38,7 +38,7 @@ export async function login(lab: Lab): Promise<Row[]> {
     pairs.push([logins.perSecond, bare.perSecond] as const)
   }
 
-  const unregistered = (await issueSignUps(lab.redis, alternations)).map((body): string => JSON.parse(body).mobile)
+  const unregistered = (await issueSignUps(lab.redis, alternations)).map(mobileOf)
   const asked = [registered.slice(0, alternations), unregistered] as const
   progress(`login: ${alternations} times a registered and an unregistered mobile`)
   const codes = await alternate(service, '/sms_codes', asked, (mobile) => ({ mobile }))

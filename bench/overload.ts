@@ -4,7 +4,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { bareHashes } from './bare-hashes.js'
 import { drawOverload, type LoadPoint } from './drawing.js'
 import type { Lab, Subject } from './lab.js'
-import { closedLoop, issueSignUps, openLoop, type Reply } from './load.js'
+import { closedLoop, issueSignUps, mobileOf, openLoop, type Reply } from './load.js'
 import { progress, type Row, resultsFolder } from './report.js'
 import { median, percentile, round } from './statistics.js'
 
@@ -115,7 +115,7 @@ function lastAnswerSeconds(replies: readonly Reply[], seconds: number): number {
 
 async function countCodes(lab: Lab, bodies: readonly string[]): Promise<number> {
   let kept = 0
-  for (const body of bodies) kept += await lab.redis.exists(`sms_code_${JSON.parse(body).mobile}`)
+  for (const body of bodies) kept += await lab.redis.exists(`sms_code_${mobileOf(body)}`)
   return kept
 }
 

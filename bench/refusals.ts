@@ -1,6 +1,6 @@
 import { availableParallelism } from 'node:os'
 import type { Lab, Subject } from './lab.js'
-import { closedLoop, issueSignUps } from './load.js'
+import { closedLoop, issueSignUps, mobileOf } from './load.js'
 import { wrongCode } from './priority.js'
 import { progress, type Row } from './report.js'
 import { median, round } from './statistics.js'
@@ -29,7 +29,7 @@ export async function refusals(lab: Lab): Promise<Row[]> {
     const registered = await issueSignUps(lab.redis, duplicates)
     await lab.postgres.query(
       `INSERT INTO users (name, mobile, password_hash) SELECT m, m, '' FROM unnest($1::text[]) m`,
-      [registered.map((body) => JSON.parse(body).mobile)]
+      [registered.map(mobileOf)]
     )
     await measure('a constant', constant, 200, wrong)
     await measure('invalid body', service, 400, invalid)

@@ -2,6 +2,7 @@ import type { Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
 import type { Options } from '@node-rs/argon2'
 import { Refusal } from './replies.js'
+import { Unsettled } from './unsettled.js'
 
 /** A password to hash or, with a PHC string, to verify against it. */
 export interface HashJob {
@@ -44,8 +45,7 @@ export class HashPool {
   private readonly threads: Thread[] = []
   /** In order of arrival; a set, so that a job can leave from anywhere. */
   private readonly waiting = new Set<QueuedJob>()
-  /** The jobs that are not settled yet. */
-  private readonly jobs = new Set<Promise<unknown>>()
+  private readonly jobs = new Unsettled()
   private averageJobMs = 0
   private closed = false
 
@@ -87,7 +87,7 @@ export class HashPool {
 
   /** Finishes the queue and ends the threads. */
   async close(): Promise<void> {
-    while (this.jobs.size > 0) await Promise.allSettled(this.jobs)
+    await this.jobs.none()
     this.closed = true
     await Promise.all(this.threads.map(({ worker }) => worker.terminate()))
   }
@@ -104,10 +104,7 @@ export class HashPool {
       const idle = this.threads.find(({ current }) => current === undefined)
       if (idle) this.giveNext(idle)
     })
-    this.jobs.add(promise)
-    const settled = () => this.jobs.delete(promise)
-    promise.then(settled, settled)
-    return promise
+    return this.jobs.add(promise)
   }
 
   private giveNext(thread: Thread): void {

@@ -15,10 +15,12 @@ import { work } from '../src/plugins/work.js'
 import { userRoutes } from '../src/routes/users.js'
 import { FaultProxy } from './fault-proxy.js'
 import {
+  brief,
   build,
   cookieOf,
   holdInserts,
   issueCode,
+  markerKey,
   newMobile,
   post,
   postgres,
@@ -34,9 +36,7 @@ import {
  * The attempt marker: what a retry finds, and what a guess does. docs/guarantees.md has the protocol.
  */
 
-const markerKey = (mobile: string) => `{sms_code_${mobile}}:attempt`
 const markerOf = async (mobile: string) => JSON.parse((await redis.get(markerKey(mobile))) ?? 'null')
-const brief = (reply: Awaited<ReturnType<typeof post>>) => [reply.statusCode, reply.json().errno]
 
 /** The service with something before each hash: a barrier, or a failure. */
 async function buildWithHashesAfter(t: Test, before: () => Promise<void>, env: Environment = {}) {

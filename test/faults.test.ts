@@ -4,7 +4,7 @@ import { verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
 import { type Fault, FaultProxy } from './fault-proxy.js'
-import { build, cookieOf, post, redis, signUpBody, stores, userRow } from './helper.js'
+import { build, cookieOf, markerKey, post, redis, signUpBody, stores, userRow } from './helper.js'
 
 /*
  * Each await of a sign-up × each fault of its store. What is found is the table of docs/guarantees.md: this file holds
@@ -49,7 +49,7 @@ interface RoundTrip {
   ends?: number[]
 }
 
-const marker = ({ mobile }: Body) => `{sms_code_${mobile}}:attempt`
+const marker = ({ mobile }: Body) => markerKey(mobile)
 
 const roundTrips: RoundTrip[] = [
   { name: 'the code is taken', store: 'redis', needle: marker },
@@ -122,7 +122,7 @@ async function untilUsable(app: FastifyInstance): Promise<number> {
 }
 
 const codeOf = async ({ mobile, sms_code }: Body) => {
-  const state = JSON.parse((await redis.get(marker({ mobile } as Body))) ?? '{}').state
+  const state = JSON.parse((await redis.get(markerKey(mobile))) ?? '{}').state
   if ((await redis.get(`sms_code_${mobile}`)) !== sms_code) return state ?? 'gone'
   const ttlMs = await redis.pttl(`sms_code_${mobile}`)
   if (ttlMs > codeLifeMs || ttlMs < codeLifeMs - 20_000) return `${ttlMs} ms left`

@@ -107,6 +107,19 @@ export async function userRow(mobile: string) {
   return rows
 }
 
+/** The attempt marker of a mobile's code, in Redis. */
+export const markerKey = (mobile: string) => `{sms_code_${mobile}}:attempt`
+
+/** The status and the errno of a reply. */
+export const brief = (reply: { statusCode: number; json(): { errno: string } }) => [
+  reply.statusCode,
+  reply.json().errno
+]
+
+/** The status of asking who is logged in. */
+export const whoAmI = async (app: FastifyInstance, cookie: string) =>
+  (await app.inject({ url: '/api/v1.0/session', headers: { cookie } })).statusCode
+
 /** Waits for a condition on a store: the barriers of the tests. It ends with the test's own timeout. */
 export async function until(condition: () => Promise<boolean>): Promise<void> {
   while (!(await condition())) await sleep(5)

@@ -2,15 +2,23 @@ import { hash, verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import { FaultProxy } from './fault-proxy.js'
-import { build, cookieOf, newMobile, post, postgres, redis, signUpBody, stores, until, userRow } from './helper.js'
+import {
+  brief,
+  build,
+  cookieOf,
+  newMobile,
+  post,
+  postgres,
+  redis,
+  signUpBody,
+  stores,
+  until,
+  userRow,
+  whoAmI
+} from './helper.js'
 
 const logIn = (app: FastifyInstance, payload: object, from = '192.0.2.1', headers = {}) =>
   app.inject({ method: 'POST', url: '/api/v1.0/sessions', payload, remoteAddress: from, headers })
-
-const whoAmI = async (app: FastifyInstance, cookie: string) =>
-  (await app.inject({ url: '/api/v1.0/session', headers: { cookie } })).statusCode
-
-const brief = (reply: { statusCode: number; json(): { errno: string } }) => [reply.statusCode, reply.json().errno]
 
 async function registered(app: FastifyInstance) {
   const { mobile, password, ...rest } = await signUpBody()

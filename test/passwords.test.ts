@@ -1,14 +1,12 @@
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import { FaultProxy } from './fault-proxy.js'
-import { build, cookieOf, issueCode, post, redis, signUpBody, stores, userRow } from './helper.js'
+import { build, cookieOf, issueCode, post, redis, signUpBody, stores, userRow, whoAmI } from './helper.js'
 
 const put = (app: FastifyInstance, payload: object) =>
   app.inject({ method: 'PUT', url: '/api/v1.0/users/password', payload })
 const logIn = (app: FastifyInstance, payload: object) =>
   app.inject({ method: 'POST', url: '/api/v1.0/sessions', payload })
-const whoAmI = async (app: FastifyInstance, cookie: string) =>
-  (await app.inject({ url: '/api/v1.0/session', headers: { cookie } })).statusCode
 
 /** A registered user, and the body with which they choose a new password. */
 async function forgetful(app: FastifyInstance) {

@@ -43,7 +43,7 @@ export interface IssuedCode {
 }
 
 /** What a code is presented for. What one purpose has begun, another neither repeats nor takes over. */
-type Purpose = 'sign-up' | 'password'
+export type CodePurpose = 'sign-up' | 'password'
 
 /*
  * docs/guarantees.md has the whole protocol.
@@ -58,7 +58,7 @@ interface Codes {
    * lease nobody else can take it, and afterwards whoever presents it again. A wrong guess counts, and the last of
    * `SMS_CODE_ATTEMPTS` uses the code up.
    */
-  take(mobile: string, presented: string, purpose: Purpose): Promise<Take>
+  take(mobile: string, presented: string, purpose: CodePurpose): Promise<Take>
   /**
    * Puts the code of an attempt that a fault of ours has ended back with the life that it had, unless a newer one has
    * come.

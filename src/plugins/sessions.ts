@@ -97,11 +97,9 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
       )
     }
 
-    const endOne = async (userId: string, sessionId: string) => {
-      await destroy(sessionId)
-      // Last, or a session that could not be ended would be none of `endAll`'s.
-      await fastify.onRedis((redis) => redis.zrem(indexKey(userId), sessionId))
-    }
+    // After the session itself, or one that could not be ended would be none of `endAll`'s.
+    const unindex = (userId: string, ...sessionIds: string[]) =>
+      fastify.onRedis((redis) => redis.zrem(indexKey(userId), sessionIds))
 
     const store: SessionStore = {
       set(sessionId, session, done) {
@@ -155,7 +153,8 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
       },
 
       async revoke(reply, userId, sessionId) {
-        await endOne(userId, sessionId)
+        await destroy(sessionId)
+        await unindex(userId, sessionId)
         reply.clearCookie(cookieName, cookie)
       },
 
@@ -167,8 +166,8 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
       async end(request, reply) {
         const { user_id, sessionId } = request.session
         if (request.cookies[cookieName] === request.session.encryptedSessionId) {
-          if (user_id !== undefined) await endOne(user_id, sessionId)
           await request.session.destroy()
+          if (user_id !== undefined) await unindex(user_id, sessionId)
         }
         // Or @fastify/session would clear it once more.
         request.cookies[cookieName] = undefined
@@ -181,7 +180,7 @@ export const sessions = fp<Pick<Config, 'sessionSecrets' | 'cookieSecure'>>(
         await Promise.all([
           ...sessionIds.map(destroy),
           // Those, and not the index: a session may have begun meanwhile.
-          fastify.onRedis((redis) => redis.zrem(indexKey(userId), sessionIds))
+          unindex(userId, ...sessionIds)
         ])
       }
     } satisfies Sessions)

@@ -1,4 +1,5 @@
 import fp from 'fastify-plugin'
+import { Unsettled } from '../unsettled.js'
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -14,17 +15,10 @@ declare module 'fastify' {
 /** Work that a shutdown waits for. The server itself waits for connections, and a client that has gone leaves none. */
 export const work = fp(
   async (fastify) => {
-    const unfinished = new Set<Promise<unknown>>()
-    fastify.decorate('finish', (work) => {
-      unfinished.add(work)
-      const settled = () => unfinished.delete(work)
-      work.then(settled, settled)
-      return work
-    })
+    const unfinished = new Unsettled()
+    fastify.decorate('finish', (work) => unfinished.add(work))
     // Before those that close the stores: Fastify takes these hooks from the last to the first.
-    fastify.addHook('onClose', async () => {
-      while (unfinished.size > 0) await Promise.allSettled(unfinished)
-    })
+    fastify.addHook('onClose', () => unfinished.none())
   },
   { fastify: '5.x', name: 'work', dependencies: ['postgres', 'redis', 'passwords'] }
 )

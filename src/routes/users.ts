@@ -2,7 +2,7 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import { bodyMaxBytes, type Config } from '../config.js'
 import { passwordFault } from '../password-policy.js'
-import type { Attempt, CompletedAttempt } from '../plugins/codes.js'
+import type { Attempt, CodePurpose, CompletedAttempt } from '../plugins/codes.js'
 import type { SessionUser } from '../plugins/sessions.js'
 import { type OutcomeName, repliesWith } from '../replies.js'
 import { codeField, LoggedIn, mobileField, passwordField } from './schemas.js'
@@ -17,79 +17,92 @@ const NewPassword = Type.Object({
 
 type NewPasswordRequest = FastifyRequest<{ Body: Static<typeof NewPassword> }>
 
+/** What a code is presented for: how it is done, and how that is answered. */
+interface Purpose {
+  name: CodePurpose
+  /** Writes the hash. Returns whose it is; undefined, with the code used up, if it is nobody's. */
+  store(
+    request: NewPasswordRequest,
+    reply: FastifyReply,
+    attempt: Attempt,
+    passwordHash: string
+  ): Promise<SessionUser | undefined>
+  success: OutcomeName
+  failure: OutcomeName
+}
+
 export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async (fastify, { passwordMin }) => {
+  const signUp: Purpose = { name: 'sign-up', store: register, success: 'registered', failure: 'mobile_registered' }
+  const passwordReset: Purpose = {
+    name: 'password',
+    store: replacePassword,
+    success: 'password_reset',
+    failure: 'wrong_code'
+  }
+
   const schema = { body: NewPassword, response: repliesWith(LoggedIn) }
   fastify.route({
     method: 'POST',
     url: '/users',
     schema,
     bodyLimit: bodyMaxBytes,
-    handler: (request: NewPasswordRequest, reply) => fastify.finish(signUp(request, reply))
+    handler: (request: NewPasswordRequest, reply) => fastify.finish(present(request, reply, signUp))
   })
   fastify.route({
     method: 'PUT',
     url: '/users/password',
     schema,
     bodyLimit: bodyMaxBytes,
-    handler: (request: NewPasswordRequest, reply) => fastify.finish(resetPassword(request, reply))
+    handler: (request: NewPasswordRequest, reply) => fastify.finish(present(request, reply, passwordReset))
   })
 
-  async function signUp(request: NewPasswordRequest, reply: FastifyReply) {
+  /** Takes the code that a request presents, and does what it is presented for. */
+  async function present(request: NewPasswordRequest, reply: FastifyReply, purpose: Purpose) {
     if (refuse(request, reply)) return reply
-    const { mobile, sms_code: code, password } = request.body
-    const take = await fastify.codes.take(mobile, code, 'sign-up')
+    const take = await fastify.codes.take(request.body.mobile, request.body.sms_code, purpose.name)
     switch (take.state) {
       case 'wrong':
         return reply.outcome('wrong_code')
       case 'in_progress':
         return reply.outcome('busy')
       case 'done':
-        return replay(request, reply, take, 'registered', 'mobile_registered')
+        return replay(request, reply, take, purpose)
       case 'taken': {
-        const user = await orPutBack(take, reply, async (insertSent) => {
-          const passwordHash = await fastify.passwords.hash(password, reply.raw)
-          insertSent()
-          const userId = await fastify.users.insert(mobile, passwordHash)
-          if (userId !== undefined) return { user_id: userId, name: mobile, mobile }
-          // The row may be that of another attempt with this code: an earlier one whose outcome nobody knew, or a later
-          // one, if the lease has ended meanwhile. Then its hash decides.
-          const alone = await spend(take, reply)
-          return alone && !take.again ? undefined : findVerified(mobile, password, reply)
+        const user = await orPutBack(take, reply, async (sent) => {
+          const passwordHash = await fastify.passwords.hash(request.body.password, reply.raw)
+          sent()
+          return purpose.store(request, reply, take, passwordHash)
         })
-        if (user === undefined) return reply.outcome('mobile_registered')
-        return succeed(request, reply, take, user, 'registered')
+        if (user === undefined) return reply.outcome(purpose.failure)
+        return succeed(request, reply, take, user, purpose.success)
       }
     }
   }
 
-  async function resetPassword(request: NewPasswordRequest, reply: FastifyReply) {
-    if (refuse(request, reply)) return reply
-    const { mobile, sms_code: code, password } = request.body
-    const take = await fastify.codes.take(mobile, code, 'password')
-    switch (take.state) {
-      case 'wrong':
-        return reply.outcome('wrong_code')
-      case 'in_progress':
-        return reply.outcome('busy')
-      case 'done':
-        return replay(request, reply, take, 'password_reset', 'wrong_code')
-      case 'taken': {
-        const user = await orPutBack(take, reply, async (updateSent) => {
-          const passwordHash = await fastify.passwords.hash(password, reply.raw)
-          updateSent()
-          const row = await fastify.users.setPassword(mobile, passwordHash)
-          if (row === undefined) {
-            await spend(take, reply)
-            return undefined
-          }
-          // Whoever knew the former password is out.
-          await fastify.sessions.endAll(row.id)
-          return { user_id: row.id, name: row.name, mobile }
-        })
-        if (user === undefined) return reply.outcome('wrong_code')
-        return succeed(request, reply, take, user, 'password_reset')
-      }
+  async function register(request: NewPasswordRequest, reply: FastifyReply, attempt: Attempt, passwordHash: string) {
+    const { mobile, password } = request.body
+    const userId = await fastify.users.insert(mobile, passwordHash)
+    if (userId !== undefined) return { user_id: userId, name: mobile, mobile }
+    // The row may be that of another attempt with this code: an earlier one whose outcome nobody knew, or a later one, if
+    // the lease has ended meanwhile. Then its hash decides.
+    const alone = await spend(attempt, reply)
+    return alone && !attempt.again ? undefined : findVerified(mobile, password, reply)
+  }
+
+  async function replacePassword(
+    { body: { mobile } }: NewPasswordRequest,
+    reply: FastifyReply,
+    attempt: Attempt,
+    passwordHash: string
+  ) {
+    const row = await fastify.users.setPassword(mobile, passwordHash)
+    if (row === undefined) {
+      await spend(attempt, reply)
+      return undefined
     }
+    // Whoever knew the former password is out.
+    await fastify.sessions.endAll(row.id)
+    return { user_id: row.id, name: row.name, mobile }
   }
 
   /**
@@ -157,8 +170,7 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     request: NewPasswordRequest,
     reply: FastifyReply,
     { userId, takenAt }: CompletedAttempt,
-    success: OutcomeName,
-    failure: OutcomeName
+    { success, failure }: Purpose
   ) {
     const { mobile, password } = request.body
     const endReplay = (wrong: boolean) =>
