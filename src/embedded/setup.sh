@@ -1,18 +1,7 @@
 #!/bin/sh
-# Installs what the embedded mode and the tests need and npm does not have: a Redis server.
+# Installs what npm does not have. The embedded mode and the tests need a Redis server; with the argument `chromium`, the
+# tests' browser comes, too.
 set -eu
-
-for server in redis-server valkey-server; do
-  if command -v "$server" >/dev/null 2>&1; then
-    echo "setup: $server is there: $(command -v "$server"); nothing to install"
-    exit 0
-  fi
-done
-
-fail() {
-  echo "setup: install redis-server or valkey-server yourself, so that it is on the PATH ($1)" >&2
-  exit 1
-}
 
 as_root() {
   if [ "$(id -u)" -eq 0 ]; then
@@ -20,26 +9,46 @@ as_root() {
   elif command -v sudo >/dev/null 2>&1; then
     sudo "$@"
   else
-    fail "neither root nor sudo"
+    echo 'setup: neither root nor sudo' >&2
+    return 1
   fi
 }
 
-if command -v apt-get >/dev/null 2>&1; then
-  echo 'setup: installing redis-server with apt-get'
-  as_root apt-get update -qq || fail 'apt-get update failed'
-  # The package would start a server of its own on port 6379, which this project does not use.
-  as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends redis-server ||
-    fail 'apt-get install failed'
-elif command -v dnf >/dev/null 2>&1; then
-  echo 'setup: installing redis or valkey with dnf'
-  as_root dnf install -y -q redis || as_root dnf install -y -q valkey || fail 'dnf install failed'
-elif command -v apk >/dev/null 2>&1; then
-  echo 'setup: installing redis with apk'
-  as_root apk add --quiet redis || fail 'apk add failed'
-elif command -v brew >/dev/null 2>&1; then
-  echo 'setup: installing redis with brew'
-  brew install --quiet redis || fail 'brew install failed'
-else
-  fail 'no apt-get, dnf, apk or brew here'
-fi
+# Debian's redis-server would start a server of its own on port 6379, which this project does not use.
+install() {
+  echo "setup: installing $1"
+  if command -v apt-get >/dev/null 2>&1; then
+    as_root apt-get update -qq &&
+      as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "$1"
+  elif command -v dnf >/dev/null 2>&1; then
+    as_root dnf install -y -q "$1"
+  elif command -v apk >/dev/null 2>&1; then
+    as_root apk add --quiet "$1"
+  elif command -v brew >/dev/null 2>&1; then
+    brew install --quiet "$1"
+  else
+    echo 'setup: no apt-get, dnf, apk or brew here' >&2
+    return 1
+  fi
+}
+
+# need PACKAGES PROGRAMS: unless one of the programs is on the PATH, installs the first package that there is.
+need() {
+  for program in $2; do
+    if command -v "$program" >/dev/null 2>&1; then
+      echo "setup: $program is there: $(command -v "$program"); nothing to install"
+      return
+    fi
+  done
+  for package in $1; do
+    if install "$package"; then return; fi
+  done
+  echo "setup: install one of these yourself, so that it is on the PATH: $2" >&2
+  exit 1
+}
+
+if command -v apt-get >/dev/null 2>&1; then redis=redis-server; else redis='redis valkey'; fi
+need "$redis" 'redis-server valkey-server'
+# The programs are those that test/browser.ts looks for.
+if [ "${1:-}" = chromium ]; then need chromium 'chromium chromium-browser google-chrome'; fi
 echo 'setup: done'

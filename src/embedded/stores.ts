@@ -5,12 +5,13 @@ import { chown, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { createRequire } from 'node:module'
 import { createServer } from 'node:net'
 import { arch, platform } from 'node:os'
-import { delimiter, dirname, join, resolve } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Redis } from 'ioredis'
 import pg from 'pg'
 import type { Environment } from '../config.js'
 import { GuardedServer, isRoot, unprivileged, unprivilegedId } from './guarded-server.js'
+import { findProgram } from './programs.js'
 
 /**
  * A private Postgres and a private Redis on loopback, with their data in one folder. Postgres comes from the npm
@@ -165,10 +166,7 @@ function postgresBinary(name: 'initdb' | 'postgres'): string {
 }
 
 function redisBinary(): string {
-  const directories = process.env.PATH?.split(delimiter) ?? []
-  const found = ['redis-server', 'valkey-server']
-    .flatMap((name) => directories.map((directory) => join(directory, name)))
-    .find((path) => existsSync(path))
+  const found = findProgram('redis-server', 'valkey-server')
   if (found !== undefined) return found
   throw new Error('neither redis-server nor valkey-server is on the PATH: run npm run setup, or set both store URLs')
 }
