@@ -87,7 +87,7 @@ export async function buildApp(config: Config, logStream?: DestinationStream): P
     // A URL that cannot be decoded. Fastify neither decorates the reply nor logs the request.
     frameworkErrors(_error, request: FastifyRequest, reply: FastifyReply) {
       reply.outcomeName = 'bad_request'
-      reply.code(400).type(jsonType).send(badRequest)
+      reply.header('x-request-id', request.id).code(400).type(jsonType).send(badRequest)
       requestLog.requestCompleted(null, request, reply)
     }
   })
@@ -96,6 +96,10 @@ export async function buildApp(config: Config, logStream?: DestinationStream): P
   app.server.on('checkExpectation', (_request, response) => refuseSocket(response.socket, 417, badRequest))
   app.server.on('connect', (_request, socket: Socket) => refuseSocket(socket, 400, badRequest))
 
+  app.addHook('onRequest', (request, reply, done) => {
+    reply.header('x-request-id', request.id)
+    done()
+  })
   await app.register(envelope, config)
   await app.register(connections)
   app.setNotFoundHandler((_request, reply) => reply.outcome('no_such_route'))

@@ -29,14 +29,19 @@ t.test('a request is one line at info, with what a gateway’s operator can use'
   })
 })
 
-t.test('X-Request-Id counts only when it is sane', async (t) => {
+t.test('X-Request-Id counts only when it is sane, and stands in every reply', async (t) => {
   const { app, lines } = await buildWithLog(t)
   const insane = ['', ' ', 'a b', 'x'.repeat(129), '{"a":1}', '号', newMobile(), `m=${newMobile()}`]
   for (const id of ['a', 'x'.repeat(128), '4bf92f3577b34da6:00f067aa0ba902b7-01', ...insane]) {
-    await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
+    const reply = await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
     const reqId = lines.at(-1)?.reqId
+    t.equal(reply.headers['x-request-id'], reqId)
     if (insane.includes(id)) t.match(reqId, /^[0-9a-f-]{36}$/, `not ${id.slice(0, 20)}`)
     else t.equal(reqId, id)
+  }
+  for (const url of ['/nowhere', '/health/live', '/api/v1.0/%zz']) {
+    const reply = await app.inject({ url, headers: { 'x-request-id': 'gateway-7f3a' } })
+    t.equal(reply.headers['x-request-id'], 'gateway-7f3a', url)
   }
 })
 
