@@ -1,6 +1,8 @@
 import { randomBytes } from 'node:crypto'
+import { accessSync, constants } from 'node:fs'
 import { isIP } from 'node:net'
 import { availableParallelism } from 'node:os'
+import { parseRedisUrl } from './redis-url.js'
 import { type Language, languages } from './replies.js'
 
 export type Environment = Readonly<Record<string, string | undefined>>
@@ -159,19 +161,23 @@ const url = (...schemes: string[]): Variable<string> => ({
   expected: `a URL that starts with ${schemes.map((scheme) => `${scheme}//`).join(' or ')}`,
   parse(text) {
     const parsed = URL.canParse(text) ? new URL(text) : undefined
-    // A list of Cluster nodes would parse as a URL, with a comma in its host name.
-    if (parsed === undefined || parsed.hostname.includes(',')) throw new Error('its value is not a URL')
+    if (parsed === undefined) throw new Error('its value is not a URL')
     if (!schemes.includes(parsed.protocol)) throw new Error('its value has another scheme')
     // fetch refuses them, and would name them.
     if (parsed.protocol.startsWith('http') && (parsed.username || parsed.password))
       throw new Error('its value has credentials')
-    // ioredis takes query parameters for options, and a database that is no number for the first.
-    const isRedis = parsed.protocol.startsWith('redis')
-    if (isRedis && (parsed.search || !/^\/?\d*$/.test(parsed.pathname)))
-      throw new Error('its value has more than a database number')
     return text
   }
 })
+
+const redisUrlVariable: Variable<string> = {
+  expected:
+    'redis:// or rediss://, a comma-separated list of them (Cluster), or redis+sentinel://host,host/master-name',
+  parse(text) {
+    parseRedisUrl(text)
+    return text
+  }
+}
 
 /** The shortest session secret, in characters: what @fastify/session asks for. */
 const secretMin = 32
@@ -186,7 +192,17 @@ const secrets: Variable<readonly [string, ...string[]]> = {
   }
 }
 
-const databaseUrlVariable = url('postgres:', 'postgresql:')
+const readableFile: Variable<string> = {
+  expected: 'the path of a file that can be read',
+  parse(text) {
+    try {
+      accessSync(text, constants.R_OK)
+      return text
+    } catch {
+      throw fault(text, 'cannot be read')
+    }
+  }
+}
 
 /** Neither store is named, and this is not production: the service brings its own (`src/embedded`). */
 export function isEmbedded(env: Environment): boolean {
@@ -194,20 +210,45 @@ export function isEmbedded(env: Environment): boolean {
 }
 
 /**
- * The one variable that `npm run migrate` needs.
+ * What `npm run migrate` needs.
  *
  * @throws {ConfigError}
  */
 export function databaseUrlOf(env: Environment): string {
-  try {
-    return databaseUrlVariable.parse(env.DATABASE_URL ?? '')
-  } catch (error) {
-    throw new ConfigError([faultOf('DATABASE_URL', databaseUrlVariable, error)])
-  }
+  const { read, faults } = reader(env)
+  const databaseUrl = readDatabaseUrl(read)
+  if (!env.DATABASE_URL) faults.push('DATABASE_URL: is absent')
+  if (faults.length > 0) throw new ConfigError(faults)
+  return databaseUrl
 }
 
-function faultOf(name: string, { expected }: Variable<unknown>, error: unknown): string {
-  return `${name}: ${error instanceof Error ? error.message : error}; expected ${expected}`
+/** Gives the value of a variable; if it is absent, or bad, which is among the faults then, the other. */
+type Read = <T>(name: string, variable: Variable<T>, whenAbsent: T) => T
+
+function reader(env: Environment): { read: Read; faults: string[] } {
+  const faults: string[] = []
+  const read: Read = (name, variable, whenAbsent) => {
+    const text = env[name]
+    if (!text) return whenAbsent
+    try {
+      return variable.parse(text)
+    } catch (error) {
+      faults.push(`${name}: ${error instanceof Error ? error.message : error}; expected ${variable.expected}`)
+      return whenAbsent
+    }
+  }
+  return { read, faults }
+}
+
+/** With the CA of libpq's variable, which node-postgres does not read. */
+function readDatabaseUrl(read: Read): string {
+  const text = read('DATABASE_URL', url('postgres:', 'postgresql:'), '')
+  const rootCert = read('PGSSLROOTCERT', readableFile, '')
+  if (!text || !rootCert) return text
+  const databaseUrl = new URL(text)
+  const { searchParams } = databaseUrl
+  if (searchParams.has('sslmode') && !searchParams.has('sslrootcert')) searchParams.set('sslrootcert', rootCert)
+  return databaseUrl.href
 }
 
 /**
@@ -218,22 +259,11 @@ function faultOf(name: string, { expected }: Variable<unknown>, error: unknown):
  */
 export function loadConfig(given: Environment, embedded?: Environment): Config {
   const env = { ...given, ...embedded }
-  const faults: string[] = []
-
-  function read<T>(name: string, variable: Variable<T>, whenAbsent: T): T {
-    const text = env[name]
-    if (!text) return whenAbsent
-    try {
-      return variable.parse(text)
-    } catch (error) {
-      faults.push(faultOf(name, variable, error))
-      return whenAbsent
-    }
-  }
+  const { read, faults } = reader(env)
 
   const production = env.NODE_ENV === 'production'
-  const databaseUrl = read('DATABASE_URL', databaseUrlVariable, '')
-  const redisUrl = read('REDIS_URL', url('redis:', 'rediss:'), '')
+  const databaseUrl = readDatabaseUrl(read)
+  const redisUrl = read('REDIS_URL', redisUrlVariable, '')
   for (const [name, other] of [
     ['DATABASE_URL', 'REDIS_URL'],
     ['REDIS_URL', 'DATABASE_URL']

@@ -1,6 +1,7 @@
 import { availableParallelism } from 'node:os'
 import t from 'tap'
 import { ConfigError, databaseUrlOf, type Environment, isEmbedded, loadConfig } from '../src/config.js'
+import { parseRedisUrl } from '../src/redis-url.js'
 
 const stores = { DATABASE_URL: 'postgresql://u:p%40ss@db/app', REDIS_URL: 'rediss://:p%40ss@cache:6380/1' }
 const secret = 'x'.repeat(32)
@@ -141,7 +142,24 @@ t.test('a bad value is named, whatever the variable', async (t) => {
     ['PORT', '-1', '65536', 'x', '3000 ', '0x10', '1e3', '9'.repeat(400)],
     ['HOST', 'a b', 'http://host', '-host', '1.2.3.4:80'],
     ['DATABASE_URL', 'db', 'mysql://db/app', 'postgres'],
-    ['REDIS_URL', 'cache:6379', 'http://cache', 'redis://a,redis://b', 'redis://cache/x', 'redis://cache/?keyPrefix=x'],
+    [
+      'REDIS_URL',
+      'cache:6379',
+      'http://cache',
+      'redis://',
+      'redis://a,',
+      'redis://a,rediss://b',
+      'redis://a/1,b',
+      'redis://a,b/1',
+      'redis://u:p@a,u:q@b',
+      'redis://%zz@a',
+      'redis://a:0x',
+      'redis+sentinel://a',
+      'redis+sentinel://a/',
+      'redis+sentinel://a/m/x',
+      'redis://cache/x',
+      'redis://cache/?keyPrefix=x'
+    ],
     ['SESSION_SECRET', 'short', `${secret},short`, `${secret},`, ','],
     ['COOKIE_SECURE', 'TRUE', '1', 'auto'],
     ['TRUST_PROXY', 'true', '1', '10.0.0.0/33', '10.0.0.0/', '::/129', '10.0.0.0/8,', 'loopback', '1.2.3.4/8/8'],
@@ -236,4 +254,60 @@ t.test('the service brings its own stores where none is named, but not in produc
 t.test('npm run migrate needs the database alone', async (t) => {
   t.equal(databaseUrlOf({ DATABASE_URL: stores.DATABASE_URL }), stores.DATABASE_URL)
   t.throws(() => databaseUrlOf({}), { name: 'ConfigError', message: /DATABASE_URL: / })
+})
+
+t.test('REDIS_URL names a server, the nodes of a Cluster or the sentinels of a master', async (t) => {
+  const none = { masterName: undefined, options: { db: 0 } }
+  for (const [text, target] of [
+    ['redis://a', { ...none, topology: 'single', nodes: [{ host: 'a', port: 6_379 }] }],
+    [
+      'rediss://user:p%40%2F%3A%2C%23%25%C3%BC@[::1]:7/3',
+      {
+        topology: 'single',
+        nodes: [{ host: '::1', port: 7 }],
+        masterName: undefined,
+        options: { db: 3, username: 'user', password: 'p@/:,#%ü', tls: {} }
+      }
+    ],
+    ...['redis://:p@a:1,b', 'redis://:p@a:1,redis://b', 'redis://:p@a:1,redis://:p@b/0'].map(
+      (list) =>
+        [
+          list,
+          {
+            topology: 'cluster',
+            nodes: [
+              { host: 'a', port: 1 },
+              { host: 'b', port: 6_379 }
+            ],
+            masterName: undefined,
+            options: { db: 0, password: 'p' }
+          }
+        ] as const
+    ),
+    [
+      'redis+sentinel://u@a,b:1/sign%20ups/2',
+      {
+        topology: 'sentinel',
+        nodes: [
+          { host: 'a', port: 26_379 },
+          { host: 'b', port: 1 }
+        ],
+        masterName: 'sign ups',
+        options: { db: 2, username: 'u' }
+      }
+    ]
+  ] as const) {
+    t.strictSame(parseRedisUrl(text), target, text)
+    t.equal(loadConfig({ ...stores, REDIS_URL: text }).redisUrl, text)
+  }
+})
+
+t.test('PGSSLROOTCERT is the CA of a DATABASE_URL that asks for TLS and names none', async (t) => {
+  const PGSSLROOTCERT = new URL(import.meta.url).pathname
+  const urlOf = (DATABASE_URL: string) => loadConfig({ ...stores, DATABASE_URL, PGSSLROOTCERT }).databaseUrl
+  const verified = 'postgresql://u:p%40ss@db/app?sslmode=verify-full'
+  t.equal(urlOf(verified), `${verified}&sslrootcert=${encodeURIComponent(PGSSLROOTCERT)}`)
+  t.equal(urlOf(`${verified}&sslrootcert=own.crt`), `${verified}&sslrootcert=own.crt`)
+  t.equal(urlOf(stores.DATABASE_URL), stores.DATABASE_URL)
+  t.match(faultsOf({ ...stores, PGSSLROOTCERT: '/nowhere' }), [/^PGSSLROOTCERT: "\/nowhere" cannot be read; expected/])
 })

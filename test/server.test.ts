@@ -1,49 +1,13 @@
-import { type ChildProcess, execFile, spawn } from 'node:child_process'
+import { execFile } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { connect, createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import t, { type Test } from 'tap'
-import type { Environment } from '../src/config.js'
-import { holdInserts, sessionSecret, signUpBody, stores, until, userRow } from './helper.js'
-
-const server = fileURLToPath(new URL('../dist/server.js', import.meta.url))
-
-/** The built service as a process of its own, with nothing of this environment but the PATH. */
-function start(t: Test, env: Environment, cwd?: string) {
-  const child = spawn(process.execPath, [server], {
-    cwd,
-    env: { PATH: process.env.PATH, PORT: '0', HASH_MEMORY_KIB: '64', HASH_PASSES: '1', ...env }
-  })
-  const output = { stdout: '', stderr: '' }
-  child.stdout.setEncoding('utf8').on('data', (text) => {
-    output.stdout += text
-  })
-  child.stderr.setEncoding('utf8').on('data', (text) => {
-    output.stderr += text
-  })
-  const exit = once(child, 'exit')
-  t.teardown(() => child.kill('SIGKILL'))
-  return { child, output, exit }
-}
-
-const named = { DATABASE_URL: stores.databaseUrl, REDIS_URL: stores.redisUrl, SESSION_SECRET: sessionSecret }
-
-/** Waits for a text on standard output; fails with all there is if the process ends before. */
-async function said(run: ReturnType<typeof start>, text: RegExp): Promise<RegExpExecArray> {
-  let found: RegExpExecArray | null = null
-  await until(async () => {
-    found = text.exec(run.output.stdout)
-    return found !== null || hasEnded(run.child)
-  })
-  if (found === null) throw new Error(`ended without ${text}: ${run.output.stdout}${run.output.stderr}`)
-  return found
-}
-
-const hasEnded = ({ exitCode, signalCode }: ChildProcess) => exitCode !== null || signalCode !== null
+import { holdInserts, signUpBody, until, userRow } from './helper.js'
+import { named, said, start } from './service.js'
 
 async function emptyFolder(t: Test): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'mobile-signup-test-'))

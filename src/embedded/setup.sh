@@ -1,6 +1,5 @@
 #!/bin/sh
-# Installs what npm does not have. The embedded mode and the tests need a Redis server; with the argument `chromium`, the
-# tests' browser comes, too.
+# Installs what npm does not have: a Redis server and, with the argument `tests`, what only the tests need.
 set -eu
 
 as_root() {
@@ -49,6 +48,9 @@ need() {
 
 if command -v apt-get >/dev/null 2>&1; then redis=redis-server; else redis='redis valkey'; fi
 need "$redis" 'redis-server valkey-server'
-# The programs are those that test/browser.ts looks for.
-if [ "${1:-}" = chromium ]; then need chromium 'chromium chromium-browser google-chrome'; fi
+if [ "${1:-}" = tests ]; then
+  # Those that test/browser.ts looks for.
+  need chromium 'chromium chromium-browser google-chrome'
+  need openssl openssl
+fi
 echo 'setup: done'

@@ -141,7 +141,7 @@ async function ownSecret(file: string): Promise<string> {
 }
 
 /** A port below the range from which systems take the ports of outgoing connections, so that none takes it meanwhile. */
-async function freePort(): Promise<number> {
+export async function freePort(): Promise<number> {
   const port = randomInt(20_000, 32_000)
   const server = createServer()
   const free = await new Promise<boolean>((done) => {
@@ -165,7 +165,7 @@ function postgresBinary(name: 'initdb' | 'postgres'): string {
   }
 }
 
-function redisBinary(): string {
+export function redisBinary(): string {
   const found = findProgram('redis-server', 'valkey-server')
   if (found !== undefined) return found
   throw new Error('neither redis-server nor valkey-server is on the PATH: run npm run setup, or set both store URLs')

@@ -1,8 +1,9 @@
 import fastifyRedis from '@fastify/redis'
 import fp from 'fastify-plugin'
-import { Redis } from 'ioredis'
+import { Cluster, Redis } from 'ioredis'
 import type { Config } from '../config.js'
 import { publicError } from '../logging.js'
+import { parseRedisUrl, type RedisTarget } from '../redis-url.js'
 import { Refusal } from '../replies.js'
 import { waitForStore } from '../start-up.js'
 
@@ -13,7 +14,7 @@ declare module 'fastify' {
      *
      * @throws {Refusal} `storage_unavailable` when Redis fails or does not answer in `STORE_TIMEOUT_MS`
      */
-    onRedis<T>(run: (redis: Redis) => Promise<T>): Promise<T>
+    onRedis<T>(run: (redis: Redis | Cluster) => Promise<T>): Promise<T>
   }
 }
 
@@ -25,37 +26,29 @@ const reconnectMaxMs = 1_000
 
 export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
   async (fastify, { redisUrl, storeTimeoutMs }) => {
-    const client = new Redis(redisUrl, {
-      connectTimeout: storeTimeoutMs,
-      commandTimeout: storeTimeoutMs,
-      // ioredis is patient by default: it queues while Redis is away and sends again what was not answered.
-      // A sign-up would rather hear at once that Redis is away, and a GETDEL must never run twice.
-      enableOfflineQueue: false,
-      enableAutoPipelining: true,
-      maxRetriesPerRequest: 0,
-      autoResendUnfulfilledCommands: false,
-      retryStrategy: (attempt) => Math.random() * Math.min(reconnectMaxMs, 50 * 2 ** attempt)
-    })
+    const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs)
     let connectionError: Error | undefined
-    client.on('error', (err) => {
+    const onError = (err: Error) => {
       connectionError = err
       fastify.log.warn({ err }, 'the connection to Redis failed')
-    })
+    }
+    client.on('error', onError)
+    client.on('node error', onError)
     // Not @fastify/redis's `closeClient`: its QUIT fails, and the shutdown with it, when Redis is away.
     fastify.addHook('onClose', () => client.disconnect())
     await waitForStore('Redis', async () => {
       if (client.status !== 'ready') throw connectionError ?? new Error('no connection yet')
+      // A Cluster connects to a node with its first command, and refuses those that come meanwhile.
+      if (client instanceof Cluster) await Promise.all(client.nodes('master').map((node) => node.ping()))
       // ioredis only warns when it cannot select the URL's database, and goes on with the first.
-      await client.select(client.options.db ?? 0)
+      else await client.select(client.options.db ?? 0)
     })
     await fastify.register(fastifyRedis, { client, namespace })
 
-    fastify.decorate('onRedis', async <T>(run: (redis: Redis) => Promise<T>) => {
+    fastify.decorate('onRedis', async <T>(run: (redis: Redis | Cluster) => Promise<T>) => {
       try {
         return await run(client)
       } catch (cause) {
-        // The connection may be dead without a word, and ioredis would keep it.
-        if (isTimeout(cause) && client.status === 'ready') client.stream.destroy()
         throw new Refusal('storage_unavailable', publicError(cause))
       }
     })
@@ -63,4 +56,52 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
   { fastify: '5.x', name: 'redis' }
 )
 
-const isTimeout = (error: unknown) => error instanceof Error && error.message === 'Command timed out'
+/**
+ * ioredis is patient by default: it queues while Redis is away and sends again what was not answered. A sign-up would
+ * rather hear at once that Redis is away, and a GETDEL must never run twice.
+ */
+function connect({ topology, nodes, masterName, options }: RedisTarget, storeTimeoutMs: number): Redis | Cluster {
+  const retryStrategy = (attempt: number) => Math.random() * Math.min(reconnectMaxMs, 50 * 2 ** attempt)
+  const redisOptions = {
+    ...options,
+    connectTimeout: storeTimeoutMs,
+    commandTimeout: storeTimeoutMs,
+    // A connection on which nothing comes while a command waits may be dead without a word, and is dropped.
+    socketTimeout: storeTimeoutMs,
+    maxRetriesPerRequest: 0,
+    autoResendUnfulfilledCommands: false
+  }
+  if (topology === 'cluster') {
+    // Without auto-pipelining, which takes a script's second argument for the number of its keys, and so a wrong node's
+    // pipeline.
+    return new Cluster([...nodes], {
+      redisOptions,
+      enableOfflineQueue: false,
+      clusterRetryStrategy: retryStrategy,
+      slotsRefreshTimeout: storeTimeoutMs,
+      // A node that is away is noticed also where no command meets it.
+      slotsRefreshInterval: reconnectMaxMs,
+      // What a node has refused to run, as it has other slots now, goes to the next one. What may have run does not.
+      maxRedirections: 5,
+      retryDelayOnFailover: 0,
+      retryDelayOnClusterDown: 0,
+      // A certificate has names.
+      dnsLookup: (address, callback) => callback(null, address)
+    })
+  }
+  const common = { ...redisOptions, enableOfflineQueue: false, enableAutoPipelining: true, retryStrategy }
+  const [node] = nodes
+  if (masterName === undefined) return new Redis({ ...common, ...node })
+  return new Redis({
+    ...common,
+    sentinels: [...nodes],
+    name: masterName,
+    enableTLSForSentinelMode: options.tls !== undefined,
+    ...(options.tls && { sentinelTLS: options.tls }),
+    sentinelCommandTimeout: storeTimeoutMs,
+    sentinelRetryStrategy: retryStrategy,
+    failoverDetector: true,
+    // A master that a failover has made a replica.
+    reconnectOnError: ({ message }: Error) => message.startsWith('READONLY')
+  })
+}

@@ -1,5 +1,5 @@
 import fp from 'fastify-plugin'
-import type { Result } from 'ioredis'
+import { Cluster, type Result } from 'ioredis'
 
 /** So many in a time that begins with the first. */
 export interface Limit {
@@ -65,21 +65,40 @@ end
 /** Counters in Redis that all instances share. */
 export const throttles = fp(
   async (fastify) => {
+    let isCluster = false
     await fastify.onRedis(async (redis) => {
+      isCluster = redis instanceof Cluster
       redis.defineCommand('takeOfLimits', { lua: takeOfLimits })
       redis.defineCommand('giveBackToLimits', { lua: giveBackToLimits })
     })
 
+    // A Cluster has the limits on several nodes, and no script for more than one of them. What one limit gives there
+    // goes back when another is reached; meanwhile it may be refused to somebody else, but never given twice.
+    const groupsOf = (limits: readonly Limit[]) => (isCluster ? limits.map((limit) => [limit]) : [limits])
     const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
+
+    /** Returns 0, or, with none taken, the ms until all have room. */
+    const takeTogether = (limits: readonly Limit[]) => {
+      const bounds = limits.flatMap(({ max, seconds }) => [max, seconds * 1_000])
+      return fastify.onRedis((redis) => redis.takeOfLimits(limits.length, ...keysOf(limits), ...bounds))
+    }
+    const giveBackTogether = (limits: readonly Limit[]) =>
+      fastify.onRedis((redis) => redis.giveBackToLimits(limits.length, ...keysOf(limits)))
 
     fastify.decorate('throttles', {
       async take(limits) {
-        const bounds = limits.flatMap(({ max, seconds }) => [max, seconds * 1_000])
-        const waitMs = await fastify.onRedis((redis) => redis.takeOfLimits(limits.length, ...keysOf(limits), ...bounds))
-        return waitMs > 0 ? Math.ceil(waitMs / 1_000) : undefined
+        const groups = groupsOf(limits)
+        const waits = await Promise.allSettled(groups.map(takeTogether))
+        const failure = waits.find((wait) => wait.status === 'rejected')
+        const waitMs = Math.max(0, ...waits.map((wait) => (wait.status === 'fulfilled' ? wait.value : 0)))
+        if (failure === undefined && waitMs === 0) return undefined
+        const taken = groups.filter((_, n) => waits[n]?.status === 'fulfilled' && waits[n].value === 0)
+        await Promise.all(taken.map(giveBackTogether))
+        if (failure !== undefined) throw failure.reason
+        return Math.ceil(waitMs / 1_000)
       },
       async giveBack(limits) {
-        await fastify.onRedis((redis) => redis.giveBackToLimits(limits.length, ...keysOf(limits)))
+        await Promise.all(groupsOf(limits).map(giveBackTogether))
       },
       async clear({ key }) {
         await fastify.onRedis((redis) => redis.del(key))
