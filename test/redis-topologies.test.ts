@@ -27,6 +27,7 @@ async function keepsTheContract(t: Test, app: FastifyInstance, keys: Redis | Clu
   const limited = await inject(app, 'POST', '/sms_codes', { mobile })
   t.strictSame(brief(limited), [429, '4201'])
   t.match(limited.headers['retry-after'], /^(60|59)$/)
+  t.equal(await keys.get(`sms_codes:mobile:${mobile}`), '1', 'a limit that is reached leaves the others as they were')
 
   const code = await keys.get(`sms_code_${mobile}`)
   const body = { ...(await signUpBody({ mobile })), sms_code: code }
