@@ -9,6 +9,7 @@ import { gatewayRequestId, loggerOptions, RequestLog } from './logging.js'
 import { codes } from './plugins/codes.js'
 import { connections } from './plugins/connections.js'
 import { envelope } from './plugins/envelope.js'
+import { metrics } from './plugins/metrics.js'
 import { passwords } from './plugins/passwords.js'
 import { postgres } from './plugins/postgres.js'
 import { redis } from './plugins/redis.js'
@@ -108,6 +109,7 @@ export async function buildApp(config: Config, logStream?: DestinationStream): P
     if (request.headers.host === undefined && request.raw.httpVersion === '1.1') return reply.outcome('bad_request')
   })
   await app.register(capabilities, config)
+  if (config.metricsPort !== undefined) await app.register(metrics, config)
   await app.register(routes, { prefix: config.apiPrefix, config })
   await app.register(healthRoutes)
   await app.ready()

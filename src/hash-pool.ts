@@ -12,6 +12,7 @@ export interface HashJob {
 
 interface QueuedJob {
   job: HashJob
+  queuedAt: number
   resolve(result: string | boolean): void
   reject(error: unknown): void
 }
@@ -49,10 +50,14 @@ export class HashPool {
   private averageJobMs = 0
   private closed = false
 
-  /** @param parameters of the hashes that it makes; those that it verifies bring their own */
+  /**
+   * @param parameters of the hashes that it makes; those that it verifies bring their own
+   * @param observe is told of each job how long it waited and worked
+   */
   constructor(
     size: number,
-    private readonly parameters: Options
+    private readonly parameters: Options,
+    private readonly observe?: (waitMs: number, jobMs: number) => void
   ) {
     while (this.threads.length < size) this.startThread()
   }
@@ -64,6 +69,11 @@ export class HashPool {
     // The first job of a thread waits until it has loaded, which says nothing of the next.
     this.averageJobMs = 0
     await warmUp()
+  }
+
+  /** The jobs that wait. */
+  get queueLength(): number {
+    return this.waiting.size
   }
 
   /** How long a job would wait that came now: the work queued × the time of a job ÷ the threads. */
@@ -96,7 +106,7 @@ export class HashPool {
     const promise = new Promise<string | boolean>((resolve, reject) => {
       if (this.closed) throw new Refusal('busy')
       if (client?.closed) throw new ClientGone()
-      const queued: QueuedJob = { job, resolve, reject }
+      const queued: QueuedJob = { job, queuedAt: performance.now(), resolve, reject }
       this.waiting.add(queued)
       client?.once('close', () => {
         if (this.waiting.delete(queued)) reject(new ClientGone())
@@ -130,6 +140,7 @@ export class HashPool {
       if (current === undefined) return
       const jobMs = performance.now() - current.startedAt
       this.averageJobMs += (jobMs - this.averageJobMs) * (this.averageJobMs === 0 ? 1 : newestWeight)
+      this.observe?.(current.startedAt - current.queuedAt, jobMs)
       if ('result' in answer) current.resolve(answer.result)
       else current.reject(answer.error)
     })

@@ -46,6 +46,8 @@ async function buildWithHashesAfter(t: Test, before: () => Promise<void>, env: E
       fastify.decorate('passwords', {
         retryAfterSeconds: () => undefined,
         verify: (phc, password) => verify(phc ?? '', password),
+        queueLength: 0,
+        expectedWaitMs: 0,
         isOutdated: () => false,
         async hash(password) {
           await before()

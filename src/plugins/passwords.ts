@@ -25,6 +25,10 @@ interface Passwords {
    * @param phc undefined where there is none: false, after the time that it takes with one
    */
   verify(phc: string | undefined, password: string, client: Writable): Promise<boolean>
+  /** Passwords that wait for a thread. */
+  readonly queueLength: number
+  /** How long one would wait that came now. */
+  readonly expectedWaitMs: number
   /** Whether a PHC string was made with other parameters than are configured. */
   isOutdated(phc: string): boolean
 }
@@ -38,7 +42,11 @@ declare module 'fastify' {
 export const passwords = fp<Pick<Config, 'hashMemoryKib' | 'hashPasses' | 'hashThreads' | 'hashMaxWaitMs'>>(
   async (fastify, { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }) => {
     // argon2id is the default algorithm of @node-rs/argon2. One lane: a hash is one thread's work.
-    const pool = new HashPool(hashThreads, { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 })
+    const pool = new HashPool(
+      hashThreads,
+      { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 },
+      (waitMs, hashMs) => fastify.metrics?.observeHash(waitMs, hashMs)
+    )
     fastify.addHook('onClose', () => pool.close())
     await pool.ready()
     const nobodys = await pool.hash(randomUUID())
@@ -53,6 +61,12 @@ export const passwords = fp<Pick<Config, 'hashMemoryKib' | 'hashPasses' | 'hashT
       async verify(phc, password, client) {
         const matches = await pool.verify(phc ?? nobodys, password.normalize('NFKC'), client)
         return matches && phc !== undefined
+      },
+      get queueLength() {
+        return pool.queueLength
+      },
+      get expectedWaitMs() {
+        return pool.expectedWaitMs
       },
       isOutdated: (phc) => !phc.startsWith(parameters)
     } satisfies Passwords)

@@ -20,6 +20,8 @@ declare module 'fastify' {
     sql<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
     /** @throws {Refusal} `storage_unavailable` while Postgres is known not to answer */
     requirePostgres(): void
+    /** The pool's connections, those of them that are idle, and what waits for one. */
+    poolUse(): { total: number; idle: number; waiting: number }
   }
 }
 
@@ -70,10 +72,17 @@ export const postgres = fp<Pick<Config, 'databaseUrl' | 'pgPoolMax' | 'storeTime
       if (unanswering !== undefined) throw new Refusal('storage_unavailable', publicError(unanswering))
     }
     fastify.decorate('requirePostgres', requirePostgres)
+    fastify.decorate('poolUse', () => ({
+      total: pool.totalCount,
+      idle: pool.idleCount,
+      waiting: pool.waitingCount
+    }))
     fastify.decorate('sql', async <Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]) => {
       requirePostgres()
       try {
-        return await pool.query<Row>({ ...statement, values })
+        const trip = pool.query<Row>({ ...statement, values })
+        fastify.metrics?.observeRoundTrip('postgres', trip)
+        return await trip
       } catch (cause) {
         if (!(cause instanceof pg.DatabaseError)) tryConnection()
         throw new Refusal('storage_unavailable', publicError(cause))

@@ -47,7 +47,9 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
 
     fastify.decorate('onRedis', async <T>(run: (redis: Redis | Cluster) => Promise<T>) => {
       try {
-        return await run(client)
+        const trip = run(client)
+        fastify.metrics?.observeRoundTrip('redis', trip)
+        return await trip
       } catch (cause) {
         throw new Refusal('storage_unavailable', publicError(cause))
       }
