@@ -8,6 +8,7 @@ import { bodyMaxBytes, type Config } from './config.js'
 import { gatewayRequestId, loggerOptions, RequestLog } from './logging.js'
 import { codes } from './plugins/codes.js'
 import { connections } from './plugins/connections.js'
+import { description } from './plugins/description.js'
 import { envelope } from './plugins/envelope.js'
 import { metrics } from './plugins/metrics.js'
 import { passwords } from './plugins/passwords.js'
@@ -109,6 +110,7 @@ export async function buildApp(config: Config, logStream?: DestinationStream): P
     if (request.headers.host === undefined && request.raw.httpVersion === '1.1') return reply.outcome('bad_request')
   })
   await app.register(capabilities, config)
+  await app.register(description, config)
   if (config.metricsPort !== undefined) await app.register(metrics, config)
   await app.register(routes, { prefix: config.apiPrefix, config })
   await app.register(healthRoutes)

@@ -47,6 +47,8 @@ export interface Config {
   readonly hashMaxWaitMs: number
   readonly pgPoolMax: number
   readonly storeTimeoutMs: number
+  /** Whether `/docs` is served, a page on which the API can be tried. */
+  readonly docs: boolean
   /** Where Prometheus scrapes; absent: nowhere. */
   readonly metricsPort: number | undefined
   /** Between a signal and the end of service: the balancer's time to notice. */
@@ -327,6 +329,7 @@ export function loadConfig(given: Environment, embedded?: Environment): Config {
     hashMaxWaitMs: read('HASH_MAX_WAIT_MS', integer(0, 600_000), 2_000),
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10),
     storeTimeoutMs: read('STORE_TIMEOUT_MS', integer(1, 60_000), 1_000),
+    docs: read('DOCS', flag, !production),
     metricsPort: read<number | undefined>('METRICS_PORT', integer(0, 65_535), undefined),
     shutdownDelayMs: read('SHUTDOWN_DELAY_MS', integer(0, 600_000), 0),
     shutdownTimeoutMs: read('SHUTDOWN_TIMEOUT_MS', integer(1, 600_000), 15_000),

@@ -1,4 +1,4 @@
-import { type TObject, type TProperties, Type } from '@sinclair/typebox'
+import { type TObject, type TProperties, type TSchema, Type } from '@sinclair/typebox'
 
 /** The languages of `errmsg`; `Accept-Language` chooses. */
 export const languages = ['zh', 'en'] as const
@@ -80,6 +80,9 @@ export class Refusal extends Error {
     super(outcome, { cause })
   }
 }
+
+/** Outcomes of a route, with the schema of their data where they have any. */
+export type RouteOutcomes = Partial<Record<OutcomeName, TSchema | undefined>>
 
 /** `{errno, errmsg}`: what a refusal carries, and nothing else. */
 const Refused = Type.Object({ errno: Type.String(), errmsg: Type.String() })

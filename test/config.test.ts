@@ -46,6 +46,7 @@ t.test('the defaults are those of the design', async (t) => {
     hashMaxWaitMs: 2_000,
     pgPoolMax: 10,
     storeTimeoutMs: 1_000,
+    docs: true,
     metricsPort: undefined,
     shutdownDelayMs: 0,
     shutdownTimeoutMs: 15_000,
@@ -87,6 +88,7 @@ t.test('every variable is read', async (t) => {
     HASH_MAX_WAIT_MS: '700',
     PG_POOL_MAX: '3',
     STORE_TIMEOUT_MS: '250',
+    DOCS: 'false',
     METRICS_PORT: '9090',
     SHUTDOWN_DELAY_MS: '50',
     SHUTDOWN_TIMEOUT_MS: '900',
@@ -120,6 +122,7 @@ t.test('every variable is read', async (t) => {
     hashMaxWaitMs: 700,
     pgPoolMax: 3,
     storeTimeoutMs: 250,
+    docs: false,
     metricsPort: 9_090,
     shutdownDelayMs: 50,
     shutdownTimeoutMs: 900,
@@ -172,6 +175,7 @@ t.test('a bad value is named, whatever the variable', async (t) => {
     ['PASSWORD_MIN', '0', '129'],
     ['SMS', 'true', 'off '],
     ['SHUTDOWN_DELAY_MS', '-1', '600001'],
+    ['DOCS', 'on'],
     ['METRICS_PORT', '-1', '65536', 'on'],
     ['SHUTDOWN_TIMEOUT_MS', '0', '600001'],
     ['SMS_CODE_ATTEMPTS', '0', '1001'],
@@ -220,6 +224,7 @@ t.test('production asks for the stores, a secret and a strong hash; its cookies 
   ])
   const env = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret, SMS: 'off' }
   t.equal(loadConfig(env).cookieSecure, true)
+  t.equal(loadConfig(env).docs, false)
   t.match(faultsOf({ ...env, PASSWORD_MIN: '7' }), [/^PASSWORD_MIN: /])
   for (const [kib, passes, accepted] of [
     ['47104', '1', true],

@@ -23,6 +23,9 @@ await migrate(stores.databaseUrl)
 export const redis = new Redis(stores.redisUrl)
 export const postgres = new pg.Pool({ connectionString: stores.databaseUrl })
 
+/** What the applications' description says, by `METHOD /path`, of the outcomes that may be answered there. */
+const described = new Map<string, Set<string>>()
+
 /** The log of all applications that this file builds, and the words that must not stand in it (G7). */
 let log = ''
 const secrets = new Set<string>()
@@ -39,6 +42,8 @@ t.teardown(async () => {
   await rm(directory, { recursive: true })
   const leaked = [...secrets].filter((secret) => log.includes(secret))
   if (leaked.length > 0) throw new Error(`G7: a password, code, session id or full mobile is in the log: ${leaked}`)
+  const undescribed = answered().filter(([operation, outcome]) => !described.get(operation)?.has(outcome))
+  if (undescribed.length > 0) throw new Error(`answered, but not described: ${undescribed.join(' ')}`)
 })
 
 export const sessionSecret = 'a secret of at least thirty-two characters'
@@ -58,7 +63,25 @@ export function testConfig(env: Environment = {}) {
 export async function build(t: Test, env: Environment = {}, config = testConfig(env)): Promise<FastifyInstance> {
   const app = await buildApp(config, logStream)
   t.after(() => app.close())
+  for (const [path, operations] of Object.entries(app.swagger().paths ?? {})) {
+    for (const [method, operation] of Object.entries(operations ?? {})) {
+      described.set(
+        `${method.toUpperCase()} ${path}`,
+        new Set(JSON.stringify(operation).match(/(?<=")[a-z_]+(?=":\{"summary)/g))
+      )
+    }
+  }
   return app
+}
+
+/** What the log says that was answered on the routes, as [`METHOD /path`, outcome]. */
+function answered(): [string, string][] {
+  return log
+    .split('\n')
+    .filter((line) => line.includes('"outcome":'))
+    .map((line) => JSON.parse(line))
+    .filter(({ method, route }) => described.has(`${method} ${route}`))
+    .map(({ method, route, outcome }) => [`${method} ${route}`, outcome])
 }
 
 export const logLines = () => log

@@ -1,3 +1,4 @@
+import { Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import type { NamedStatement } from '../plugins/postgres.js'
 
@@ -6,10 +7,26 @@ const freshMs = 1_000
 
 const ping: NamedStatement = { name: 'ping', text: 'SELECT 1' }
 
+const Failing = Type.Object({
+  failing: Type.Array(Type.String(), { description: 'What is not ready', examples: [['Postgres']] })
+})
+
 /** For the probes of an orchestrator or a balancer, at the root. */
 export const healthRoutes: FastifyPluginAsync = async (fastify) => {
-  fastify.route({ method: 'GET', url: '/health/live', config: { probe: true }, handler: live })
-  fastify.route({ method: 'GET', url: '/health/ready', config: { probe: true }, handler: ready })
+  fastify.route({
+    method: 'GET',
+    url: '/health/live',
+    schema: { tags: ['health'], operationId: 'live', summary: 'Whether the process lives' },
+    config: { probe: true, outcomes: { healthy: undefined, busy: undefined } },
+    handler: live
+  })
+  fastify.route({
+    method: 'GET',
+    url: '/health/ready',
+    schema: { tags: ['health'], operationId: 'ready', summary: 'Whether the stores answer and no shutdown is near' },
+    config: { probe: true, outcomes: { healthy: undefined, storage_unavailable: Failing, busy: Failing } },
+    handler: ready
+  })
 
   let failing: Promise<string[]> | undefined
   let askedAt = Number.NEGATIVE_INFINITY

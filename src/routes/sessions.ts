@@ -4,12 +4,26 @@ import { bodyMaxBytes, passwordMax } from '../config.js'
 import { networkOf } from '../network.js'
 import { loadSessions } from '../plugins/sessions.js'
 import type { User } from '../plugins/users.js'
-import { Refusal, repliesWith } from '../replies.js'
-import { LoggedIn, mobileField, passwordField } from './schemas.js'
+import { Refusal, type RouteOutcomes, repliesWith } from '../replies.js'
+import { bodyOutcomes, LoggedIn, mobileField, passwordField, SessionUser, storedOutcomes } from './schemas.js'
 
 const Login = Type.Object({ mobile: mobileField, password: passwordField })
-const SessionUser = Type.Object({ user_id: Type.String(), name: Type.String(), mobile: Type.String() })
-const LogOut = Type.Object({ everywhere: Type.Optional(Type.Union([Type.Literal('true'), Type.Literal('false')])) })
+const LogOut = Type.Object({
+  everywhere: Type.Optional(
+    Type.Union([Type.Literal('true'), Type.Literal('false')], { description: 'Whether all sessions of the user end' })
+  )
+})
+
+const logInOutcomes: RouteOutcomes = {
+  ...bodyOutcomes,
+  logged_in: LoggedIn,
+  password_length: undefined,
+  wrong_login: undefined,
+  too_many_requests: undefined
+}
+
+/** Routes that read the cookie. */
+const ofSession = { tags: ['session'], security: [{ session: [] }] }
 
 type LoginRequest = FastifyRequest<{ Body: Static<typeof Login> }>
 
@@ -28,17 +42,50 @@ export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
   fastify.route({
     method: 'POST',
     url: '/sessions',
-    schema: { body: Login, response: repliesWith(LoggedIn) },
+    schema: {
+      tags: ['session'],
+      operationId: 'logIn',
+      summary: 'Log in with a password',
+      body: Login,
+      response: repliesWith(LoggedIn)
+    },
+    config: { outcomes: logInOutcomes },
     bodyLimit: bodyMaxBytes,
     handler: (request: LoginRequest, reply) => fastify.finish(logIn(request, reply))
   })
   await fastify.register(async (scope) => {
     await scope.register(loadSessions)
-    scope.route({ method: 'GET', url: '/session', schema: { response: repliesWith(SessionUser) }, handler: whoAmI })
+    scope.route({
+      method: 'GET',
+      url: '/session',
+      schema: {
+        ...ofSession,
+        operationId: 'whoAmI',
+        summary: 'Who is logged in',
+        response: repliesWith(SessionUser)
+      },
+      config: { outcomes: { ...storedOutcomes, session_found: SessionUser, not_logged_in: undefined } },
+      handler: whoAmI
+    })
     scope.route({
       method: 'DELETE',
       url: '/session',
-      schema: { querystring: LogOut, response: repliesWith(Type.Object({})) },
+      schema: {
+        ...ofSession,
+        operationId: 'logOut',
+        summary: 'Log out, also where nobody was logged in',
+        querystring: LogOut,
+        response: repliesWith(Type.Object({}))
+      },
+      config: {
+        outcomes: {
+          ...storedOutcomes,
+          logged_out: undefined,
+          malformed_parameter: undefined,
+          body_too_large: undefined,
+          unsupported_content_type: undefined
+        }
+      },
       handler: logOut
     })
   })

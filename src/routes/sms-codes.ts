@@ -4,7 +4,7 @@ import { bodyMaxBytes, type Config } from '../config.js'
 import { networkOf } from '../network.js'
 import type { Limit } from '../plugins/throttles.js'
 import { repliesWith } from '../replies.js'
-import { mobileField } from './schemas.js'
+import { bodyOutcomes, mobileField } from './schemas.js'
 
 const SmsCodeRequest = Type.Object({ mobile: mobileField })
 
@@ -19,7 +19,21 @@ export const smsCodeRoutes: FastifyPluginAsync<
   fastify.route({
     method: 'POST',
     url: '/sms_codes',
-    schema: { body: SmsCodeRequest, response: repliesWith(Type.Object({})) },
+    schema: {
+      tags: ['sign-up'],
+      operationId: 'sendCode',
+      summary: 'Send a code, whoever may be registered',
+      body: SmsCodeRequest,
+      response: repliesWith(Type.Object({}))
+    },
+    config: {
+      outcomes: {
+        ...bodyOutcomes,
+        code_sent: undefined,
+        too_many_requests: undefined,
+        sms_gateway_unavailable: undefined
+      }
+    },
     bodyLimit: bodyMaxBytes,
     handler: (request: SendRequest, reply) => fastify.finish(sendCode(request, reply))
   })

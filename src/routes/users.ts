@@ -4,8 +4,8 @@ import { bodyMaxBytes, type Config } from '../config.js'
 import { passwordFault } from '../password-policy.js'
 import type { Attempt, CodePurpose, CompletedAttempt } from '../plugins/codes.js'
 import type { SessionUser } from '../plugins/sessions.js'
-import { type OutcomeName, repliesWith } from '../replies.js'
-import { codeField, LoggedIn, mobileField, passwordField } from './schemas.js'
+import { type OutcomeName, type RouteOutcomes, repliesWith } from '../replies.js'
+import { bodyOutcomes, codeField, LoggedIn, mobileField, passwordField } from './schemas.js'
 
 /** What proves a mobile and chooses a password. */
 const NewPassword = Type.Object({
@@ -14,6 +14,16 @@ const NewPassword = Type.Object({
   password: passwordField,
   password2: passwordField
 })
+
+const newPasswordOutcomes: RouteOutcomes = {
+  ...bodyOutcomes,
+  passwords_differ: undefined,
+  password_length: undefined,
+  password_common: undefined,
+  wrong_code: undefined
+}
+const signUpOutcomes: RouteOutcomes = { ...newPasswordOutcomes, registered: LoggedIn, mobile_registered: undefined }
+const passwordResetOutcomes: RouteOutcomes = { ...newPasswordOutcomes, password_reset: LoggedIn }
 
 type NewPasswordRequest = FastifyRequest<{ Body: Static<typeof NewPassword> }>
 
@@ -40,18 +50,24 @@ export const userRoutes: FastifyPluginAsync<Pick<Config, 'passwordMin'>> = async
     failure: 'wrong_code'
   }
 
-  const schema = { body: NewPassword, response: repliesWith(LoggedIn) }
+  const schema = { tags: ['sign-up'], body: NewPassword, response: repliesWith(LoggedIn) }
   fastify.route({
     method: 'POST',
     url: '/users',
-    schema,
+    schema: { ...schema, operationId: 'signUp', summary: 'Sign up with a code and a password' },
+    config: { outcomes: signUpOutcomes },
     bodyLimit: bodyMaxBytes,
     handler: (request: NewPasswordRequest, reply) => fastify.finish(present(request, reply, signUp))
   })
   fastify.route({
     method: 'PUT',
     url: '/users/password',
-    schema,
+    schema: {
+      ...schema,
+      operationId: 'resetPassword',
+      summary: 'Replace a forgotten password, and end all other sessions'
+    },
+    config: { outcomes: passwordResetOutcomes },
     bodyLimit: bodyMaxBytes,
     handler: (request: NewPasswordRequest, reply) => fastify.finish(present(request, reply, passwordReset))
   })
