@@ -5,6 +5,7 @@ import Fastify, { type FastifyInstance, type FastifyPluginAsync, type FastifyRep
 import fp from 'fastify-plugin'
 import type { DestinationStream } from 'pino'
 import { bodyMaxBytes, type Config } from './config.js'
+import { signUpPage } from './embedded/page.js'
 import { gatewayRequestId, loggerOptions, RequestLog } from './logging.js'
 import { codes } from './plugins/codes.js'
 import { connections } from './plugins/connections.js'
@@ -114,6 +115,7 @@ export async function buildApp(config: Config, logStream?: DestinationStream): P
   if (config.metricsPort !== undefined) await app.register(metrics, config)
   await app.register(routes, { prefix: config.apiPrefix, config })
   await app.register(healthRoutes)
+  if (config.embedded) await app.register(signUpPage, config)
   await app.ready()
   return app
 }

@@ -24,9 +24,10 @@ export async function demoBanner(redisUrl: string, apiUrl: string): Promise<stri
   const password = 'a demo password'
   const body = JSON.stringify({ mobile, sms_code: code, password, password2: password })
   return `
-  mobile-signup listens on ${apiUrl}, with its own Postgres and Redis in .data/
+  Sign up at ${new URL('/', apiUrl).href}
 
-  The SMS code of ${mobile} is ${code}, for an hour. Sign up:
+  mobile-signup listens on ${apiUrl}, with its own Postgres and Redis in .data/
+  The SMS code of ${mobile} is ${code}, for an hour:
 
   curl -i ${apiUrl}/users -H 'Content-Type: application/json' -d '${body}'
 `
