@@ -49,6 +49,8 @@ export interface Config {
   readonly storeTimeoutMs: number
   /** Whether `/docs` is served, a page on which the API can be tried. */
   readonly docs: boolean
+  /** Where OpenTelemetry sends spans; absent: it is not loaded. */
+  readonly otlpEndpoint: string | undefined
   /** Where Prometheus scrapes; absent: nowhere. */
   readonly metricsPort: number | undefined
   /** Between a signal and the end of service: the balancer's time to notice. */
@@ -330,6 +332,7 @@ export function loadConfig(given: Environment, embedded?: Environment): Config {
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10),
     storeTimeoutMs: read('STORE_TIMEOUT_MS', integer(1, 60_000), 1_000),
     docs: read('DOCS', flag, !production),
+    otlpEndpoint: read<string | undefined>('OTEL_EXPORTER_OTLP_ENDPOINT', url('https:', 'http:'), undefined),
     metricsPort: read<number | undefined>('METRICS_PORT', integer(0, 65_535), undefined),
     shutdownDelayMs: read('SHUTDOWN_DELAY_MS', integer(0, 600_000), 0),
     shutdownTimeoutMs: read('SHUTDOWN_TIMEOUT_MS', integer(1, 600_000), 15_000),

@@ -2,6 +2,13 @@ import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
 import { type DestinationStream, destination, stdSerializers } from 'pino'
 import type { Config } from './config.js'
 
+declare module 'fastify' {
+  interface FastifyRequest {
+    /** Of OpenTelemetry, where it is turned on. */
+    traceId?: string
+  }
+}
+
 /** A mobile number anywhere in a text. */
 const mobiles = /1[3-9]\d{9}/g
 
@@ -55,6 +62,7 @@ export class RequestLog extends LogController {
     request.log.info(
       {
         reqId: request.id,
+        ...(request.traceId !== undefined && { trace_id: request.traceId }),
         method: request.method,
         route: request.routeOptions.url,
         mobile: mobileOf(request.body),

@@ -1,10 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { buildApp } from './app.js'
 import { isEmbedded, loadConfig } from './config.js'
-import { demoBanner, prettyLog } from './embedded/demo.js'
-import { EmbeddedStores } from './embedded/stores.js'
 import { jsonLog } from './logging.js'
-import { migrate } from './migrations.js'
 
 try {
   await main()
@@ -14,6 +10,14 @@ try {
 }
 
 async function main(): Promise<void> {
+  // Before the clients of the stores are loaded.
+  const tracing = process.env.OTEL_EXPORTER_OTLP_ENDPOINT ? await import('./tracing.js') : undefined
+  const stopTracing = tracing?.startTracing()
+  const { buildApp } = await import('./app.js')
+  const { migrate } = await import('./migrations.js')
+  const { demoBanner, prettyLog } = await import('./embedded/demo.js')
+  const { EmbeddedStores } = await import('./embedded/stores.js')
+
   const stores = isEmbedded(process.env) ? await EmbeddedStores.prepare('.data') : undefined
   const config = loadConfig(process.env, stores?.environment(process.env))
   await stores?.start()
@@ -40,7 +44,7 @@ async function main(): Promise<void> {
       process.exit(1)
     }, config.shutdownTimeoutMs)
     await app.close()
-    await stores?.stop()
+    await Promise.all([stores?.stop(), stopTracing?.()])
     process.exit(0)
   }
 }

@@ -24,9 +24,9 @@ const namespace = 'mobileSignup'
 /** The longest pause between two attempts to reconnect. */
 const reconnectMaxMs = 1_000
 
-export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
-  async (fastify, { redisUrl, storeTimeoutMs }) => {
-    const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs)
+export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs' | 'otlpEndpoint'>>(
+  async (fastify, { redisUrl, storeTimeoutMs, otlpEndpoint }) => {
+    const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, otlpEndpoint === undefined)
     let connectionError: Error | undefined
     const onError = (err: Error) => {
       connectionError = err
@@ -61,8 +61,14 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs'>>(
 /**
  * ioredis is patient by default: it queues while Redis is away and sends again what was not answered. A sign-up would
  * rather hear at once that Redis is away, and a GETDEL must never run twice.
+ *
+ * @param enableAutoPipelining not where spans are made: all of a pipeline would be children of one request
  */
-function connect({ topology, nodes, masterName, options }: RedisTarget, storeTimeoutMs: number): Redis | Cluster {
+function connect(
+  { topology, nodes, masterName, options }: RedisTarget,
+  storeTimeoutMs: number,
+  enableAutoPipelining: boolean
+): Redis | Cluster {
   const retryStrategy = (attempt: number) => Math.random() * Math.min(reconnectMaxMs, 50 * 2 ** attempt)
   const redisOptions = {
     ...options,
@@ -91,7 +97,7 @@ function connect({ topology, nodes, masterName, options }: RedisTarget, storeTim
       dnsLookup: (address, callback) => callback(null, address)
     })
   }
-  const common = { ...redisOptions, enableOfflineQueue: false, enableAutoPipelining: true, retryStrategy }
+  const common = { ...redisOptions, enableOfflineQueue: false, enableAutoPipelining, retryStrategy }
   const [node] = nodes
   if (masterName === undefined) return new Redis({ ...common, ...node })
   return new Redis({
