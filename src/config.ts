@@ -223,7 +223,7 @@ export function isEmbedded(env: Environment): boolean {
 export function databaseUrlOf(env: Environment): string {
   const { read, faults } = reader(env)
   const databaseUrl = readDatabaseUrl(read)
-  if (!env.DATABASE_URL) faults.push('DATABASE_URL: is absent')
+  if (!env.DATABASE_URL) faults.push(`DATABASE_URL: is absent; expected ${databaseUrlVariable.expected}`)
   if (faults.length > 0) throw new ConfigError(faults)
   return databaseUrl
 }
@@ -246,9 +246,11 @@ function reader(env: Environment): { read: Read; faults: string[] } {
   return { read, faults }
 }
 
+const databaseUrlVariable = url('postgres:', 'postgresql:')
+
 /** With the CA of libpq's variable, which node-postgres does not read. */
 function readDatabaseUrl(read: Read): string {
-  const text = read('DATABASE_URL', url('postgres:', 'postgresql:'), '')
+  const text = read('DATABASE_URL', databaseUrlVariable, '')
   const rootCert = read('PGSSLROOTCERT', readableFile, '')
   if (!text || !rootCert) return text
   const databaseUrl = new URL(text)

@@ -36,15 +36,25 @@ const logStream = {
 }
 
 t.teardown(async () => {
+  try {
+    await end()
+  } catch (error) {
+    // tap tells no more than that there was one.
+    process.stderr.write(`${error instanceof Error ? error.stack : error}\n`)
+    throw error
+  }
+})
+
+async function end(): Promise<void> {
   redis.disconnect()
   await postgres.end()
   await stores.stop()
-  await rm(directory, { recursive: true })
+  await rm(directory, { recursive: true, maxRetries: 10 })
   const leaked = [...secrets].filter((secret) => log.includes(secret))
   if (leaked.length > 0) throw new Error(`G7: a password, code, session id or full mobile is in the log: ${leaked}`)
   const undescribed = answered().filter(([operation, outcome]) => !described.get(operation)?.has(outcome))
   if (undescribed.length > 0) throw new Error(`answered, but not described: ${undescribed.join(' ')}`)
-})
+}
 
 export const sessionSecret = 'a secret of at least thirty-two characters'
 
