@@ -64,7 +64,10 @@ export class Lab {
     await stores.start()
     await migrate(stores.databaseUrl)
     const redis = new Redis(stores.redisUrl)
-    return new Lab(directory, stores, redis, new pg.Pool({ connectionString: stores.databaseUrl }))
+    const postgres = new pg.Pool({ connectionString: stores.databaseUrl })
+    // A connection that the pool has ended may still hear that the server ends.
+    postgres.on('error', () => undefined)
+    return new Lab(directory, stores, redis, postgres)
   }
 
   async close(): Promise<void> {

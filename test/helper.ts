@@ -22,6 +22,8 @@ await migrate(stores.databaseUrl)
 
 export const redis = new Redis(stores.redisUrl)
 export const postgres = new pg.Pool({ connectionString: stores.databaseUrl })
+// A connection that the pool has ended may still hear that the server ends.
+postgres.on('error', () => undefined)
 
 /** What the applications' description says, by `METHOD /path`, of the outcomes that may be answered there. */
 const described = new Map<string, Set<string>>()
