@@ -51,7 +51,7 @@ async function end(): Promise<void> {
   redis.disconnect()
   await postgres.end()
   await stores.stop()
-  await rm(directory, { recursive: true, maxRetries: 10 })
+  await rm(directory, { recursive: true })
   const leaked = [...secrets].filter((secret) => log.includes(secret))
   if (leaked.length > 0) throw new Error(`G7: a password, code, session id or full mobile is in the log: ${leaked}`)
   const undescribed = answered().filter(([operation, outcome]) => !described.get(operation)?.has(outcome))

@@ -155,7 +155,7 @@ t.test('Redis Cluster of six nodes', async (t) => {
 t.test('Redis Sentinel', async (t) => {
   const { servers, sentinels } = await startSentinels(t)
   const nodes = sentinels.map(({ port }) => ({ host: '127.0.0.1', port }))
-  const keys = new Redis({ sentinels: nodes, name: 'sign-ups', password, failoverDetector: true })
+  const keys = new Redis({ sentinels: nodes, name: 'sign-ups', password })
   keys.on('error', () => undefined)
   t.teardown(() => keys.disconnect())
   const REDIS_URL = `redis+sentinel://${credentials}${addresses(sentinels).join()}/sign-ups/0`

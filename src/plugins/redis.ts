@@ -108,8 +108,8 @@ function connect(
     ...(options.tls && { sentinelTLS: options.tls }),
     sentinelCommandTimeout: storeTimeoutMs,
     sentinelRetryStrategy: retryStrategy,
-    failoverDetector: true,
-    // A master that a failover has made a replica.
+    // A master that a failover has made a replica. ioredis's `failoverDetector` would give up for good where it hears of the
+    // failover while it connects.
     reconnectOnError: ({ message }: Error) => message.startsWith('READONLY')
   })
 }
