@@ -30,6 +30,8 @@ export class FaultProxy {
   private readonly pairs = new Set<Pair>()
   private readonly strikes: { needle: string; fault: Fault; skip: number; struck: () => void }[] = []
   private stalled = false
+  /** Connections accepted so far. */
+  accepted = 0
 
   private constructor(
     private readonly target: URL,
@@ -92,6 +94,7 @@ export class FaultProxy {
   }
 
   private relay(client: Socket): void {
+    this.accepted++
     const server = connect(Number(this.target.port), this.target.hostname)
     const pair: Pair = { client, server, onReply: 'pass' }
     this.pairs.add(pair)

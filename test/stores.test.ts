@@ -1,7 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import t, { type Test } from 'tap'
+import type { Environment } from '../src/config.js'
 import { FaultProxy } from './fault-proxy.js'
-import { build, post, postgres, redis, signUpBody, stores } from './helper.js'
+import { build, post, postgres, redis, signUpBody, stores, until } from './helper.js'
 
 /*
  * Section 6 of the design: a store that fails is answered at once, and used again when it is back.
@@ -10,10 +11,10 @@ import { build, post, postgres, redis, signUpBody, stores } from './helper.js'
 const storeTimeoutMs = 1_000
 
 /** The service with a proxy in front of one of its stores. */
-async function buildBehind(t: Test, store: 'REDIS_URL' | 'DATABASE_URL') {
+async function buildBehind(t: Test, store: 'REDIS_URL' | 'DATABASE_URL', env: Environment = {}) {
   const proxy = await FaultProxy.open(store === 'REDIS_URL' ? stores.redisUrl : stores.databaseUrl)
   t.teardown(() => proxy.close())
-  return { proxy, app: await build(t, { [store]: proxy.url, STORE_TIMEOUT_MS: `${storeTimeoutMs}` }) }
+  return { proxy, app: await build(t, { [store]: proxy.url, STORE_TIMEOUT_MS: `${storeTimeoutMs}`, ...env }) }
 }
 
 for (const store of ['REDIS_URL', 'DATABASE_URL'] as const) {
@@ -69,4 +70,22 @@ t.test('while Redis is away nothing is queued, and nothing is sent again when it
   t.equal(await redis.exists(`sms_code_${body.mobile}`), 1, 'the take that was cut off has not run')
   const [, evals = 0] = /cmdstat_eval:calls=(\d+)/.exec(await redis.info('commandstats')) ?? []
   t.equal(Number(evals), 1, 'of eleven takes and more the last alone has reached Redis')
+})
+
+t.test('a Redis connection on which a command has timed out is dropped, whatever else was answered on it', async (t) => {
+  // With traces there is no auto-pipelining, so one command is sent while another waits for its reply.
+  const { app, proxy } = await buildBehind(t, 'REDIS_URL', { OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' })
+  const body = await signUpBody()
+  // The first reply arrives while the claim waits for its own, which comes after the timeout.
+  const earlier = proxy.strike('an earlier key', { kind: 'delay', ms: 800 })
+  const claim = proxy.strike(`sms_code_${body.mobile}`, { kind: 'delay', ms: storeTimeoutMs + 100 })
+  const before = proxy.accepted
+  const answer = app.onRedis((redis) => redis.get('an earlier key'))
+  await earlier
+  const reply = post(app, body)
+  await claim
+  t.equal(await answer, null)
+  t.equal((await reply).statusCode, 503)
+  await until(async () => proxy.accepted > before)
+  await until(async () => (await post(app, await signUpBody())).statusCode === 201)
 })

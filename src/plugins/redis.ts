@@ -34,6 +34,8 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs' | 'otlpEndpoi
     }
     client.on('error', onError)
     client.on('node error', onError)
+    if (client instanceof Cluster) client.on('+node', dropOnTimeout)
+    else dropOnTimeout(client)
     // Not @fastify/redis's `closeClient`: its QUIT fails, and the shutdown with it, when Redis is away.
     fastify.addHook('onClose', () => client.disconnect())
     await waitForStore('Redis', async () => {
@@ -59,6 +61,21 @@ export const redis = fp<Pick<Config, 'redisUrl' | 'storeTimeoutMs' | 'otlpEndpoi
 )
 
 /**
+ * Drops a connection on which a command has timed out, so that no later command is sent on it. ioredis's own
+ * `socketTimeout` does not: any reply on the socket clears it, also one to another command.
+ */
+function dropOnTimeout(connection: Redis): void {
+  const sendCommand = connection.sendCommand.bind(connection)
+  connection.sendCommand = (command, stream) => {
+    const { stream: socket } = connection
+    command.promise.catch(({ message }: Error) => {
+      if (message === 'Command timed out') socket.destroy()
+    })
+    return sendCommand(command, stream)
+  }
+}
+
+/**
  * ioredis is patient by default: it queues while Redis is away and sends again what was not answered. A sign-up would
  * rather hear at once that Redis is away, and a GETDEL must never run twice.
  *
@@ -74,8 +91,6 @@ function connect(
     ...options,
     connectTimeout: storeTimeoutMs,
     commandTimeout: storeTimeoutMs,
-    // A connection on which nothing comes while a command waits may be dead without a word, and is dropped.
-    socketTimeout: storeTimeoutMs,
     maxRetriesPerRequest: 0,
     autoResendUnfulfilledCommands: false
   }
