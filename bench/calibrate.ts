@@ -1,6 +1,6 @@
 /* npm run calibrate: which of OWASP's argon2id settings, of equal strength, this machine computes fastest. */
 import { availableParallelism } from 'node:os'
-import { owaspArgon2id } from '../src/config.js'
+import { owaspArgon2id } from '../src/config/config.js'
 import { bareHashes } from './bare-hashes.js'
 import { progress } from './report.js'
 import { round } from './statistics.js'

@@ -10,8 +10,8 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import { EmbeddedStores } from '../src/embedded/stores.js'
-import { migrate } from '../src/migrations.js'
+import { EmbeddedStores } from '../src/dev/stores.js'
+import { migrate } from '../src/stores/migrations.js'
 
 /** How to run a TypeScript file of this folder in a process of its own. */
 const typescript = ['--import', createRequire(import.meta.url).resolve('tsx')]

@@ -1,4 +1,4 @@
-import { freePort } from '../src/embedded/stores.js'
+import { freePort } from '../src/dev/stores.js'
 import { alternate } from './alternate.js'
 import type { Lab } from './lab.js'
 import { issueSignUps, openLoop } from './load.js'

@@ -1,6 +1,6 @@
 import pg from 'pg'
-import { migrate } from '../src/migrations.js'
-import { insertUser } from '../src/plugins/users.js'
+import { migrate } from '../src/stores/migrations.js'
+import { insertUser } from '../src/users/users.js'
 import type { Lab } from './lab.js'
 import { progress, type Row } from './report.js'
 import { median, round } from './statistics.js'

@@ -1,5 +1,5 @@
-import { databaseUrlOf } from './config.js'
-import { migrate } from './migrations.js'
+import { databaseUrlOf } from './config/config.js'
+import { migrate } from './stores/migrations.js'
 
 try {
   const applied = await migrate(databaseUrlOf(process.env))

@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { isEmbedded, loadConfig } from './config.js'
-import { jsonLog } from './logging.js'
+import { isEmbedded, loadConfig } from './config/config.js'
+import { jsonLog } from './telemetry/log.js'
 
 try {
   await main()
@@ -11,12 +11,12 @@ try {
 
 async function main(): Promise<void> {
   // Before the clients of the stores are loaded.
-  const tracing = process.env.OTEL_EXPORTER_OTLP_ENDPOINT ? await import('./tracing.js') : undefined
+  const tracing = process.env.OTEL_EXPORTER_OTLP_ENDPOINT ? await import('./telemetry/traces.js') : undefined
   const stopTracing = tracing?.startTracing()
   const { buildApp } = await import('./app.js')
-  const { migrate } = await import('./migrations.js')
-  const { demoBanner, prettyLog } = await import('./embedded/demo.js')
-  const { EmbeddedStores } = await import('./embedded/stores.js')
+  const { migrate } = await import('./stores/migrations.js')
+  const { demoBanner, prettyLog } = await import('./dev/demo.js')
+  const { EmbeddedStores } = await import('./dev/stores.js')
 
   const stores = isEmbedded(process.env) ? await EmbeddedStores.prepare('.data') : undefined
   const config = loadConfig(process.env, stores?.environment(process.env))

@@ -1,6 +1,6 @@
 import { chromium, type Page } from 'playwright-core'
 import type { Test } from 'tap'
-import { findProgram } from '../src/embedded/programs.js'
+import { findProgram } from '../src/dev/programs.js'
 
 /** The browsers that `npm run setup:test` knows; it installs the first where there is none. */
 const programs = ['chromium', 'chromium-browser', 'google-chrome']

@@ -15,8 +15,8 @@ import { fileURLToPath } from 'node:url'
 import { verify } from '@node-rs/argon2'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import { EmbeddedStores } from '../src/embedded/stores.js'
-import { migrate } from '../src/migrations.js'
+import { EmbeddedStores } from '../src/dev/stores.js'
+import { migrate } from '../src/stores/migrations.js'
 import { FaultProxy } from './fault-proxy.js'
 
 const seconds = Number(process.env.CHAOS_SECONDS || 60)

@@ -6,7 +6,7 @@ import { verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import { buildApp } from '../src/app.js'
-import { ClientGone, HashPool } from '../src/hash-pool.js'
+import { ClientGone, HashPool } from '../src/passwords/hash-pool.js'
 import { build, issueCode, post, redis, signUpBody, testConfig, until, userRow } from './helper.js'
 
 /** A hash that takes long enough to be waited for, and hashes that take next to nothing. */

@@ -8,9 +8,9 @@ import { Redis } from 'ioredis'
 import pg from 'pg'
 import t, { type Test } from 'tap'
 import { buildApp } from '../src/app.js'
-import { type Environment, loadConfig } from '../src/config.js'
-import { EmbeddedStores } from '../src/embedded/stores.js'
-import { migrate } from '../src/migrations.js'
+import { type Environment, loadConfig } from '../src/config/config.js'
+import { EmbeddedStores } from '../src/dev/stores.js'
+import { migrate } from '../src/stores/migrations.js'
 
 /*
  * Each test file is a process with a Postgres and a Redis of its own, in a folder of its own.

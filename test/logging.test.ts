@@ -1,6 +1,6 @@
 import t, { type Test } from 'tap'
 import { buildApp } from '../src/app.js'
-import type { Environment } from '../src/config.js'
+import type { Environment } from '../src/config/config.js'
 import { cookieOf, holdInserts, holdRedisWrites, newMobile, post, signUpBody, testConfig } from './helper.js'
 
 /** An application whose log lines are at hand. */

@@ -3,7 +3,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import pg from 'pg'
 import t from 'tap'
-import { migrate } from '../src/migrations.js'
+import { migrate } from '../src/stores/migrations.js'
 import { postgres, stores } from './helper.js'
 
 t.test('instances that start at once on an empty database do not collide', async (t) => {

@@ -2,7 +2,7 @@ import type { AddressInfo } from 'node:net'
 import axe from 'axe-core'
 import type { Page } from 'playwright-core'
 import t, { type Test } from 'tap'
-import type { Environment } from '../src/config.js'
+import type { Environment } from '../src/config/config.js'
 import { visit } from './browser.js'
 import { brief, build, newMobile, post, redis, signUpBody, testConfig } from './helper.js'
 

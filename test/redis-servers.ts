@@ -3,8 +3,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Redis } from 'ioredis'
 import type { Test } from 'tap'
-import { GuardedServer } from '../src/embedded/guarded-server.js'
-import { freePort, redisBinary } from '../src/embedded/stores.js'
+import { GuardedServer } from '../src/dev/guarded-server.js'
+import { freePort, redisBinary } from '../src/dev/stores.js'
 import { until } from './helper.js'
 
 /** It needs percent-encoding in a URL, every character of it. */

@@ -2,7 +2,7 @@ import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
 import type { Test } from 'tap'
-import type { Environment } from '../src/config.js'
+import type { Environment } from '../src/config/config.js'
 import { sessionSecret, stores, until } from './helper.js'
 
 const server = fileURLToPath(new URL('../dist/server.js', import.meta.url))

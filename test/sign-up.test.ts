@@ -1,8 +1,8 @@
 import { verify } from '@node-rs/argon2'
 import Fastify from 'fastify'
 import t from 'tap'
-import { envelope } from '../src/plugins/envelope.js'
-import { outcomes } from '../src/replies.js'
+import { envelope } from '../src/http/envelope.js'
+import { outcomes } from '../src/outcomes.js'
 import {
   build,
   cookieOf,

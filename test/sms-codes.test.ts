@@ -4,8 +4,8 @@ import { createServer, type IncomingMessage, type ServerResponse } from 'node:ht
 import { type AddressInfo, createServer as createTcpServer } from 'node:net'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
-import type { Environment } from '../src/config.js'
-import { networkOf } from '../src/network.js'
+import type { Environment } from '../src/config/config.js'
+import { networkOf } from '../src/http/network.js'
 import { build, issueCode, logLines, newMobile, post, redis, signUpBody, testConfig, until } from './helper.js'
 
 const secret = 'the secret of the webhook'

@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import t, { type Test } from 'tap'
-import type { Environment } from '../src/config.js'
+import type { Environment } from '../src/config/config.js'
 import { FaultProxy } from './fault-proxy.js'
 import { build, post, postgres, redis, signUpBody, stores, until } from './helper.js'
 
@@ -72,20 +72,23 @@ t.test('while Redis is away nothing is queued, and nothing is sent again when it
   t.equal(Number(evals), 1, 'of eleven takes and more the last alone has reached Redis')
 })
 
-t.test('a Redis connection on which a command has timed out is dropped, whatever else was answered on it', async (t) => {
-  // With traces there is no auto-pipelining, so one command is sent while another waits for its reply.
-  const { app, proxy } = await buildBehind(t, 'REDIS_URL', { OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' })
-  const body = await signUpBody()
-  // The first reply arrives while the claim waits for its own, which comes after the timeout.
-  const earlier = proxy.strike('an earlier key', { kind: 'delay', ms: 800 })
-  const claim = proxy.strike(`sms_code_${body.mobile}`, { kind: 'delay', ms: storeTimeoutMs + 100 })
-  const before = proxy.accepted
-  const answer = app.onRedis((redis) => redis.get('an earlier key'))
-  await earlier
-  const reply = post(app, body)
-  await claim
-  t.equal(await answer, null)
-  t.equal((await reply).statusCode, 503)
-  await until(async () => proxy.accepted > before)
-  await until(async () => (await post(app, await signUpBody())).statusCode === 201)
-})
+t.test(
+  'a Redis connection on which a command has timed out is dropped, whatever else was answered on it',
+  async (t) => {
+    // With traces there is no auto-pipelining, so one command is sent while another waits for its reply.
+    const { app, proxy } = await buildBehind(t, 'REDIS_URL', { OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' })
+    const body = await signUpBody()
+    // The first reply arrives while the claim waits for its own, which comes after the timeout.
+    const earlier = proxy.strike('an earlier key', { kind: 'delay', ms: 800 })
+    const claim = proxy.strike(`sms_code_${body.mobile}`, { kind: 'delay', ms: storeTimeoutMs + 100 })
+    const before = proxy.accepted
+    const answer = app.onRedis((redis) => redis.get('an earlier key'))
+    await earlier
+    const reply = post(app, body)
+    await claim
+    t.equal(await answer, null)
+    t.equal((await reply).statusCode, 503)
+    await until(async () => proxy.accepted > before)
+    await until(async () => (await post(app, await signUpBody())).statusCode === 201)
+  }
+)

@@ -1,5 +1,5 @@
 import type { FastifyBaseLogger } from 'fastify'
-import { maskMobiles } from '../logging.js'
+import { maskMobiles } from '../../telemetry/log.js'
 import type { SmsSender } from './sender.js'
 
 /**

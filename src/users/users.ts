@@ -1,5 +1,5 @@
 import fp from 'fastify-plugin'
-import type { NamedStatement } from './postgres.js'
+import type { NamedStatement } from '../stores/postgres.js'
 
 interface Users {
   /**

@@ -1,11 +1,11 @@
 import fastifyRedis from '@fastify/redis'
 import fp from 'fastify-plugin'
 import { Cluster, Redis } from 'ioredis'
-import type { Config } from '../config.js'
-import { publicError } from '../logging.js'
-import { parseRedisUrl, type RedisTarget } from '../redis-url.js'
-import { Refusal } from '../replies.js'
-import { waitForStore } from '../start-up.js'
+import type { Config } from '../config/config.js'
+import { parseRedisUrl, type RedisTarget } from '../config/redis-url.js'
+import { Refusal } from '../outcomes.js'
+import { publicError } from '../telemetry/log.js'
+import { waitForStore } from './wait-for-store.js'
 
 declare module 'fastify' {
   interface FastifyInstance {

@@ -1,8 +1,8 @@
 import swagger from '@fastify/swagger'
 import { type TSchema, Type } from '@sinclair/typebox'
 import fp from 'fastify-plugin'
-import { type Config, passwordMax } from '../config.js'
-import { type Language, languages, type OutcomeName, outcomes, type RouteOutcomes } from '../replies.js'
+import { type Config, passwordMax } from '../config/config.js'
+import { type Language, languages, type OutcomeName, outcomes, type RouteOutcomes } from '../outcomes.js'
 
 declare module 'fastify' {
   interface FastifyContextConfig {

@@ -1,10 +1,10 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import { bodyMaxBytes, type Config } from '../config.js'
-import { networkOf } from '../network.js'
-import type { Limit } from '../plugins/throttles.js'
-import { repliesWith } from '../replies.js'
-import { bodyOutcomes, mobileField } from './schemas.js'
+import { bodyMaxBytes, type Config } from '../config/config.js'
+import { networkOf } from '../http/network.js'
+import { bodyOutcomes, mobileField } from '../http/schemas.js'
+import { repliesWith } from '../outcomes.js'
+import type { Limit } from '../stores/rate-limits.js'
 
 const SmsCodeRequest = Type.Object({ mobile: mobileField })
 

@@ -2,8 +2,8 @@ import { randomBytes } from 'node:crypto'
 import { accessSync, constants } from 'node:fs'
 import { isIP } from 'node:net'
 import { availableParallelism } from 'node:os'
+import { type Language, languages } from '../outcomes.js'
 import { parseRedisUrl } from './redis-url.js'
-import { type Language, languages } from './replies.js'
 
 export type Environment = Readonly<Record<string, string | undefined>>
 
@@ -210,7 +210,7 @@ const readableFile: Variable<string> = {
   }
 }
 
-/** Neither store is named, and this is not production: the service brings its own (`src/embedded`). */
+/** Neither store is named, and this is not production: the service brings its own (`src/dev`). */
 export function isEmbedded(env: Environment): boolean {
   return !env.DATABASE_URL && !env.REDIS_URL && env.NODE_ENV !== 'production'
 }

@@ -2,10 +2,10 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import fastifyPostgres from '@fastify/postgres'
 import fp from 'fastify-plugin'
 import pg, { type ClientConfig, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
-import type { Config } from '../config.js'
-import { publicError } from '../logging.js'
-import { Refusal } from '../replies.js'
-import { waitForStore } from '../start-up.js'
+import type { Config } from '../config/config.js'
+import { Refusal } from '../outcomes.js'
+import { publicError } from '../telemetry/log.js'
+import { waitForStore } from './wait-for-store.js'
 
 /** A statement with a name is parsed and planned once for each connection. */
 export type NamedStatement = Required<Pick<QueryConfig, 'name' | 'text'>>

@@ -1,8 +1,8 @@
 import { createHmac, hkdfSync, randomInt } from 'node:crypto'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
-import type { Config } from '../config.js'
-import { endReplay, issueCode, releaseCode, takeCode, withdrawCode } from './code-scripts.js'
+import type { Config } from '../config/config.js'
+import { endReplay, issueCode, releaseCode, takeCode, withdrawCode } from './scripts.js'
 
 /** A sign-up or a reset that has a code in hand, and what it needs to give it up. */
 export interface Attempt {

@@ -1,8 +1,8 @@
 import type { Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
 import type { Options } from '@node-rs/argon2'
-import { Refusal } from './replies.js'
-import { Unsettled } from './unsettled.js'
+import { Unsettled } from '../http/in-flight.js'
+import { Refusal } from '../outcomes.js'
 
 /** A password to hash or, with a PHC string, to verify against it. */
 export interface HashJob {

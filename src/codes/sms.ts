@@ -1,11 +1,11 @@
 import { randomUUID } from 'node:crypto'
 import { CircuitState, ConsecutiveBreaker, circuitBreaker, handleWhen } from 'cockatiel'
 import fp from 'fastify-plugin'
-import type { Config } from '../config.js'
-import { Refusal } from '../replies.js'
-import { logSender } from '../senders/log.js'
-import { MessageRefused } from '../senders/sender.js'
-import { webhookSender } from '../senders/webhook.js'
+import type { Config } from '../config/config.js'
+import { Refusal } from '../outcomes.js'
+import { logSender } from './senders/log.js'
+import { MessageRefused } from './senders/sender.js'
+import { webhookSender } from './senders/webhook.js'
 
 interface Sms {
   /**

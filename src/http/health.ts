@@ -1,6 +1,6 @@
 import { Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import type { NamedStatement } from '../plugins/postgres.js'
+import type { NamedStatement } from '../stores/postgres.js'
 
 /** How long an answer of the stores holds, so that probes cost nothing however many there are. */
 const freshMs = 1_000

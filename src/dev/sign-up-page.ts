@@ -1,10 +1,10 @@
 import { createHash } from 'node:crypto'
 import { readFile } from 'node:fs/promises'
 import type { FastifyPluginAsync } from 'fastify'
-import type { Config } from '../config.js'
+import type { Config } from '../config/config.js'
 
 /** In the sources, also for the built service: the embedded mode runs from a checkout. */
-const file = new URL('../../src/embedded/page.html', import.meta.url)
+const file = new URL('../../src/dev/sign-up-page.html', import.meta.url)
 
 /** A newcomer's first sight of the service: a page at `/` on which to sign up. */
 export const signUpPage: FastifyPluginAsync<Pick<Config, 'apiPrefix' | 'smsResendS'>> = async (fastify, config) => {

@@ -1,11 +1,11 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import { bodyMaxBytes, passwordMax } from '../config.js'
-import { networkOf } from '../network.js'
-import { loadSessions } from '../plugins/sessions.js'
-import type { User } from '../plugins/users.js'
-import { Refusal, type RouteOutcomes, repliesWith } from '../replies.js'
-import { bodyOutcomes, LoggedIn, mobileField, passwordField, SessionUser, storedOutcomes } from './schemas.js'
+import { bodyMaxBytes, passwordMax } from '../config/config.js'
+import { networkOf } from '../http/network.js'
+import { bodyOutcomes, LoggedIn, mobileField, passwordField, SessionUser, storedOutcomes } from '../http/schemas.js'
+import { Refusal, type RouteOutcomes, repliesWith } from '../outcomes.js'
+import type { User } from '../users/users.js'
+import { loadSessions } from './sessions.js'
 
 const Login = Type.Object({ mobile: mobileField, password: passwordField })
 const LogOut = Type.Object({

@@ -1,6 +1,6 @@
 import { dictionary } from '@zxcvbn-ts/language-common'
-import { passwordMax } from './config.js'
-import type { OutcomeName } from './replies.js'
+import { passwordMax } from '../config/config.js'
+import type { OutcomeName } from '../outcomes.js'
 
 /**
  * The common passwords of @zxcvbn-ts/language-common: 49,233 from published breaches, lower-cased there, of which those

@@ -4,7 +4,7 @@ import fastifySession, { type SessionStore } from '@fastify/session'
 import type { FastifyReply, FastifyRequest, Session } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
-import type { Config } from '../config.js'
+import type { Config } from '../config/config.js'
 
 /** Who is logged in. `user_id` is a 64-bit integer in decimal. */
 export interface SessionUser {

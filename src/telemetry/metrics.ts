@@ -3,7 +3,7 @@ import { createServer } from 'node:http'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
 import fp from 'fastify-plugin'
 import { Counter, Gauge, Histogram, Registry } from 'prom-client'
-import type { Config } from '../config.js'
+import type { Config } from '../config/config.js'
 
 type Store = 'postgres' | 'redis'
 

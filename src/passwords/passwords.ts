@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import type { Writable } from 'node:stream'
 import fp from 'fastify-plugin'
-import type { Config } from '../config.js'
-import { HashPool } from '../hash-pool.js'
+import type { Config } from '../config/config.js'
+import { HashPool } from './hash-pool.js'
 
 interface Passwords {
   /**

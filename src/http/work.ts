@@ -1,5 +1,5 @@
 import fp from 'fastify-plugin'
-import { Unsettled } from '../unsettled.js'
+import { Unsettled } from './in-flight.js'
 
 declare module 'fastify' {
   interface FastifyInstance {

@@ -10,7 +10,7 @@ import { runner } from 'node-pg-migrate'
 export async function migrate(databaseUrl: string): Promise<string[]> {
   const applied = await runner({
     databaseUrl,
-    dir: fileURLToPath(new URL('../sql', import.meta.url)),
+    dir: fileURLToPath(new URL('../../sql', import.meta.url)),
     direction: 'up',
     migrationsTable: 'pgmigrations',
     advisoryLockMode: 'wait',

@@ -1,11 +1,11 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import { bodyMaxBytes, type Config } from '../config.js'
-import { passwordFault } from '../password-policy.js'
-import type { Attempt, CodePurpose, CompletedAttempt } from '../plugins/codes.js'
-import type { SessionUser } from '../plugins/sessions.js'
-import { type OutcomeName, type RouteOutcomes, repliesWith } from '../replies.js'
-import { bodyOutcomes, codeField, LoggedIn, mobileField, passwordField } from './schemas.js'
+import type { Attempt, CodePurpose, CompletedAttempt } from '../codes/codes.js'
+import { bodyMaxBytes, type Config } from '../config/config.js'
+import { bodyOutcomes, codeField, LoggedIn, mobileField, passwordField } from '../http/schemas.js'
+import { type OutcomeName, type RouteOutcomes, repliesWith } from '../outcomes.js'
+import { passwordFault } from '../passwords/policy.js'
+import type { SessionUser } from '../sessions/sessions.js'
 
 /** What proves a mobile and chooses a password. */
 const NewPassword = Type.Object({

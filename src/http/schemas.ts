@@ -1,5 +1,5 @@
 import { Type } from '@sinclair/typebox'
-import type { RouteOutcomes } from '../replies.js'
+import type { RouteOutcomes } from '../outcomes.js'
 
 /** A required text: absent, null and "" are all the same fault. Half a surrogate pair is no text. */
 const required = { minLength: 1, format: 'well-formed' }

@@ -1,6 +1,6 @@
 import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
 import { type DestinationStream, destination, stdSerializers } from 'pino'
-import type { Config } from './config.js'
+import type { Config } from '../config/config.js'
 
 declare module 'fastify' {
   interface FastifyRequest {

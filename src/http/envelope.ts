@@ -3,8 +3,8 @@ import { Ajv, type ErrorObject } from 'ajv'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import Negotiator from 'negotiator'
-import { type Config, passwordMax } from '../config.js'
-import { type Language, languages, type OutcomeName, outcomes, Refusal } from '../replies.js'
+import { type Config, passwordMax } from '../config/config.js'
+import { type Language, languages, type OutcomeName, outcomes, Refusal } from '../outcomes.js'
 
 declare module 'fastify' {
   interface FastifyContextConfig {

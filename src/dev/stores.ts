@@ -9,7 +9,7 @@ import { dirname, join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import type { Environment } from '../config.js'
+import type { Environment } from '../config/config.js'
 import { GuardedServer, isRoot, unprivileged, unprivilegedId } from './guarded-server.js'
 import { findProgram } from './programs.js'
 
