@@ -1,135 +1,105 @@
-import { randomUUID } from 'node:crypto'
-import { STATUS_CODES } from 'node:http'
-import type { Socket } from 'node:net'
-import Fastify, { type FastifyInstance, type FastifyPluginAsync, type FastifyReply, type FastifyRequest } from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { DestinationStream } from 'pino'
 import { codes } from './codes/codes.js'
-import { smsCodeRoutes } from './codes/routes.js'
+import { codeRoutes } from './codes/routes.js'
 import { sms } from './codes/sms.js'
-import { bodyMaxBytes, type Config } from './config/config.js'
-import { signUpPage } from './dev/sign-up-page.js'
-import { envelope } from './http/envelope.js'
+import type { Config } from './config/config.js'
+import { badRequests } from './http/bad-requests.js'
 import { healthRoutes } from './http/health.js'
-import { description } from './http/openapi.js'
-import { connections } from './http/shutdown.js'
-import { work } from './http/work.js'
-import { outcomes } from './outcomes.js'
+import { inFlight } from './http/in-flight.js'
+import { openapi } from './http/openapi.js'
+import { replies } from './http/replies.js'
+import { requestIds } from './http/request-ids.js'
+import { serverOptions } from './http/server-options.js'
+import { shutdown } from './http/shutdown.js'
+import { strictJson } from './http/strict-json.js'
 import { passwords } from './passwords/passwords.js'
 import { sessionRoutes } from './sessions/routes.js'
 import { sessions } from './sessions/sessions.js'
 import { postgres } from './stores/postgres.js'
-import { throttles } from './stores/rate-limits.js'
+import { rateLimits } from './stores/rate-limits.js'
 import { redis } from './stores/redis.js'
-import { gatewayRequestId, loggerOptions, RequestLog } from './telemetry/log.js'
-import { metrics } from './telemetry/metrics.js'
-import { userRoutes } from './users/redeem-code.js'
+import { Metrics, metricsServer } from './telemetry/metrics.js'
+import type { Observer } from './telemetry/observer.js'
+import { userRoutes } from './users/routes.js'
 import { users } from './users/users.js'
 
-const jsonType = 'application/json; charset=utf-8'
+/** The capabilities that a test may replace by a fake. */
+interface Overrides {
+  passwords?: typeof passwords
+}
 
-/** How long a request may take to arrive. */
-const requestTimeoutMs = 10_000
+export interface BuildOptions {
+  /** Receives the log as JSON lines. By default it goes to standard output. */
+  logStream?: DestinationStream
+  overrides?: Overrides
+}
+
+interface CapabilityOptions {
+  config: Config
+  observer?: Observer | undefined
+  overrides?: Overrides | undefined
+}
 
 /**
- * The sign-up routes with all that they need, for any Fastify 5 application: `register(signUp, { prefix, config })`.
- * Its error handler, validator and stores are its own and do not leave its scope.
+ * The routes with everything that they need, for any Fastify 5 application: `register(signUp, { prefix, config })`. Its
+ * error handler, validator and stores do not leave its scope.
  */
 export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  await fastify.register(envelope, config)
-  await fastify.register(capabilities, config)
+  await fastify.register(replies, { config })
+  await fastify.register(strictJson)
+  await fastify.register(capabilities, { config })
   await fastify.register(routes, { config })
 }
 
-/** What the routes need, on the instance. */
-const capabilities = fp<Config>(async (fastify, config) => {
-  await fastify.register(postgres, config)
-  await fastify.register(redis, config)
-  await fastify.register(codes, config)
-  await fastify.register(passwords, config)
+/** What the routes need, as decorators. */
+const capabilities = fp<CapabilityOptions>(async (fastify, { config, observer, overrides }) => {
+  await fastify.register(postgres, { config, observer })
+  await fastify.register(redis, { config, observer })
+  await fastify.register(codes, { config })
+  await fastify.register(overrides?.passwords ?? passwords, { config, observer })
   await fastify.register(users)
-  await fastify.register(sessions, config)
-  await fastify.register(throttles)
-  await fastify.register(work)
-  if (config.sms) await fastify.register(sms, config)
+  await fastify.register(sessions, { config })
+  await fastify.register(rateLimits)
+  await fastify.register(inFlight)
+  if (config.sms) await fastify.register(sms, { config })
 })
 
 const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  await fastify.register(userRoutes, { passwordMin: config.passwordMin })
+  await fastify.register(userRoutes, { config })
   await fastify.register(sessionRoutes)
-  if (config.sms) await fastify.register(smsCodeRoutes, config)
+  if (config.sms) await fastify.register(codeRoutes, { config })
 }
 
-/** Builds the service, ready to listen. The log goes to standard output, or to a stream as JSON lines. */
-export async function buildApp(config: Config, logStream?: DestinationStream): Promise<FastifyInstance> {
-  const { bad_request } = outcomes
-  const badRequest = JSON.stringify({ errno: bad_request.errno, errmsg: bad_request[config.defaultLanguage] })
+/** Builds the service, ready to listen. */
+export async function buildApp(config: Config, options: BuildOptions = {}): Promise<FastifyInstance> {
+  const metrics = config.metricsPort === undefined ? undefined : new Metrics()
 
-  const requestLog = new RequestLog()
-  const app = Fastify({
-    logger: loggerOptions(config, logStream),
-    logController: requestLog,
-    // A child logger for each request costs more than its one line: that names the request itself.
-    childLoggerFactory: (logger) => logger,
-    genReqId: ({ headers }) => gatewayRequestId(headers['x-request-id']) ?? randomUUID(),
-    ...(config.trustProxy.length > 0 && { trustProxy: [...config.trustProxy] }),
-    bodyLimit: bodyMaxBytes,
-    // A gateway sends its 4 KiB at once; this ends what trickles. Node looks only as often as its interval says, and
-    // takes the longer of the two timeouts.
-    requestTimeout: requestTimeoutMs,
-    // Longer than the plugins' own wait for the stores.
-    pluginTimeout: 20_000,
-    // Answered in the envelope by plugins/connections.ts.
-    return503OnClosing: false,
-    http: { requireHostHeader: false, headersTimeout: requestTimeoutMs, connectionsCheckingInterval: 1_000 },
-    clientErrorHandler(error, socket) {
-      // What stands before the answer of another request would be taken for that answer.
-      if (app.connections.isBusy(socket)) socket.destroy()
-      else refuseSocket(socket, socketErrorStatus(error), badRequest)
-    },
-    // A URL that cannot be decoded. Fastify neither decorates the reply nor logs the request.
-    frameworkErrors(_error, request: FastifyRequest, reply: FastifyReply) {
-      reply.outcomeName = 'bad_request'
-      reply.header('x-request-id', request.id).code(400).type(jsonType).send(badRequest)
-      requestLog.requestCompleted(null, request, reply)
-    }
-  })
-
-  // Node answers these two itself, outside the envelope, unless somebody listens.
-  app.server.on('checkExpectation', (_request, response) => refuseSocket(response.socket, 417, badRequest))
-  app.server.on('connect', (_request, socket: Socket) => refuseSocket(socket, 400, badRequest))
-
-  app.addHook('onRequest', (request, reply, done) => {
-    reply.header('x-request-id', request.id)
-    done()
-  })
-  await app.register(envelope, config)
-  await app.register(connections)
-  app.setNotFoundHandler((_request, reply) => reply.outcome('no_such_route'))
-  app.addHook('onRequest', async (request, reply) => {
-    // RFC 9112, 3.2. Node's own check is off because its answer has no envelope.
-    if (request.headers.host === undefined && request.raw.httpVersion === '1.1') return reply.outcome('bad_request')
-  })
-  await app.register(capabilities, config)
-  await app.register(description, config)
-  if (config.metricsPort !== undefined) await app.register(metrics, config)
+  const app = Fastify(serverOptions(config, options.logStream))
+  await app.register(requestIds)
+  await app.register(replies, { config })
+  await app.register(strictJson)
+  await app.register(shutdown)
+  await app.register(badRequests, { config })
+  await app.register(capabilities, { config, observer: metrics, overrides: options.overrides })
+  await app.register(openapi, { config })
+  if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app) })
   await app.register(routes, { prefix: config.apiPrefix, config })
-  await app.register(healthRoutes)
-  if (config.embedded) await app.register(signUpPage, config)
+  await app.register(healthRoutes, { checks: healthChecks(app) })
+  // Nothing of src/dev is loaded in production.
+  if (config.embedded) await app.register(import('./dev/sign-up-page.js'), { config })
   await app.ready()
   return app
 }
 
-/** Answers on a bare socket what Node could not read as HTTP. */
-function refuseSocket(socket: Socket | null, status: number, body: string): void {
-  if (socket === null || !socket.writable) return
-  socket.end(
-    `HTTP/1.1 ${status} ${STATUS_CODES[status]}\r\nContent-Type: ${jsonType}\r\n` +
-      `Content-Length: ${Buffer.byteLength(body)}\r\nConnection: close\r\n\r\n${body}`
-  )
-}
+const metricsSources = ({ passwords, postgres }: FastifyInstance) => ({
+  hashQueueLength: () => passwords.queueLength,
+  hashExpectedWaitMs: () => passwords.expectedWaitMs,
+  postgresConnections: () => postgres.connections()
+})
 
-function socketErrorStatus({ code }: NodeJS.ErrnoException): number {
-  if (code === 'ERR_HTTP_REQUEST_TIMEOUT') return 408
-  return code === 'HPE_HEADER_OVERFLOW' ? 431 : 400
-}
+const healthChecks = ({ postgres, withRedis }: FastifyInstance) => ({
+  Postgres: () => postgres.ping(),
+  Redis: () => withRedis((redis) => redis.ping())
+})

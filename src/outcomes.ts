@@ -1,18 +1,16 @@
-import { type TObject, type TProperties, type TSchema, Type } from '@sinclair/typebox'
-
-/** The languages of `errmsg`; `Accept-Language` chooses. */
+/** The languages of `errmsg`, chosen by `Accept-Language`. */
 export const languages = ['zh', 'en'] as const
 export type Language = (typeof languages)[number]
 
 interface Outcome extends Record<Language, string> {
   status: number
   errno: string
-  /** For the `Retry-After` header, which every 429 and 503 carries. */
+  /** The default of the `Retry-After` header, which every 429 and 503 carries. */
   retryAfterSeconds?: number
 }
 
 /**
- * Everything that this service can answer, the only place where a status, an errno or a message stands.
+ * Every answer of this service, and the only place of a status, an errno or a message.
  * `{min}` and `{max}` in a message are the bounds of a password's length, in characters.
  */
 export const outcomes = {
@@ -69,7 +67,25 @@ export const outcomes = {
 
 export type OutcomeName = keyof typeof outcomes
 
-/** An outcome as an error, for where a value cannot be returned. The cause is for the log, never for the client. */
+export const isOutcomeName = (name: unknown): name is OutcomeName =>
+  typeof name === 'string' && Object.hasOwn(outcomes, name)
+
+/** All names, in the order of the table. */
+export const outcomeNames = Object.keys(outcomes).filter(isOutcomeName)
+
+/** What an answer may carry beside its status, errno and message. */
+export interface OutcomeDetails {
+  data?: object
+  /** Whole seconds until the same request may succeed; replaces the default of the outcome. */
+  retryAfterSeconds?: number
+}
+
+/**
+ * An outcome as an error.
+ *
+ * The rule: a handler returns `reply.outcome(name)`. Code without a reply (a store, a queue, a validator) throws a
+ * `Refusal`, and the error handler answers with its outcome. The cause is logged and never reaches the client.
+ */
 export class Refusal extends Error {
   override readonly name = 'Refusal'
 
@@ -78,23 +94,5 @@ export class Refusal extends Error {
     cause?: unknown
   ) {
     super(outcome, { cause })
-  }
-}
-
-/** Outcomes of a route, with the schema of their data where they have any. */
-export type RouteOutcomes = Partial<Record<OutcomeName, TSchema | undefined>>
-
-/** `{errno, errmsg}`: what a refusal carries, and nothing else. */
-const Refused = Type.Object({ errno: Type.String(), errmsg: Type.String() })
-
-/**
- * The response schemas of a route, one for each class of status.
- * `data` is optional in a success because under `LEGACY_STATUS=true` a refusal has status 200, too.
- */
-export function repliesWith<T extends TProperties>(data: TObject<T>) {
-  return {
-    '2xx': Type.Composite([Refused, Type.Object({ data: Type.Optional(data) })]),
-    '4xx': Refused,
-    '5xx': Refused
   }
 }

@@ -1,6 +1,6 @@
 import { availableParallelism } from 'node:os'
 import t from 'tap'
-import { ConfigError, databaseUrlOf, type Environment, isEmbedded, loadConfig } from '../src/config/config.js'
+import { ConfigError, type Environment, loadConfig, loadDatabaseUrl, usesEmbeddedStores } from '../src/config/config.js'
 import { parseRedisUrl } from '../src/config/redis-url.js'
 
 const stores = { DATABASE_URL: 'postgresql://u:p%40ss@db/app', REDIS_URL: 'rediss://:p%40ss@cache:6380/1' }
@@ -16,7 +16,7 @@ function faultsOf(env: Environment): readonly string[] {
   return []
 }
 
-t.test('the defaults are those of the design', async (t) => {
+t.test('an environment with only the stores gives the documented defaults', async (t) => {
   const { sessionSecrets, ...config } = loadConfig(stores)
   t.strictSame(config, {
     production: false,
@@ -55,12 +55,12 @@ t.test('the defaults are those of the design', async (t) => {
     migrate: true,
     embedded: false
   })
-  t.match(sessionSecrets, [/^.{43}$/], 'a secret is made up outside production')
-  t.notSame(loadConfig(stores).sessionSecrets, sessionSecrets)
+  t.match(sessionSecrets, [/^.{43}$/], 'a random secret outside production')
+  t.notSame(loadConfig(stores).sessionSecrets, sessionSecrets, 'another one at each start')
   t.ok(Object.isFrozen(loadConfig(stores)))
 })
 
-t.test('every variable is read', async (t) => {
+t.test('every variable sets its field', async (t) => {
   const config = loadConfig({
     ...stores,
     NODE_ENV: 'production',
@@ -134,19 +134,19 @@ t.test('every variable is read', async (t) => {
   })
 })
 
-t.test('one message names every bad variable, its fault and what is expected', async (t) => {
+t.test('one message names every invalid variable, what is wrong with it and what is expected', async (t) => {
   const env = { ...stores, PORT: '70000', LEGACY_STATUS: 'yes', DEFAULT_LANGUAGE: 'fr', PG_POOL_MAX: '1.5' }
   t.throws(() => loadConfig(env), {
     name: 'ConfigError',
-    message: `the environment is not usable:
+    message: `invalid environment:
   PORT: "70000" is out of range; expected an integer from 0 to 65535
-  LEGACY_STATUS: "yes" is neither; expected true or false
-  DEFAULT_LANGUAGE: "fr" is unknown; expected one of zh, en
+  LEGACY_STATUS: "yes" is neither true nor false; expected true or false
+  DEFAULT_LANGUAGE: "fr" is not one of them; expected one of zh, en
   PG_POOL_MAX: "1.5" is not an integer; expected an integer from 1 to 1000`
   })
 })
 
-t.test('a bad value is named, whatever the variable', async (t) => {
+t.test('an invalid value of any variable is a fault that names the variable', async (t) => {
   for (const [name, ...values] of [
     ['PORT', '-1', '65536', 'x', '3000 ', '0x10', '1e3', '9'.repeat(400)],
     ['HOST', 'a b', 'http://host', '-host', '1.2.3.4:80'],
@@ -205,11 +205,11 @@ t.test('a bad value is named, whatever the variable', async (t) => {
   }
 })
 
-t.test('an empty variable counts as absent', async (t) => {
+t.test('an empty variable counts as unset', async (t) => {
   t.equal(loadConfig({ ...stores, PORT: '', SESSION_SECRET: '' }).port, 3000)
 })
 
-t.test('no secret is printed', async (t) => {
+t.test('G7: no fault quotes a secret', async (t) => {
   const faults = faultsOf({
     DATABASE_URL: 'mysql://user:hunter22@db/app',
     REDIS_URL: 'hunter22',
@@ -219,7 +219,7 @@ t.test('no secret is printed', async (t) => {
   t.notMatch(faults.join(), 'hunter22')
 })
 
-t.test('production asks for the stores, a secret and a strong hash; its cookies are Secure', async (t) => {
+t.test('production requires the stores, a secret, a webhook and a strong hash; its cookies are Secure', async (t) => {
   t.match(faultsOf({ NODE_ENV: 'production' }), [
     /^DATABASE_URL: /,
     /^REDIS_URL: /,
@@ -245,31 +245,36 @@ t.test('production asks for the stores, a secret and a strong hash; its cookies 
     const faults = faultsOf({ ...env, HASH_MEMORY_KIB: kib, HASH_PASSES: passes })
     t.match(faults, accepted ? [] : [/^HASH_MEMORY_KIB, HASH_PASSES: /], `${kib} KiB, ${passes} passes`)
     t.equal(faults.length, accepted ? 0 : 1)
-    t.strictSame(faultsOf({ ...stores, HASH_MEMORY_KIB: kib, HASH_PASSES: passes }), [], 'outside production any')
+    t.strictSame(
+      faultsOf({ ...stores, HASH_MEMORY_KIB: kib, HASH_PASSES: passes }),
+      [],
+      'any setting is accepted outside production'
+    )
   }
 })
 
-t.test('one store without the other is a fault, in production or not', async (t) => {
+t.test('one store URL without the other is a fault, in production and elsewhere', async (t) => {
   for (const NODE_ENV of ['production', undefined]) {
     const env = { NODE_ENV, SESSION_SECRET: secret }
-    t.match(faultsOf({ ...env, REDIS_URL: stores.REDIS_URL }), [/^DATABASE_URL: is absent; .*set both/])
-    t.match(faultsOf({ ...env, DATABASE_URL: stores.DATABASE_URL }), [/^REDIS_URL: is absent; .*set both/])
+    t.match(faultsOf({ ...env, REDIS_URL: stores.REDIS_URL }), [/^DATABASE_URL: is unset; .*set both/])
+    t.match(faultsOf({ ...env, DATABASE_URL: stores.DATABASE_URL }), [/^REDIS_URL: is unset; .*set both/])
   }
 })
 
-t.test('the service brings its own stores where none is named, but not in production', async (t) => {
-  t.ok(isEmbedded({}))
-  t.ok(isEmbedded({ DATABASE_URL: '', NODE_ENV: 'development' }))
-  t.notOk(isEmbedded({ NODE_ENV: 'production' }))
-  t.notOk(isEmbedded({ REDIS_URL: stores.REDIS_URL }))
+t.test('without a store URL the service uses its private stores, except in production', async (t) => {
+  t.ok(usesEmbeddedStores({}))
+  t.ok(usesEmbeddedStores({ DATABASE_URL: '', NODE_ENV: 'development' }))
+  t.notOk(usesEmbeddedStores({ NODE_ENV: 'production' }))
+  t.notOk(usesEmbeddedStores({ REDIS_URL: stores.REDIS_URL }))
 })
 
-t.test('npm run migrate needs the database alone', async (t) => {
-  t.equal(databaseUrlOf({ DATABASE_URL: stores.DATABASE_URL }), stores.DATABASE_URL)
-  t.throws(() => databaseUrlOf({}), { name: 'ConfigError', message: /DATABASE_URL: / })
+t.test('npm run migrate reads only the variables of Postgres', async (t) => {
+  t.equal(loadDatabaseUrl({ DATABASE_URL: stores.DATABASE_URL }), stores.DATABASE_URL)
+  t.equal(loadDatabaseUrl({ DATABASE_URL: stores.DATABASE_URL, PORT: 'http' }), stores.DATABASE_URL)
+  t.throws(() => loadDatabaseUrl({}), { name: 'ConfigError', message: /DATABASE_URL: / })
 })
 
-t.test('REDIS_URL names a server, the nodes of a Cluster or the sentinels of a master', async (t) => {
+t.test('REDIS_URL names a server, nodes of a Cluster, or sentinels of a master', async (t) => {
   const none = { masterName: undefined, options: { db: 0 } }
   for (const [text, target] of [
     ['redis://a', { ...none, topology: 'single', nodes: [{ host: 'a', port: 6_379 }] }],
@@ -315,7 +320,7 @@ t.test('REDIS_URL names a server, the nodes of a Cluster or the sentinels of a m
   }
 })
 
-t.test('PGSSLROOTCERT is the CA of a DATABASE_URL that asks for TLS and names none', async (t) => {
+t.test('PGSSLROOTCERT is the CA of a DATABASE_URL that asks for TLS and names no CA', async (t) => {
   const PGSSLROOTCERT = new URL(import.meta.url).pathname
   const urlOf = (DATABASE_URL: string) => loadConfig({ ...stores, DATABASE_URL, PGSSLROOTCERT }).databaseUrl
   const verified = 'postgresql://u:p%40ss@db/app?sslmode=verify-full'

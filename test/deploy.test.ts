@@ -5,23 +5,18 @@ import { PodDisruptionBudget } from 'kubernetes-models/policy/v1/PodDisruptionBu
 import { Service } from 'kubernetes-models/v1/Service'
 import t from 'tap'
 import { parse, parseAllDocuments } from 'yaml'
-import { loadConfig } from '../src/config/config.js'
+import { describeVariables, loadConfig } from '../src/config/config.js'
 
 const read = (file: string) => readFile(new URL(`../${file}`, import.meta.url), 'utf8')
 
-/** What the service reads, by the table of README.md. */
-const variables = new Set(
-  [...(await read('README.md')).matchAll(/^\| (`[A-Z].*?) \|/gm)].flatMap(([, names]) =>
-    [...`${names}`.matchAll(/`([A-Z_]+)`/g)].map(([, name]) => name)
-  )
-)
-variables.add('NODE_ENV')
+/** The names of all variables that the service reads. */
+const variables = new Set(describeVariables().map(({ name }) => name))
 
 const [deployment, service, autoscaler, budget] = parseAllDocuments(await read('deploy/kubernetes.yaml')).map(
   (document) => document.toJS()
 )
 
-t.test('the Kubernetes objects are what their schemas allow', async (t) => {
+t.test('the Kubernetes objects are valid against their schemas', async (t) => {
   t.doesNotThrow(() => new Deployment(deployment).validate())
   t.doesNotThrow(() => new Service(service).validate())
   t.doesNotThrow(() => new HorizontalPodAutoscaler(autoscaler).validate())
@@ -29,7 +24,7 @@ t.test('the Kubernetes objects are what their schemas allow', async (t) => {
   t.throws(() => new Deployment({ ...deployment, spec: { ...deployment.spec, replicas: 'two' } }).validate())
 })
 
-t.test('a pod has the time and the memory that the service needs, and says where it listens', async (t) => {
+t.test('a pod grants the CPU, memory and shutdown time that the service needs, and names its ports', async (t) => {
   const { spec } = deployment.spec.template
   const [container] = spec.containers
   const env = Object.fromEntries(container.env.map(({ name, value }: { name: string; value: string }) => [name, value]))
@@ -46,12 +41,12 @@ t.test('a pod has the time and the memory that the service needs, and says where
   t.strictSame(ports, [config.port, config.metricsPort])
 })
 
-t.test('Compose and the image name variables that the service reads, and leave it time to end', async (t) => {
+t.test('Compose and the image set only variables that the service reads, and allow a graceful shutdown', async (t) => {
   const { services } = parse(await read('compose.yaml'))
   for (const name of Object.keys(services.service.environment)) t.ok(variables.has(name), name)
   t.ok(Number.parseInt(services.service.stop_grace_period, 10) > 15)
   const dockerfile = await read('Dockerfile')
   const [, env = ''] = /^ENV (.*)$/m.exec(dockerfile) ?? []
-  for (const pair of env.split(' ')) t.ok(variables.has(pair.split('=')[0]), pair)
+  for (const [, name = ''] of env.matchAll(/(\S+)=/g)) t.ok(variables.has(name), name)
   for (const [, command = ''] of dockerfile.matchAll(/CMD (\[.*\])$/gm)) t.equal(JSON.parse(command)[0], 'node')
 })

@@ -1,36 +1,70 @@
 import { once } from 'node:events'
-import { type AddressInfo, connect } from 'node:net'
-import { setTimeout as sleep } from 'node:timers/promises'
+import { connect, type Socket } from 'node:net'
 import type { FastifyInstance } from 'fastify'
-import t from 'tap'
-import { build, holdInserts, signUpBody } from './helper.js'
+import t, { type Test } from 'tap'
+import type { Environment } from '../src/config/config.js'
+import { startTestbed } from '../testkit/testbed.js'
 
-/** Sends bytes on a connection and gives all that comes back until the service ends it, or nothing more comes. */
-async function exchange(app: FastifyInstance, ...chunks: string[]): Promise<string> {
-  const { port } = app.server.address() as AddressInfo
-  const socket = connect(port, '127.0.0.1')
+const { build, holdInserts, signUpBody } = await startTestbed(t)
+
+/** Builds an application that listens. */
+async function listen(t: Test, env: Environment = {}) {
+  const app = await build(t, env)
+  const port = Number(new URL(await app.listen({ port: 0, host: '127.0.0.1' })).port)
+  return { app, port }
+}
+
+/** Opens a connection, and waits until the server has accepted it. */
+async function openConnection({ server }: FastifyInstance, port: number): Promise<Socket> {
+  const accepted = once(server, 'connection')
+  // An error is followed by 'close'.
+  const socket = connect(port, '127.0.0.1').on('error', () => undefined)
+  await accepted
+  return socket.setEncoding('utf8').resume()
+}
+
+const untilClosed = (socket: Socket) => new Promise((resolve) => socket.once('close', resolve))
+
+/**
+ * Sends bytes on a new connection.
+ *
+ * @param body is sent after the server has parsed the head
+ * @returns what the server sends until the first complete reply or the end of the connection
+ */
+async function exchange(app: FastifyInstance, port: number, head: string, body = ''): Promise<string> {
+  const socket = await openConnection(app, port)
+  const closed = untilClosed(socket)
   let reply = ''
-  socket.setEncoding('utf8').on('data', (text) => {
+  socket.on('data', (text) => {
     reply += text
-    // A reply is whole with its body: every one has a Content-Length.
+    // A reply ends with its JSON body.
     if (/\r\n\r\n.*\}$/s.test(reply)) socket.end()
   })
-  const ended = new Promise((resolve) => socket.once('close', resolve).once('error', resolve))
-  for (const chunk of chunks) {
-    socket.write(chunk)
-    await sleep(0)
-  }
-  await ended
+  const headParsed = body !== '' && once(app.server, 'request')
+  socket.write(head)
+  await headParsed
+  if (body !== '') socket.write(body)
+  await closed
   return reply
 }
 
 const host = 'Host: service\r\n'
 const json = `${host}Content-Type: application/json\r\n`
+const incompleteSignUp = `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 100\r\n\r\n{"mobile":`
+
+/** Returns the bytes of a sign-up that succeeds. */
+async function signUpRequest(): Promise<string> {
+  const body = JSON.stringify(await signUpBody())
+  return `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
+}
+
+// Started here, because it takes ten seconds: the other tests run meanwhile.
+const waiting = await listen(t)
+const timedOutReply = exchange(waiting.app, waiting.port, incompleteSignUp)
 
 t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4201', async (t) => {
-  const app = await build(t)
-  await app.listen({ port: 0 })
-  for (const [name, status, ...chunks] of [
+  const { app, port } = await listen(t)
+  for (const [name, status, head, body] of [
     ['not HTTP', 400, 'GARBAGE\r\n\r\n'],
     ['an unknown method', 400, `FOO / HTTP/1.1\r\n${host}\r\n`],
     ['HTTP/2', 400, 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'],
@@ -45,95 +79,89 @@ t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4
     ['headers over 16 KiB', 431, `GET / HTTP/1.1\r\n${host}X: ${'x'.repeat(20_000)}\r\n\r\n`],
     ['two lengths', 400, `POST / HTTP/1.1\r\n${json}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}`],
     ['a length and chunks', 400, `POST / HTTP/1.1\r\n${json}Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}`],
-    ['a chunk of no size', 400, `POST /api/v1.0/users HTTP/1.1\r\n${json}Transfer-Encoding: chunked\r\n\r\n`, 'zz\r\n']
+    [
+      'a chunk without a valid size',
+      400,
+      `POST /api/v1.0/users HTTP/1.1\r\n${json}Transfer-Encoding: chunked\r\n\r\n`,
+      'zz\r\n'
+    ]
   ] as const) {
-    const reply = await exchange(app, ...chunks)
+    const reply = await exchange(app, port, head, body)
     t.match(reply, `HTTP/1.1 ${status} `, name)
     t.equal(reply.split('\r\n\r\n')[1], '{"errno":"4201","errmsg":"非法请求"}')
   }
 })
 
-t.test('bodies that lie about their length are refused, or wait for no more than the rest', async (t) => {
-  const app = await build(t)
-  await app.listen({ port: 0 })
+t.test('a body that is too large or absent is refused in the envelope', async (t) => {
+  const { app, port } = await listen(t)
   const chunk = `${(5_000).toString(16)}\r\n${' '.repeat(5_000)}\r\n`
-  for (const [name, status, ...chunks] of [
+  for (const [name, status, head, body] of [
     ['a length over 4 KiB', 413, `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 5000\r\n\r\n`],
     ['chunks over 4 KiB', 413, `POST /api/v1.0/users HTTP/1.1\r\n${json}Transfer-Encoding: chunked\r\n\r\n`, chunk],
     ['no body', 400, `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 0\r\n\r\n`],
     ['neither a body nor a type', 400, `POST /api/v1.0/users HTTP/1.1\r\n${host}\r\n`],
-    ['no body of type JSON to DELETE', 200, `DELETE /api/v1.0/session HTTP/1.1\r\n${json}Content-Length: 0\r\n\r\n`]
+    [
+      'DELETE with type JSON and no body is accepted',
+      200,
+      `DELETE /api/v1.0/session HTTP/1.1\r\n${json}Content-Length: 0\r\n\r\n`
+    ]
   ] as const) {
-    const reply = await exchange(app, ...chunks)
+    const reply = await exchange(app, port, head, body)
     t.match(reply, `HTTP/1.1 ${status} `, name)
     t.match(reply, '\r\n\r\n{"errno":"')
   }
 })
 
-t.test(
-  'shutdown: what was accepted is finished, what still comes in is told to ask again, idle connections go',
-  async (t) => {
-    const app = await build(t)
-    await app.listen({ port: 0 })
-    const body = JSON.stringify(await signUpBody())
-    const signUp = `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
-    const { port } = app.server.address() as AddressInfo
-    const silent = connect(port, '127.0.0.1')
-    const silentEnded = new Promise((resolve) => silent.once('close', resolve))
+t.test('shutdown answers accepted requests, refuses later ones with 503, and closes idle connections', async (t) => {
+  const { app, port } = await listen(t, { STORE_TIMEOUT_MS: '60000' })
+  const idle = await openConnection(app, port)
+  const idleClosed = untilClosed(idle)
+  const socket = await openConnection(app, port)
+  const closed = untilClosed(socket)
+  let replies = ''
+  socket.on('data', (text) => {
+    replies += text
+  })
 
-    const inserts = await holdInserts()
-    const socket = connect(port, '127.0.0.1')
-    let replies = ''
-    socket.setEncoding('utf8').on('data', (text) => {
-      replies += text
-    })
-    const ended = new Promise((resolve) => socket.once('close', resolve))
-    socket.write(signUp)
-    await inserts.arrived(1)
-    const closed = app.close()
-    // Read while the first still waits; answered after it, as HTTP/1.1 wants.
-    const secondRequest = once(app.server, 'request')
-    socket.write(`GET /api/v1.0/session HTTP/1.1\r\n${host}\r\n`)
-    await secondRequest
-    await inserts.release()
-    await closed
-    await Promise.all([ended, silentEnded])
+  const inserts = await holdInserts()
+  socket.write(await signUpRequest())
+  await inserts.arrived(1)
+  const appClosed = app.close()
+  await idleClosed
+  // It is read while the first request waits, and answered after it, as HTTP/1.1 requires.
+  const secondRequest = once(app.server, 'request')
+  socket.write(`GET /api/v1.0/session HTTP/1.1\r\n${host}\r\n`)
+  await secondRequest
+  await inserts.release()
+  await Promise.all([appClosed, closed])
 
-    t.match(
-      replies,
-      /^HTTP\/1.1 201 [\s\S]*"session":true\}\}HTTP\/1.1 503 [\s\S]*retry-after: 1\r\n[\s\S]*\{"errno":"4500",/
-    )
-  }
-)
+  t.match(
+    replies,
+    /^HTTP\/1.1 201 [\s\S]*"session":true\}\}HTTP\/1.1 503 [\s\S]*retry-after: 1\r\n[\s\S]*\{"errno":"4500",/
+  )
+})
 
-t.test('shutdown does not wait for a request that never ends', async (t) => {
-  const app = await build(t)
-  await app.listen({ port: 0 })
-  const { port } = app.server.address() as AddressInfo
-  const halfBody = connect(port, '127.0.0.1')
+t.test('shutdown does not wait for a request that never arrives completely', async (t) => {
+  const { app, port } = await listen(t)
+  const halfBody = await openConnection(app, port)
   const received = once(app.server, 'request')
-  halfBody.write(`POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 100\r\n\r\n{"mobile":`)
+  halfBody.write(incompleteSignUp)
   await received
-  const halfHead = connect(port, '127.0.0.1')
+  const halfHead = await openConnection(app, port)
   halfHead.write(`GET /api/v1.0/session HTTP/1.1\r\n${host}\r\nGET /api/v1.0/sess`)
   await once(halfHead, 'data')
-  const ended = Promise.all([once(halfBody, 'close'), once(halfHead, 'close')])
+  const closed = Promise.all([untilClosed(halfBody), untilClosed(halfHead)])
   await app.close()
-  await ended
+  await closed
 })
 
-t.test('a request that does not arrive in ten seconds gets 408', async (t) => {
-  const app = await build(t)
-  await app.listen({ port: 0 })
-  const reply = await exchange(app, `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 100\r\n\r\n{"mobile":`)
+t.test('garbage after a sign-up is never answered in its place', async (t) => {
+  const { app, port } = await listen(t)
+  t.notMatch(await exchange(app, port, `${await signUpRequest()}GARBAGE\r\n\r\n`), '4201')
+})
+
+t.test('a request that does not arrive within ten seconds gets 408', async (t) => {
+  const reply = await timedOutReply
   t.match(reply, /^HTTP\/1.1 408 /)
   t.equal(reply.split('\r\n\r\n')[1], '{"errno":"4201","errmsg":"非法请求"}')
-})
-
-t.test('garbage behind a sign-up never looks like its answer', async (t) => {
-  const app = await build(t)
-  await app.listen({ port: 0 })
-  const body = JSON.stringify(await signUpBody())
-  const signUp = `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
-  t.notMatch(await exchange(app, `${signUp}GARBAGE\r\n\r\n`), '4201')
 })

@@ -1,41 +1,36 @@
 import t from 'tap'
-import { build, cookieOf, newMobile, redis } from './helper.js'
+import { client } from '../testkit/client.js'
+import { startTestbed } from '../testkit/testbed.js'
 
-t.test('the whole journey: code, sign-up, who am I, log out, log in, a new password', async (t) => {
-  const app = await build(t, { SMS_RESEND_S: '0' })
-  const api = (method: 'GET' | 'POST' | 'PUT' | 'DELETE', path: string, payload?: object, cookie = '') =>
-    app.inject({ method, url: `/api/v1.0${path}`, ...(payload && { payload }), headers: cookie ? { cookie } : {} })
+const { build, cookieOf, newMobile, redis } = await startTestbed(t)
+
+t.test('a user gets a code, signs up, logs out, logs in and resets the password', async (t) => {
+  const api = client(await build(t, { SMS_RESEND_S: '0' }))
   const mobile = newMobile()
-  const password = 'correct horse battery'
 
-  t.equal((await api('POST', '/sms_codes', { mobile })).statusCode, 202)
-  const signedUp = await api('POST', '/users', {
-    mobile,
-    sms_code: await redis.get(`sms_code_${mobile}`),
-    password,
-    password2: password
-  })
+  /** Has a code sent, and returns the body that redeems it for a password. */
+  async function redemptionBody(password: string) {
+    t.equal((await api.sendCode(mobile)).statusCode, 202)
+    return { mobile, sms_code: await redis.get(`sms_code_${mobile}`), password, password2: password }
+  }
+
+  const password = 'correct horse battery'
+  const signedUp = await api.signUp(await redemptionBody(password))
   t.equal(signedUp.statusCode, 201)
   const { user_id } = signedUp.json().data
 
-  const me = await api('GET', '/session', undefined, cookieOf(signedUp))
-  t.strictSame(me.json().data, { user_id, name: mobile, mobile })
-  t.equal((await api('DELETE', '/session', undefined, cookieOf(signedUp))).statusCode, 200)
-  t.equal((await api('GET', '/session', undefined, cookieOf(signedUp))).statusCode, 401)
+  const signUpCookie = cookieOf(signedUp)
+  t.strictSame((await api.whoAmI(signUpCookie)).json().data, { user_id, name: mobile, mobile })
+  t.equal((await api.logOut(signUpCookie)).statusCode, 200)
+  t.equal((await api.whoAmI(signUpCookie)).statusCode, 401)
 
-  const loggedIn = await api('POST', '/sessions', { mobile, password })
+  const loggedIn = await api.logIn({ mobile, password })
   t.strictSame([loggedIn.statusCode, loggedIn.json().data.user_id], [201, user_id])
 
-  t.equal((await api('POST', '/sms_codes', { mobile })).statusCode, 202)
-  const renewed = 'staple correct horse'
-  const reset = await api('PUT', '/users/password', {
-    mobile,
-    sms_code: await redis.get(`sms_code_${mobile}`),
-    password: renewed,
-    password2: renewed
-  })
+  const newPassword = 'staple correct horse'
+  const reset = await api.resetPassword(await redemptionBody(newPassword))
   t.strictSame([reset.statusCode, reset.json().data.user_id], [200, user_id])
-  t.equal((await api('GET', '/session', undefined, cookieOf(loggedIn))).statusCode, 401)
-  t.equal((await api('POST', '/sessions', { mobile, password })).statusCode, 401)
-  t.equal((await api('POST', '/sessions', { mobile, password: renewed })).statusCode, 201)
+  t.equal((await api.whoAmI(cookieOf(loggedIn))).statusCode, 401)
+  t.equal((await api.logIn({ mobile, password })).statusCode, 401)
+  t.equal((await api.logIn({ mobile, password: newPassword })).statusCode, 201)
 })

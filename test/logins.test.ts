@@ -1,52 +1,49 @@
 import { hash, verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
+import fp from 'fastify-plugin'
 import t from 'tap'
-import { FaultProxy } from './fault-proxy.js'
-import {
-  brief,
-  build,
-  cookieOf,
-  newMobile,
-  post,
-  postgres,
-  redis,
-  signUpBody,
-  stores,
-  until,
-  userRow,
-  whoAmI
-} from './helper.js'
+import type { Config } from '../src/config/config.js'
+import { passwords } from '../src/passwords/passwords.js'
+import { client, type Reply, statusAndErrno } from '../testkit/client.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
 
-const logIn = (app: FastifyInstance, payload: object, from = '192.0.2.1', headers = {}) =>
-  app.inject({ method: 'POST', url: '/api/v1.0/sessions', payload, remoteAddress: from, headers })
+const { build, cookieOf, newMobile, openProxy, postgres, redis, signUpBody, userRows } = await startTestbed(t)
 
-async function registered(app: FastifyInstance) {
-  const { mobile, password, ...rest } = await signUpBody()
-  const reply = await post(app, { mobile, password, ...rest })
+/** Signs a new user up. */
+async function registerUser(app: FastifyInstance) {
+  const body = await signUpBody()
+  const reply = await client(app).signUp(body)
+  const { mobile, password } = body
   return { mobile, password, userId: reply.json().data.user_id, cookie: cookieOf(reply) }
 }
 
-t.test('201: the password logs in, with a fresh session; the old one of the request ends', async (t) => {
+/** Returns the status of asking who is logged in. */
+const sessionStatus = async (app: FastifyInstance, cookie: string) => (await client(app).whoAmI(cookie)).statusCode
+
+const failureKeys = (mobile: string) => redis.keys(`login_failures:*${mobile}*`)
+
+t.test('201: a login starts a session with a new id, and destroys the session that it came with', async (t) => {
   const app = await build(t)
-  const { mobile, password, userId, cookie } = await registered(app)
-  const reply = await logIn(app, { mobile, password }, '192.0.2.1', { cookie })
+  const { mobile, password, userId, cookie } = await registerUser(app)
+  const reply = await client(app).logIn({ mobile, password }, { headers: { cookie } })
   t.equal(reply.statusCode, 201)
   t.strictSame(reply.json(), {
     errno: '0',
     errmsg: '登录成功',
     data: { user_id: userId, name: mobile, mobile, session: true }
   })
-  t.equal(await whoAmI(app, cookieOf(reply)), 200)
-  t.equal(await whoAmI(app, cookie), 401)
+  t.equal(await sessionStatus(app, cookieOf(reply)), 200)
+  t.equal(await sessionStatus(app, cookie), 401)
 })
 
-t.test('401 4102 for a wrong password and for an unknown mobile, alike', async (t) => {
+t.test('401 4102: a wrong password and an unknown mobile get the same reply', async (t) => {
   const app = await build(t)
-  const { mobile } = await registered(app)
+  const { mobile } = await registerUser(app)
   const replies = [
-    await logIn(app, { mobile, password: 'a wrong one' }),
-    await logIn(app, { mobile: newMobile(), password: 'a wrong one' }),
-    await logIn(app, { mobile, password: 'short' })
+    await client(app).logIn({ mobile, password: 'a wrong one' }),
+    await client(app).logIn({ mobile: newMobile(), password: 'a wrong one' }),
+    await client(app).logIn({ mobile, password: 'short' })
   ]
   for (const reply of replies) {
     t.strictSame([reply.statusCode, reply.json()], [401, { errno: '4102', errmsg: '用户名或密码错误' }])
@@ -54,7 +51,7 @@ t.test('401 4102 for a wrong password and for an unknown mobile, alike', async (
   }
 })
 
-t.test('400: a field that is absent or malformed, a password over 128 characters', async (t) => {
+t.test('400: an absent or malformed field and a password over 128 characters are refused', async (t) => {
   const app = await build(t)
   const mobile = newMobile()
   for (const [body, errmsg] of [
@@ -63,163 +60,172 @@ t.test('400: a field that is absent or malformed, a password over 128 characters
     [{ mobile: '1', password: 'a password' }, '手机号格式错误'],
     [{ mobile, password: '§'.repeat(129) }, '密码须为8至128个字符']
   ] as const) {
-    const reply = await logIn(app, body)
+    const reply = await client(app).logIn(body)
     t.strictSame([reply.statusCode, reply.json()], [400, { errno: '4103', errmsg }])
   }
-  t.equal((await logIn(app, { mobile, password: '§'.repeat(128) })).statusCode, 401)
+  t.equal((await client(app).logIn({ mobile, password: '§'.repeat(128) })).statusCode, 401)
 })
 
-t.test('5 failures in 10 minutes for a mobile and an address: 429, but not from elsewhere', async (t) => {
+t.test('429: 5 failures in 10 minutes refuse a mobile from one address, but not from others', async (t) => {
   const app = await build(t)
-  const { mobile, password } = await registered(app)
-  for (let n = 0; n < 4; n++) t.equal((await logIn(app, { mobile, password: 'wrong' })).statusCode, 401)
-  t.equal((await logIn(app, { mobile, password })).statusCode, 201, 'a success clears the pair')
-  for (let n = 0; n < 5; n++) t.equal((await logIn(app, { mobile, password: 'wrong' })).statusCode, 401)
-  const refused = await logIn(app, { mobile, password })
-  t.strictSame(brief(refused), [429, '4201'])
-  t.ok(Number(refused.headers['retry-after']) > 590 && Number(refused.headers['retry-after']) <= 600)
-  t.equal((await logIn(app, { mobile, password }, '192.0.2.2')).statusCode, 201, 'the owner is not locked out')
-  t.equal((await logIn(app, { mobile: newMobile(), password })).statusCode, 401, 'nor anybody else')
+  const { mobile, password } = await registerUser(app)
+  const logIn = async (typedPassword: string) =>
+    (await client(app).logIn({ mobile, password: typedPassword }, { from: '192.0.2.1' })).statusCode
+  for (let n = 0; n < 4; n++) t.equal(await logIn('wrong'), 401)
+  t.equal(await logIn(password), 201, 'a success sets the failures of this address to zero')
+  for (let n = 0; n < 5; n++) t.equal(await logIn('wrong'), 401)
+  const refused = await client(app).logIn({ mobile, password }, { from: '192.0.2.1' })
+  t.strictSame(statusAndErrno(refused), [429, '4201'])
+  const retryAfterSeconds = Number(refused.headers['retry-after'])
+  t.ok(retryAfterSeconds > 590 && retryAfterSeconds <= 600, `${retryAfterSeconds} s`)
+  const elsewhere = await client(app).logIn({ mobile, password }, { from: '192.0.2.2' })
+  t.equal(elsewhere.statusCode, 201, 'another address is not refused')
+  const otherMobile = await client(app).logIn({ mobile: newMobile(), password }, { from: '192.0.2.1' })
+  t.equal(otherMobile.statusCode, 401, 'another mobile is not refused')
 })
 
-t.test('of 50 simultaneous guesses, on two instances, exactly 5 are looked at', async (t) => {
-  const apps = [await build(t), await build(t)]
+t.test('of 50 simultaneous guesses on two instances exactly 5 are verified', async (t) => {
+  const clients = [client(await build(t)), client(await build(t))]
   const mobile = newMobile()
-  const replies = await Promise.all(
-    Array.from({ length: 50 }, (_, n) => {
-      const app = apps[n % 2]
-      if (app === undefined) throw new Error('no instance')
-      return logIn(app, { mobile, password: `guess ${n}` })
-    })
+  const guesses = clients.flatMap(({ logIn }, instance) =>
+    Array.from({ length: 25 }, (_, n) => logIn({ mobile, password: `guess ${n} on ${instance}` }))
   )
-  t.equal(replies.filter(({ statusCode }) => statusCode === 401).length, 5)
-  t.equal(replies.filter(({ statusCode }) => statusCode === 429).length, 45)
+  const statuses = (await Promise.all(guesses)).map(({ statusCode }) => statusCode)
+  t.equal(statuses.filter((status) => status === 401).length, 5)
+  t.equal(statuses.filter((status) => status === 429).length, 45)
 })
 
-t.test('100 failures an hour for a mobile over all addresses: 429', async (t) => {
+t.test('429: 100 failures in an hour refuse a mobile from all addresses', async (t) => {
   const app = await build(t)
-  const { mobile, password } = await registered(app)
+  const { mobile, password } = await registerUser(app)
   const statuses: number[] = []
   for (let n = 0; n < 102; n++) {
-    statuses.push((await logIn(app, { mobile, password: 'wrong' }, `192.0.2.${n}`)).statusCode)
+    const reply = await client(app).logIn({ mobile, password: 'wrong' }, { from: `192.0.2.${n}` })
+    statuses.push(reply.statusCode)
   }
   t.strictSame(statuses, [...Array.from({ length: 100 }, () => 401), 429, 429])
-  const reply = await logIn(app, { mobile, password }, '198.51.100.1')
+  const reply = await client(app).logIn({ mobile, password }, { from: '198.51.100.1' })
   t.equal(reply.statusCode, 429)
   t.ok(Number(reply.headers['retry-after']) > 3_500)
 })
 
-t.test('under overload a login is refused by admission: 503 4500, and the throttle is not touched', async (t) => {
+t.test('503 4500: under overload a login is refused by admission, before its limits are touched', async (t) => {
   const app = await build(t, { HASH_MEMORY_KIB: '65536', HASH_PASSES: '3', HASH_THREADS: '1', HASH_MAX_WAIT_MS: '0' })
-  const bodies = [await signUpBody(), await signUpBody()]
-  const working = bodies.map((body) => post(app, body))
-  await until(async () => (await redis.exists(...bodies.map(({ mobile }) => `sms_code_${mobile}`))) === 0)
-  await new Promise(setImmediate)
+  // The queue lasts much longer than the login.
+  const hashes = Array.from({ length: 5 }, () => app.passwords.hash('a password'))
   const mobile = newMobile()
-  const reply = await logIn(app, { mobile, password: 'a password' })
-  t.strictSame(brief(reply), [503, '4500'])
-  t.strictSame(await redis.keys(`login_failures:*${mobile}*`), [])
-  await Promise.all(working)
+  const reply = await client(app).logIn({ mobile, password: 'a password' })
+  t.strictSame(statusAndErrno(reply), [503, '4500'])
+  t.strictSame(await failureKeys(mobile), [])
+  await Promise.all(hashes)
 })
 
-t.test('a fault of ours is no failure of theirs: 503 4001, not counted', async (t) => {
-  const proxy = await FaultProxy.open(stores.databaseUrl)
-  t.teardown(() => proxy.close())
+t.test('503 4001: a login that fails because of Postgres is not counted as a failure', async (t) => {
+  const proxy = await openProxy(t, 'DATABASE_URL')
   const app = await build(t, { DATABASE_URL: proxy.url })
-  const { mobile, password } = await registered(app)
+  const { mobile, password } = await registerUser(app)
   proxy.strike('find_user', { kind: 'reset' })
-  t.strictSame(brief(await logIn(app, { mobile, password })), [503, '4001'])
-  t.strictSame(await redis.keys(`login_failures:*${mobile}*`), [])
+  t.strictSame(statusAndErrno(await client(app).logIn({ mobile, password })), [503, '4001'])
+  t.strictSame(await failureKeys(mobile), [])
 })
 
-t.test('a hash of other parameters is replaced after a login, and no newer password is overwritten', async (t) => {
-  const [before, after] = [await build(t), await build(t, { HASH_PASSES: '2', STORE_TIMEOUT_MS: '30000' })]
-  const { mobile, password } = await registered(before)
-  t.equal((await logIn(after, { mobile, password: 'wrong' })).statusCode, 401)
-  t.match((await userRow(mobile))[0].password_hash, /m=64,t=1,p=1/)
-  t.equal((await logIn(after, { mobile, password })).statusCode, 201)
-  await until(async () => (await userRow(mobile))[0].password_hash.includes('m=64,t=2,p=1'))
-  t.equal(await verify((await userRow(mobile))[0].password_hash, password), true)
+t.test('a login replaces a hash that has outdated parameters, but never a newer password', async (t) => {
+  const [before, after] = [await build(t), await build(t, { HASH_PASSES: '2', STORE_TIMEOUT_MS: '60000' })]
+  const phcOf = async (mobile: string): Promise<string> => (await userRows(mobile))[0].password_hash
+  const untilRehashes = (count: number, state: 'run' | 'wait for a lock') =>
+    until(`${count} rehashes ${state}`, async () => {
+      const { rowCount } = await postgres.query(
+        `SELECT 1 FROM pg_stat_activity WHERE application_name = 'mobile-signup' AND query LIKE 'UPDATE%'
+         AND state = 'active' ${state === 'run' ? '' : `AND wait_event_type = 'Lock'`}`
+      )
+      return rowCount === count
+    })
 
-  // The barrier: the row is locked by whoever changes the password, and the rehash waits behind.
-  const raced = await registered(before)
-  const client = await postgres.connect()
-  await client.query('BEGIN')
-  const newer = await hash('a newer password')
-  await client.query('UPDATE users SET password_hash = $2 WHERE mobile = $1', [raced.mobile, newer])
-  t.equal((await logIn(after, raced)).statusCode, 201, 'the answer does not wait')
-  await until(async () => {
-    const { rows } = await postgres.query(
-      `SELECT 1 FROM pg_stat_activity WHERE query LIKE 'UPDATE%' AND wait_event_type = 'Lock'`
-    )
-    return rows.length === 1
-  })
-  await client.query('COMMIT')
-  client.release()
-  await until(async () => {
-    const { rows } = await postgres.query(
-      `SELECT 1 FROM pg_stat_activity WHERE query LIKE 'UPDATE%' AND state = 'active'`
-    )
-    return rows.length === 0
-  })
-  t.equal((await userRow(raced.mobile))[0].password_hash, newer)
+  const { mobile, password } = await registerUser(before)
+  t.equal((await client(after).logIn({ mobile, password: 'wrong' })).statusCode, 401)
+  t.match(await phcOf(mobile), /m=64,t=1,p=1/)
+  t.equal((await client(after).logIn({ mobile, password })).statusCode, 201)
+  await until('the hash is replaced', async () => (await phcOf(mobile)).includes('m=64,t=2,p=1'))
+  t.equal(await verify(await phcOf(mobile), password), true)
+
+  // A transaction that changes the password locks the row, and the rehash waits for it.
+  const raced = await registerUser(before)
+  const connection = await postgres.connect()
+  const newerPhc = await hash('a newer password')
+  await connection.query('BEGIN')
+  await connection.query('UPDATE users SET password_hash = $2 WHERE mobile = $1', [raced.mobile, newerPhc])
+  const { statusCode } = await client(after).logIn({ mobile: raced.mobile, password: raced.password })
+  t.equal(statusCode, 201, 'the reply does not wait for the rehash')
+  await untilRehashes(1, 'wait for a lock')
+  await connection.query('COMMIT')
+  connection.release()
+  await untilRehashes(0, 'run')
+  t.equal(await phcOf(raced.mobile), newerPhc)
 })
 
 t.test('a login whose password is reset meanwhile leaves no session', async (t) => {
-  const proxy = await FaultProxy.open(stores.redisUrl)
-  t.teardown(() => proxy.close())
-  const app = await build(t, { REDIS_URL: proxy.url })
-  const user = await registered(app)
-  // The session is on its way when the password changes, and all sessions that are there end.
-  const held = proxy.strike('session:', { kind: 'delay', ms: 300 })
-  const reply = logIn(app, user)
-  await held
-  await postgres.query('UPDATE users SET password_hash = $2 WHERE mobile = $1', [
-    user.mobile,
-    await hash('a newer password')
-  ])
-  t.strictSame(brief(await reply), [401, '4102'])
-  t.match((await reply).headers['set-cookie'], /Max-Age=0|Expires=Thu, 01 Jan 1970/)
-  const sessions = await redis.zrange(`sessions_of:${user.userId}`, 0, '-1')
-  t.equal(sessions.length, 1, 'but the one of the sign-up')
+  let betweenVerificationAndSession = async (): Promise<unknown> => undefined
+  const interruptedPasswords: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
+    await fastify.register(passwords, options)
+    const { verify } = fastify.passwords
+    fastify.passwords.verify = async (...args) => {
+      const matches = await verify(...args)
+      await betweenVerificationAndSession()
+      return matches
+    }
+  })
+  const app = await build(t, {}, { overrides: { passwords: interruptedPasswords } })
+  const { mobile, password, userId } = await registerUser(app)
+  const resetBody = await signUpBody({ mobile })
+  let reset: Reply | undefined
+  betweenVerificationAndSession = async () => {
+    reset ??= await client(app).resetPassword(resetBody)
+  }
+  const login = await client(app).logIn({ mobile, password })
+  t.equal(reset?.statusCode, 200)
+  t.strictSame(statusAndErrno(login), [401, '4102'])
+  t.match(login.headers['set-cookie'], /Max-Age=0|Expires=Thu, 01 Jan 1970/)
+  t.equal(await redis.zcard(`sessions_of:${userId}`), 1, 'only the session of the reset is left')
 })
 
-t.test('DELETE /session?everywhere=true ends all sessions of the user, and nobody else’s', async (t) => {
+t.test('DELETE /session?everywhere=true ends all sessions of the user and no others', async (t) => {
   const app = await build(t)
-  const [user, other] = [await registered(app), await registered(app)]
-  const second = cookieOf(await logIn(app, user))
-  const leave = (cookie: string, query: string) =>
-    app.inject({ method: 'DELETE', url: `/api/v1.0/session${query}`, headers: { cookie } })
-  t.equal((await leave(user.cookie, '?everywhere=maybe')).statusCode, 400)
-  const third = cookieOf(await logIn(app, user))
-  t.equal((await leave(third, '')).statusCode, 200)
-  t.strictSame([await whoAmI(app, user.cookie), await whoAmI(app, third)], [200, 401], 'only one without it')
-  t.equal((await leave(second, '?everywhere=true')).statusCode, 200)
-  t.strictSame([await whoAmI(app, user.cookie), await whoAmI(app, second)], [401, 401])
-  t.equal(await whoAmI(app, other.cookie), 200)
+  const [user, other] = [await registerUser(app), await registerUser(app)]
+  const { mobile, password } = user
+  const newSession = async () => cookieOf(await client(app).logIn({ mobile, password }))
+  const [second, third] = [await newSession(), await newSession()]
+  t.equal((await client(app).logOut(user.cookie, '?everywhere=maybe')).statusCode, 400)
+  t.equal((await client(app).logOut(third)).statusCode, 200)
+  t.strictSame(
+    [await sessionStatus(app, user.cookie), await sessionStatus(app, third)],
+    [200, 401],
+    'without it only one session ends'
+  )
+  t.equal((await client(app).logOut(second, '?everywhere=true')).statusCode, 200)
+  t.strictSame([await sessionStatus(app, user.cookie), await sessionStatus(app, second)], [401, 401])
+  t.equal(await sessionStatus(app, other.cookie), 200)
   t.equal(await redis.exists(`sessions_of:${user.userId}`), 0)
 })
 
 t.test('a user has at most 100 sessions: one more ends the oldest', async (t) => {
   const app = await build(t)
-  const user = await registered(app)
+  const { mobile, password, userId } = await registerUser(app)
   const now = Math.floor(Date.now() / 1_000)
-  const earlier = Array.from({ length: 99 }, (_, n) => [now + 10 + n, `earlier-${n}`]).flat()
-  await redis.zadd(`sessions_of:${user.userId}`, ...earlier)
-  await redis.zadd(`sessions_of:${user.userId}`, now - 1, 'expired')
+  const earlier = Array.from({ length: 99 }, (_, n) => [now + 1_000 + n, `earlier-${n}`]).flat()
+  await redis.zadd(`sessions_of:${userId}`, ...earlier)
+  await redis.zadd(`sessions_of:${userId}`, now - 1, 'expired')
   await redis.mset('session:earlier-0', '{}', 'session:earlier-1', '{}')
-  t.equal((await logIn(app, user)).statusCode, 201)
-  t.equal(await redis.zcard(`sessions_of:${user.userId}`), 100)
+  t.equal((await client(app).logIn({ mobile, password })).statusCode, 201)
+  t.equal(await redis.zcard(`sessions_of:${userId}`), 100)
   t.strictSame(await redis.mget('session:earlier-0', 'session:earlier-1'), [null, '{}'])
-  const life = await redis.ttl(`sessions_of:${user.userId}`)
-  t.ok(life > 86_300 && life <= 86_400, 'the index ends with the last of them')
+  const ttlSeconds = await redis.ttl(`sessions_of:${userId}`)
+  t.ok(ttlSeconds > 86_300 && ttlSeconds <= 86_400, 'the index expires with its last session')
 })
 
-t.test('503 4001: a login whose session cannot be stored', async (t) => {
-  const proxy = await FaultProxy.open(stores.redisUrl)
-  t.teardown(() => proxy.close())
+t.test('503 4001: a login fails if its session cannot be stored', async (t) => {
+  const proxy = await openProxy(t, 'REDIS_URL')
   const app = await build(t, { REDIS_URL: proxy.url })
-  const user = await registered(app)
+  const { mobile, password } = await registerUser(app)
   proxy.strike('session:', { kind: 'reset' })
-  t.strictSame(brief(await logIn(app, user)), [503, '4001'])
+  t.strictSame(statusAndErrno(await client(app).logIn({ mobile, password })), [503, '4001'])
 })

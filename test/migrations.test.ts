@@ -4,16 +4,24 @@ import { promisify } from 'node:util'
 import pg from 'pg'
 import t from 'tap'
 import { migrate } from '../src/stores/migrations.js'
-import { postgres, stores } from './helper.js'
+import { startTestbed } from '../testkit/testbed.js'
 
-t.test('instances that start at once on an empty database do not collide', async (t) => {
-  await postgres.query('CREATE DATABASE empty')
+const { stores, postgres } = await startTestbed(t)
+
+/** Creates an empty database, and returns its URL. */
+async function createDatabase(name: string): Promise<string> {
+  await postgres.query(`CREATE DATABASE ${name}`)
   const url = new URL(stores.databaseUrl)
-  url.pathname = '/empty'
-  const applied = await Promise.all(Array.from({ length: 8 }, () => migrate(url.href)))
-  t.strictSame(applied.flat(), ['0001_users'], 'one of them applies each migration, once')
+  url.pathname = `/${name}`
+  return url.href
+}
 
-  const client = new pg.Client(url.href)
+t.test('parallel migrations of an empty database do not collide', async (t) => {
+  const url = await createDatabase('parallel')
+  const applied = await Promise.all(Array.from({ length: 8 }, () => migrate(url)))
+  t.strictSame(applied.flat(), ['0001_users'], 'each migration is applied once')
+
+  const client = new pg.Client(url)
   await client.connect()
   const { rows } = await client.query(
     `SELECT column_name, data_type, is_nullable FROM information_schema.columns
@@ -32,18 +40,19 @@ t.test('instances that start at once on an empty database do not collide', async
   )
 })
 
-t.test('a database that refuses is an error with its reason', async (t) => {
+t.test('a migration fails with the reason of Postgres', async (t) => {
   await t.rejects(migrate(stores.databaseUrl.replace(/:[0-9a-f]+@/, ':wrong@')), /password authentication failed/)
 })
 
-t.test('npm run migrate applies what is pending and says so', async (t) => {
-  await postgres.query('CREATE DATABASE another')
-  const url = new URL(stores.databaseUrl)
-  url.pathname = '/another'
+t.test('the migrate command applies pending migrations and prints their names', async (t) => {
+  const url = await createDatabase('by_command')
   const command = fileURLToPath(new URL('../dist/migrate.js', import.meta.url))
   const run = (env: Record<string, string>) => promisify(execFile)(process.execPath, [command], { env })
 
-  t.equal((await run({ DATABASE_URL: url.href })).stdout, 'applied: 0001_users\n')
-  t.equal((await run({ DATABASE_URL: url.href })).stdout, 'applied: nothing, all migrations were there\n')
-  await t.rejects(run({}), { code: 1, stderr: /^migrate: .*\n {2}DATABASE_URL: .*expected a URL/ })
+  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users\n')
+  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: nothing was pending\n')
+  await t.rejects(run({}), {
+    code: 1,
+    stderr: /^migrate: invalid environment:\n {2}DATABASE_URL: is unset; expected a URL/
+  })
 })

@@ -1,19 +1,15 @@
 import { once } from 'node:events'
-import { request as httpRequest } from 'node:http'
-import type { AddressInfo } from 'node:net'
+import { request as httpRequest, type IncomingMessage } from 'node:http'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
-import type { Environment } from '../src/config/config.js'
-import { type OutcomeName, outcomes } from '../src/outcomes.js'
-import { FaultProxy } from './fault-proxy.js'
-import { build, cookieOf, signUpBody, stores, until } from './helper.js'
+import { freePort } from '../src/dev/embedded-stores.js'
+import { type OutcomeName, outcomeNames, outcomes } from '../src/outcomes.js'
+import { client } from '../testkit/client.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
 
-interface Reply {
-  statusCode: number
-  headers: Record<string, unknown>
-  body: string
-}
+const { build, openProxy, signUpBody, cookieOf } = await startTestbed(t)
 
 interface Media {
   schema: object
@@ -25,6 +21,13 @@ interface Operation {
   responses: Record<string, { headers?: Record<string, unknown>; content: { 'application/json': Media } }>
 }
 
+/** The parts of a reply that OpenAPI describes. */
+interface DescribedReply {
+  statusCode: number
+  headers: Record<string, unknown>
+  body: string
+}
+
 const ajv = new Ajv2020({ strict: false })
 
 async function documentOf(app: FastifyInstance) {
@@ -33,156 +36,145 @@ async function documentOf(app: FastifyInstance) {
   return { openapi, paths }
 }
 
-const api = (path: string) => `/api/v1.0${path}`
-const call = (
-  app: FastifyInstance,
-  method: 'GET' | 'POST' | 'PUT' | 'DELETE',
-  path: string,
-  payload?: unknown,
-  headers = {}
-) => app.inject({ method, url: path, headers, ...(payload !== undefined && { payload: payload as object }) })
-
-t.test('the reply of every outcome, on each route, is as it is described', async (t) => {
-  const proxies = await Promise.all([FaultProxy.open(stores.redisUrl), FaultProxy.open(stores.databaseUrl)])
-  t.teardown(() => Promise.all(proxies.map((proxy) => proxy.close())))
-  const env: Environment = {
-    REDIS_URL: proxies[0]?.url,
-    DATABASE_URL: proxies[1]?.url,
-    HASH_THREADS: '1',
-    HASH_MAX_WAIT_MS: '0',
-    HASH_MEMORY_KIB: '65536'
-  }
-  const app = await build(t, env)
-  const { paths } = await documentOf(app)
+/** Returns a function that compares replies with the document, and the outcomes that it has seen. */
+function replyChecker(t: Test, paths: Record<string, Record<string, Operation>>) {
   const seen = new Set<OutcomeName>()
-
-  function check(name: OutcomeName, method: string, path: string, reply: Reply) {
-    const about = `${method} ${path}: ${name}`
+  function check(
+    operation: `${'GET' | 'POST' | 'PUT' | 'DELETE'} /${string}`,
+    name: OutcomeName,
+    reply: DescribedReply
+  ) {
+    const [method = '', path = ''] = operation.split(' ')
+    const about = `${operation}: ${name}`
     const { statusCode, headers, body } = reply
     const { errno, errmsg } = JSON.parse(body)
     const outcome = outcomes[name]
     t.strictSame([statusCode, errno], [outcome.status, outcome.errno], about)
     const response = paths[path]?.[method.toLowerCase()]?.responses[statusCode]
-    const media = response?.content['application/json']
-    if (response === undefined || media === undefined) throw new Error(`${about} is not described`)
-    t.ok(ajv.validate(media.schema, JSON.parse(body)), `${about}: ${ajv.errorsText()}`)
-    t.equal(media.examples[name]?.value.errmsg, errmsg, `${about} has its example`)
+    if (response === undefined) throw new Error(`${about} is not described`)
+    const media = response.content['application/json']
+    t.ok(ajv.validate(media.schema, JSON.parse(body)), `${about} matches its schema: ${ajv.errorsText()}`)
+    t.equal(media.examples[name]?.value.errmsg, errmsg, `${about} has an example`)
+    const describedHeaders = Object.keys(response.headers ?? {}).map((header) => header.toLowerCase())
     for (const header of ['retry-after', 'set-cookie', 'idempotent-replayed', 'x-request-id']) {
-      if (headers[header] === undefined) continue
-      const described = Object.keys(response.headers ?? {}).map((described) => described.toLowerCase())
-      t.ok(described.includes(header), `${about}: ${header}`)
+      if (headers[header] !== undefined) t.ok(describedHeaders.includes(header), `${about} has the header ${header}`)
     }
     seen.add(name)
   }
+  return { check, seen }
+}
 
-  // What is wrong with a body is the same wherever it stands.
+const signUp = 'POST /api/v1.0/users'
+const resetPassword = 'PUT /api/v1.0/users/password'
+const logIn = 'POST /api/v1.0/sessions'
+const sendCode = 'POST /api/v1.0/sms_codes'
+const whoAmI = 'GET /api/v1.0/session'
+const logOut = 'DELETE /api/v1.0/session'
+const ready = 'GET /health/ready'
+
+t.test('the reply of every outcome on every route matches its description', async (t) => {
+  const proxies = [await openProxy(t, 'REDIS_URL'), await openProxy(t, 'DATABASE_URL')] as const
+  const [redisProxy, postgresProxy] = proxies
+  const app = await build(t, {
+    REDIS_URL: redisProxy.url,
+    DATABASE_URL: postgresProxy.url,
+    // Longer than a busy machine needs. Only refused connections fail.
+    STORE_TIMEOUT_MS: '20000'
+  })
+  const api = client(app)
+  const { check, seen } = replyChecker(t, (await documentOf(app)).paths)
+  const operationsWithBody = [
+    [signUp, api.signUp],
+    [resetPassword, api.resetPassword],
+    [logIn, api.logIn]
+  ] as const
+
+  // Invalid bodies.
   const body = await signUpBody()
-  const wrongBodies = [
+  const invalidBodies = [
     ['missing_parameter', { mobile: '' }],
     ['malformed_parameter', { ...body, mobile: 1 }],
     ['invalid_mobile', { ...body, mobile: '1' }],
     ['body_too_large', { ...body, more: 'x'.repeat(5_000) }]
   ] as const
-  for (const [method, route] of [
-    ['POST', '/users'],
-    ['PUT', '/users/password'],
-    ['POST', '/sessions'],
-    ['POST', '/sms_codes']
-  ] as const) {
-    const path = api(route)
-    for (const [name, payload] of wrongBodies) check(name, method, path, await call(app, method, path, payload))
-    const text = await call(app, method, path, 'a text', { 'content-type': 'text/plain' })
-    check('unsupported_content_type', method, path, text)
+  const textType = { headers: { 'content-type': 'text/plain' } }
+  for (const [operation, send] of operationsWithBody) {
+    for (const [name, invalidBody] of invalidBodies) check(operation, name, await send(invalidBody))
+    check(operation, 'unsupported_content_type', await send('a text', textType))
   }
-  for (const [method, route] of [
-    ['POST', '/users'],
-    ['PUT', '/users/password']
-  ] as const) {
-    const path = api(route)
-    for (const [name, payload] of [
-      ['passwords_differ', { ...body, password2: 'another one' }],
-      ['password_length', { ...body, password: 'short', password2: 'short' }],
-      ['password_common', { ...body, password: 'password', password2: 'password' }],
-      ['wrong_code', { ...body, sms_code: 'wrong' }]
+  check(sendCode, 'missing_parameter', await api.sendCode(''))
+  check(sendCode, 'malformed_parameter', await api.sendCode(1))
+  check(sendCode, 'invalid_mobile', await api.sendCode('1'))
+  check(sendCode, 'body_too_large', await api.sendCode('x'.repeat(5_000)))
+  check(sendCode, 'unsupported_content_type', await api.sendCode('1', textType))
+  for (const [operation, send] of operationsWithBody.slice(0, 2)) {
+    for (const [name, changes] of [
+      ['passwords_differ', { password2: 'another one' }],
+      ['password_length', { password: 'short', password2: 'short' }],
+      ['password_common', { password: 'password', password2: 'password' }],
+      ['wrong_code', { sms_code: 'wrong' }]
     ] as const) {
-      check(name, method, path, await call(app, method, path, payload))
+      check(operation, name, await send({ ...body, ...changes }))
     }
   }
 
+  // Users and their sessions.
   const { mobile } = body
-  const [users, reset, login, session] = [api('/users'), api('/users/password'), api('/sessions'), api('/session')]
-  const again = await signUpBody({ mobile })
-  check('registered', 'POST', users, await call(app, 'POST', users, again))
-  const replay = await call(app, 'POST', users, again)
+  const user = await signUpBody({ mobile })
+  check(signUp, 'registered', await api.signUp(user))
+  const replay = await api.signUp(user)
   t.equal(replay.headers['idempotent-replayed'], 'true')
-  check('registered', 'POST', users, replay)
-  check('mobile_registered', 'POST', users, await call(app, 'POST', users, await signUpBody({ mobile })))
-  const fresh = await signUpBody({ mobile })
-  check('password_reset', 'PUT', reset, await call(app, 'PUT', reset, fresh))
-  const { password } = fresh
-  const loggedIn = await call(app, 'POST', login, { mobile, password })
-  check('logged_in', 'POST', login, loggedIn)
-  check('password_length', 'POST', login, await call(app, 'POST', login, { mobile, password: 'x'.repeat(129) }))
-  for (let n = 0; n < 5; n++) {
-    check('wrong_login', 'POST', login, await call(app, 'POST', login, { mobile, password: 'wrong' }))
-  }
-  check('too_many_requests', 'POST', login, await call(app, 'POST', login, { mobile, password: 'wrong' }))
+  check(signUp, 'registered', replay)
+  check(signUp, 'mobile_registered', await api.signUp(await signUpBody({ mobile })))
+  const newPassword = await signUpBody({ mobile })
+  check(resetPassword, 'password_reset', await api.resetPassword(newPassword))
+  const login = { mobile, password: newPassword.password }
+  const loggedIn = await api.logIn(login)
+  check(logIn, 'logged_in', loggedIn)
+  check(logIn, 'password_length', await api.logIn({ mobile, password: 'x'.repeat(129) }))
+  for (let n = 0; n < 5; n++) check(logIn, 'wrong_login', await api.logIn({ mobile, password: 'wrong' }))
+  check(logIn, 'too_many_requests', await api.logIn({ mobile, password: 'wrong' }))
+  const cookie = cookieOf(loggedIn)
+  check(whoAmI, 'session_found', await api.whoAmI(cookie))
+  check(logOut, 'malformed_parameter', await api.logOut('', '?everywhere=1'))
+  check(logOut, 'logged_out', await api.logOut(cookie))
+  check(whoAmI, 'not_logged_in', await api.whoAmI(''))
 
-  const cookie = { cookie: cookieOf(loggedIn) }
-  check('session_found', 'GET', session, await call(app, 'GET', session, undefined, cookie))
-  check('malformed_parameter', 'DELETE', session, await call(app, 'DELETE', `${session}?everywhere=1`))
-  check('logged_out', 'DELETE', session, await call(app, 'DELETE', session, undefined, cookie))
-  check('not_logged_in', 'GET', session, await call(app, 'GET', session))
+  // Codes.
+  check(sendCode, 'code_sent', await api.sendCode(mobile))
+  check(sendCode, 'too_many_requests', await api.sendCode(mobile))
+  const SMS_WEBHOOK_URL = `http://127.0.0.1:${await freePort()}/`
+  const withoutGateway = await build(t, { SMS_WEBHOOK_URL, SMS_RESEND_S: '0' })
+  check(sendCode, 'sms_gateway_unavailable', await client(withoutGateway).sendCode(mobile))
 
-  const codes = api('/sms_codes')
-  check('code_sent', 'POST', codes, await call(app, 'POST', codes, { mobile }))
-  check('too_many_requests', 'POST', codes, await call(app, 'POST', codes, { mobile }))
-  const unsent = await build(t, { SMS_WEBHOOK_URL: 'http://127.0.0.1:1/', SMS_RESEND_S: '0' })
-  check('sms_gateway_unavailable', 'POST', codes, await call(unsent, 'POST', codes, { mobile }))
+  check('GET /health/live', 'healthy', await app.inject('/health/live'))
+  check(ready, 'healthy', await app.inject('/health/ready'))
+  check(whoAmI, 'bad_request', await sendWithoutHost(t, withoutGateway, '/api/v1.0/session'))
 
-  check('healthy', 'GET', '/health/live', await call(app, 'GET', '/health/live'))
-  check('healthy', 'GET', '/health/ready', await call(app, 'GET', '/health/ready'))
-  check('bad_request', 'GET', session, await withoutHost(t, unsent, session))
-
-  const queued = Array.from({ length: 5 }, () => app.passwords.hash('correct horse'))
-  for (const [method, path] of [
-    ['POST', users],
-    ['PUT', reset],
-    ['POST', login]
-  ] as const) {
-    check('busy', method, path, await call(app, method, path, await signUpBody()))
-  }
-  await Promise.all(queued)
-
-  const { hash } = app.passwords
+  // Failures.
+  const { admissionDelaySeconds, hash } = app.passwords
+  app.passwords.admissionDelaySeconds = () => 1
+  for (const [operation, send] of operationsWithBody) check(operation, 'busy', await send(await signUpBody()))
+  app.passwords.admissionDelaySeconds = admissionDelaySeconds
   app.passwords.hash = () => Promise.reject(new Error('no memory'))
-  check('internal_error', 'POST', users, await call(app, 'POST', users, await signUpBody()))
+  check(signUp, 'internal_error', await api.signUp(await signUpBody()))
   app.passwords.hash = hash
-
   await Promise.all(proxies.map((proxy) => proxy.apply('refuse')))
-  for (const [method, path] of [
-    ['POST', users],
-    ['PUT', reset],
-    ['POST', login],
-    ['POST', codes]
-  ] as const) {
-    check('storage_unavailable', method, path, await call(app, method, path, await signUpBody()))
+  for (const [operation, send] of operationsWithBody) {
+    check(operation, 'storage_unavailable', await send(await signUpBody()))
   }
-  await until(async () => (await call(app, 'GET', '/health/ready')).statusCode === 503)
-  check('storage_unavailable', 'GET', '/health/ready', await call(app, 'GET', '/health/ready'))
-  app.connections.announceClosing()
-  check('busy', 'GET', '/health/ready', await call(app, 'GET', '/health/ready'))
+  check(sendCode, 'storage_unavailable', await api.sendCode(mobile))
+  await until('the readiness probe fails', async () => (await app.inject('/health/ready')).statusCode === 503)
+  check(ready, 'storage_unavailable', await app.inject('/health/ready'))
+  app.shutdown.announce()
+  check(ready, 'busy', await app.inject('/health/ready'))
 
-  // A route that is none has no description.
-  seen.add('no_such_route')
-  t.strictSame(
-    Object.keys(outcomes).filter((name) => ![...seen].some((other) => other === name)),
-    [],
-    'no outcome is left out'
-  )
+  // An unknown route has no description.
+  const unseen = outcomeNames.filter((name) => name !== 'no_such_route' && !seen.has(name))
+  t.strictSame(unseen, [], 'every outcome was checked')
 })
 
-t.test('it is OpenAPI 3.1, its examples are valid, and those of bodies are accepted', async (t) => {
+t.test('the document is OpenAPI 3.1, and its examples are valid', async (t) => {
   const app = await build(t)
   const { openapi, paths } = await documentOf(app)
   t.equal(openapi, '3.1.0')
@@ -196,27 +188,26 @@ t.test('it is OpenAPI 3.1, its examples are valid, and those of bodies are accep
       }
       if (requestBody === undefined) continue
       const { properties } = requestBody.content['application/json'].schema
-      const example = Object.entries(properties).map(([name, { examples }]) => [name, examples[0]])
-      const payload = Object.fromEntries(example)
+      const payload = Object.fromEntries(Object.entries(properties).map(([name, { examples }]) => [name, examples[0]]))
       const reply = await app.inject({ method: method === 'put' ? 'PUT' : 'POST', url: path, payload })
-      t.not(reply.statusCode, 400, `${method} ${path}`)
+      t.not(reply.statusCode, 400, `${method} ${path} accepts its example`)
     }
   }
 })
 
-t.test('under LEGACY_STATUS all outcomes of a route are described with 200, but not those of probes', async (t) => {
+t.test('LEGACY_STATUS describes all outcomes of a route with 200, except those of probes', async (t) => {
   const { paths } = await documentOf(await build(t, { LEGACY_STATUS: 'true', API_PREFIX: '/' }))
   t.strictSame(Object.keys(paths['/users']?.post?.responses ?? {}), ['200', '400'])
   t.strictSame(Object.keys(paths['/health/ready']?.get?.responses ?? {}), ['200', '400', '503'])
 })
 
-/** A request of HTTP/1.1 without the header that it must have. */
-async function withoutHost(t: Test, app: FastifyInstance, path: string): Promise<Reply> {
-  await app.listen({ port: 0, host: '127.0.0.1' })
-  const { port } = app.server.address() as AddressInfo
-  const request = httpRequest({ port, path, setHost: false })
+/** Sends an HTTP/1.1 request without its required Host header. */
+async function sendWithoutHost(t: Test, app: FastifyInstance, path: string): Promise<DescribedReply> {
+  const url = await app.listen({ port: 0, host: '127.0.0.1' })
+  const request = httpRequest(new URL(path, url), { setHost: false })
   t.teardown(() => request.destroy())
-  const [response] = await once(request.end(), 'response')
+  const [response]: IncomingMessage[] = await once(request.end(), 'response')
+  if (response?.statusCode === undefined) throw new Error('no response')
   let body = ''
   for await (const chunk of response) body += chunk
   return { statusCode: response.statusCode, headers: response.headers, body }

@@ -1,78 +1,88 @@
 import { verify } from '@node-rs/argon2'
-import t from 'tap'
-import { build, holdInserts, issueCode, post, signUpBody, until, userRow } from './helper.js'
+import t, { type Test } from 'tap'
+import { client, type Reply, statusAndErrno } from '../testkit/client.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
 
-/** Two instances of the service, which take the requests in turn. */
-async function twoInstances(t: Parameters<typeof build>[0]) {
-  const env = { STORE_TIMEOUT_MS: '30000', PG_POOL_MAX: '25' }
-  const [even, odd] = [await build(t, env), await build(t, env)]
-  return (n: number, body: object) => post(n % 2 === 0 ? even : odd, body)
+const { build, holdInserts, issueCode, signUpBody, untilClaimed, userRows } = await startTestbed(t)
+
+/** Builds two instances, and returns a function that sends the sign-up of an index to one of them. */
+async function buildTwoInstances(t: Test) {
+  // A connection for each of the 50 sign-ups, and a timeout that no wait at the barrier reaches.
+  const env = { PG_POOL_MAX: '25', STORE_TIMEOUT_MS: '30000' }
+  const [even, odd] = [client(await build(t, env)), client(await build(t, env))]
+  return (index: number, body: object) => (index % 2 === 0 ? even : odd).signUp(body)
 }
 
-const statuses = async (replies: ReturnType<typeof post>[]) => {
+function countStatuses(replies: Reply[]): Record<number, number> {
   const counts: Record<number, number> = {}
-  for (const { statusCode } of await Promise.all(replies)) counts[statusCode] = (counts[statusCode] ?? 0) + 1
+  for (const { statusCode } of replies) counts[statusCode] = (counts[statusCode] ?? 0) + 1
   return counts
 }
 
-t.test('G1: of 50 simultaneous sign-ups with one code, on two instances, exactly one completes', async (t) => {
-  const send = await twoInstances(t)
-  const first = await signUpBody()
-  const bodies = await Promise.all(Array.from({ length: 50 }, () => signUpBody({ mobile: first.mobile })))
-  await issueCode(first.mobile, first.sms_code)
-  // The barrier: whoever takes the code stands before the table until all others have their answer.
+t.test('G1: of 50 simultaneous sign-ups with one code, on two instances, exactly one succeeds', async (t) => {
+  const signUp = await buildTwoInstances(t)
+  const { mobile, sms_code } = await signUpBody()
+  const bodies = await Promise.all(Array.from({ length: 50 }, () => signUpBody({ mobile })))
+  await issueCode(mobile, sms_code)
+  // The sign-up that claims the code waits at the barrier until all others are answered.
   const inserts = await holdInserts()
   let answered = 0
-  const replies = bodies.map((body, n) =>
-    send(n, { ...body, sms_code: first.sms_code }).then((reply) => {
+  const replies = Promise.all(
+    bodies.map(async (body, index) => {
+      const reply = await signUp(index, { ...body, sms_code })
       answered++
       return reply
     })
   )
-  await until(async () => answered === 49)
+  await until('49 sign-ups are answered', () => answered === 49)
   await inserts.release()
-  t.strictSame(await statuses(replies), { 201: 1, 503: 49 })
-  t.equal((await userRow(first.mobile)).length, 1)
+  t.strictSame(countStatuses(await replies), { 201: 1, 503: 49 })
+  t.equal((await userRows(mobile)).length, 1)
 })
 
-t.test('G5: of 50 simultaneous sends of one request each ends, asked again, in the same success', async (t) => {
-  const send = await twoInstances(t)
+t.test('G5: 50 simultaneous copies of one request all end in the same success, if they are retried', async (t) => {
+  const signUp = await buildTwoInstances(t)
   const body = await signUpBody()
   const replies = await Promise.all(
-    Array.from({ length: 50 }, async (_, n) => {
-      let reply = await send(n, body)
-      while (reply.statusCode === 503) {
-        t.strictSame([reply.json().errno, reply.headers['retry-after']], ['4500', '1'])
-        reply = await send(n, body)
-      }
+    Array.from({ length: 50 }, async (_, index) => {
+      let reply = await signUp(index, body)
+      await until(`request ${index} is not answered 503`, async () => {
+        if (reply.statusCode !== 503) return true
+        t.strictSame([...statusAndErrno(reply), reply.headers['retry-after']], [503, '4500', '1'])
+        reply = await signUp(index, body)
+        return false
+      })
       return reply
     })
   )
-  const [row] = await userRow(body.mobile)
+  const [row] = await userRows(body.mobile)
   for (const reply of replies) {
-    t.strictSame([reply.statusCode, reply.json().data.user_id, reply.json().data.session], [201, row.id, true])
+    const { user_id, session } = reply.json().data
+    t.strictSame([reply.statusCode, user_id, session], [201, row.id, true])
   }
-  const replayed = replies.filter(({ headers }) => headers['idempotent-replayed'] === 'true')
-  t.equal(replayed.length, 49)
+  t.equal(replies.filter(({ headers }) => headers['idempotent-replayed'] === 'true').length, 49)
 })
 
-t.test('G2: of 50 simultaneous sign-ups of one mobile with 50 passwords exactly one gets 201', async (t) => {
-  const send = await twoInstances(t)
-  const first = await signUpBody()
-  const bodies = await Promise.all(Array.from({ length: 50 }, () => signUpBody({ mobile: first.mobile })))
-  // The barrier: 50 INSERTs, each with a code of its own, stand before the table.
+t.test('G2: of 50 simultaneous sign-ups of one mobile with 50 passwords, exactly one succeeds', async (t) => {
+  const signUp = await buildTwoInstances(t)
+  const { mobile } = await signUpBody()
+  const bodies = await Promise.all(Array.from({ length: 50 }, () => signUpBody({ mobile })))
+  // All 50 INSERTs, each of a sign-up with its own code, wait at the barrier.
   const inserts = await holdInserts()
-  const replies: ReturnType<typeof post>[] = []
-  for (const [n, body] of bodies.entries()) {
-    await issueCode(first.mobile, body.sms_code)
-    replies.push(send(n, body))
-    await inserts.arrived(n + 1)
+  const pending: Promise<Reply>[] = []
+  for (const [index, body] of bodies.entries()) {
+    await issueCode(mobile, body.sms_code)
+    pending.push(signUp(index, body))
+    await untilClaimed({ mobile })
   }
+  await inserts.arrived(50)
   await inserts.release()
 
-  t.strictSame(await statuses(replies), { 201: 1, 409: 49 })
-  const winner = (await Promise.all(replies)).findIndex(({ statusCode }) => statusCode === 201)
-  const rows = await userRow(first.mobile)
+  const replies = await Promise.all(pending)
+  t.strictSame(countStatuses(replies), { 201: 1, 409: 49 })
+  const winner = bodies[replies.findIndex(({ statusCode }) => statusCode === 201)]
+  const rows = await userRows(mobile)
   t.equal(rows.length, 1)
-  t.ok(await verify(rows[0].password_hash, bodies[winner]?.password ?? ''), 'the row is the winner’s')
+  t.ok(await verify(rows[0].password_hash, winner?.password ?? ''), 'the row has the password of that sign-up')
 })

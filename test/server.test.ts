@@ -1,156 +1,215 @@
 import { execFile } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdtemp, readFile, rm } from 'node:fs/promises'
-import { connect, createServer } from 'node:net'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
+import pg from 'pg'
 import t, { type Test } from 'tap'
-import { holdInserts, signUpBody, until, userRow } from './helper.js'
-import { named, said, start } from './service.js'
+import type { Environment } from '../src/config/config.js'
+import { client } from '../testkit/client.js'
+import { ServerProcess } from '../testkit/server-process.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
 
-async function emptyFolder(t: Test): Promise<string> {
+const { stores, postgres, startService, signUpBody, holdInserts } = await startTestbed(t)
+
+// Some tests wait for fixed times of the service, so they run in parallel.
+t.jobs = 3
+
+async function createFolder(t: Test): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'mobile-signup-test-'))
   t.teardown(() => rm(folder, { recursive: true }))
   return folder
 }
 
-/** The ports of the private stores of a folder. */
-async function portsIn(folder: string): Promise<number[]> {
-  const pid = await readFile(join(folder, '.data/postgres/postmaster.pid'), 'utf8')
-  const redisConf = await readFile(join(folder, '.data/redis.conf'), 'utf8')
-  return [Number(pid.split('\n')[3]), Number(/^port (\d+)/m.exec(redisConf)?.[1])]
+/** Starts the built service with private stores, which keep their data in the folder. */
+function startEmbedded(t: Test, folder: string, env: Environment = {}): ServerProcess {
+  const service = ServerProcess.start(undefined, { env, cwd: folder })
+  t.teardown(() => service.dispose())
+  return service
 }
 
-async function refusesConnections(port: number): Promise<boolean> {
-  const socket = connect(port, '127.0.0.1')
-  const connected = await once(socket, 'connect').then(
-    () => true,
-    () => false
-  )
-  socket.destroy()
-  return !connected
-}
-
-/** Runs the curl line of the banner as printed. */
-async function runBanner(run: ReturnType<typeof start>) {
-  const [command] = await said(run, /curl .*/)
+/** Runs the curl command that a first run prints, and returns the reply with its headers. */
+async function runPrintedCommand(service: ServerProcess): Promise<string> {
+  const [command] = await service.waitFor(/curl .*(?=\n)/)
   const { stdout } = await promisify(execFile)('sh', ['-c', command])
   return stdout
 }
 
-t.test('the embedded default: the banner’s curl line signs up, data outlives the run and even a kill', async (t) => {
-  const folder = await emptyFolder(t)
+/** Returns the ports of the private stores of a folder. */
+async function storePorts(folder: string): Promise<number[]> {
+  const postmasterPid = await readFile(join(folder, '.data/postgres/postmaster.pid'), 'utf8')
+  const redisConfig = await readFile(join(folder, '.data/redis.conf'), 'utf8')
+  return [Number(postmasterPid.split('\n')[3]), Number(/^port (\d+)/m.exec(redisConfig)?.[1])]
+}
 
-  const first = start(t, {}, folder)
-  t.match(await runBanner(first), /^HTTP\/1.1 201 [\s\S]*"user_id":"1"/)
-  const ports = await portsIn(folder)
-  first.child.kill('SIGTERM')
-  t.strictSame(await first.exit, [0, null], 'SIGTERM ends it with 0')
-  for (const port of ports) t.ok(await refusesConnections(port), 'and its stores with it')
+async function refusesConnections(port: number): Promise<boolean> {
+  const socket = connect(port, '127.0.0.1')
+  const isRefused = await once(socket, 'connect').then(
+    () => false,
+    () => true
+  )
+  socket.destroy()
+  return isRefused
+}
 
-  const second = start(t, {}, folder)
-  t.match(await runBanner(second), /^HTTP\/1.1 201 [\s\S]*"user_id":"2"/, 'the first user is still there')
-  const portsOfSecond = await portsIn(folder)
-  second.child.kill('SIGKILL')
+/** Returns NODE_OPTIONS that append the URL of every ES module that a process loads to a file. */
+function recordModules(file: string): string {
+  const hooks = `
+    import { appendFileSync } from 'node:fs'
+    export async function load(url, context, nextLoad) {
+      appendFileSync(${JSON.stringify(file)}, url + '\\n')
+      return nextLoad(url, context)
+    }`
+  const dataUrl = (code: string) => `data:text/javascript,${encodeURIComponent(code)}`
+  const registration = `import { register } from 'node:module'; register(${JSON.stringify(dataUrl(hooks))})`
+  return `--import=${dataUrl(registration)}`
+}
+
+t.test('without store URLs the service runs on private stores, whose data survives restarts and kills', async (t) => {
+  const folder = await createFolder(t)
+
+  const first = startEmbedded(t, folder)
+  t.match(await runPrintedCommand(first), /^HTTP\/1.1 201 [\s\S]*"user_id":"1"/, 'the printed command signs up')
+  const firstPorts = await storePorts(folder)
+  first.kill('SIGTERM')
+  t.strictSame(await first.exit, [0, null], 'SIGTERM ends it with exit code 0')
+  for (const port of firstPorts) t.ok(await refusesConnections(port), 'the stores end with the service')
+
+  const second = startEmbedded(t, folder)
+  t.match(await runPrintedCommand(second), /^HTTP\/1.1 201 [\s\S]*"user_id":"2"/, 'the first user still exists')
+  const secondPorts = await storePorts(folder)
+  second.kill('SIGKILL')
   await second.exit
-  for (const port of portsOfSecond) await until(() => refusesConnections(port))
+  for (const port of secondPorts) await until(`port ${port} is closed`, () => refusesConnections(port))
 
-  const third = start(t, {}, folder)
-  t.match(await runBanner(third), /^HTTP\/1.1 201 /, 'a killed run is survived')
+  const third = startEmbedded(t, folder)
+  t.match(await runPrintedCommand(third), /^HTTP\/1.1 201 /, 'a start after a kill works')
 
-  const rival = start(t, {}, folder)
-  t.strictSame(await rival.exit, [1, null], 'a second service in the same folder is refused')
-  t.match(rival.output.stderr, /^mobile-signup: the private Postgres did not start: .*postmaster\.pid.*\n$/)
-  t.match(await runBanner(third), /idempotent-replayed: true/, 'and the first one is not disturbed')
+  const rival = startEmbedded(t, folder)
+  t.strictSame(await rival.exit, [1, null], 'a second service in the same folder does not start')
+  t.match(rival.stderr, /^mobile-signup: the private Postgres did not start: .*postmaster\.pid.*\n$/)
+  t.match(await runPrintedCommand(third), /idempotent-replayed: true/, 'the running service is not disturbed')
 
-  third.child.kill('SIGINT')
-  t.strictSame(await third.exit, [0, null], 'SIGINT ends it with 0')
+  third.kill('SIGINT')
+  t.strictSame(await third.exit, [0, null], 'SIGINT ends it with exit code 0')
 })
 
-t.test('named stores: an empty database is migrated at start, and JSON lines are logged', async (t) => {
-  const run = start(t, named)
-  const [, url] = await said(run, /Server listening at (http:[^"]+)/)
-  const body = await signUpBody()
-  const reply = await fetch(`${url}/api/v1.0/users`, {
-    method: 'POST',
-    headers: { 'content-type': 'application/json' },
-    body: JSON.stringify(body)
+t.test('production loads nothing of src/dev', async (t) => {
+  const folder = await createFolder(t)
+  const modulesIn = async (file: string) => (await readFile(file, 'utf8')).trim().split('\n')
+  const isDev = (url: string) => url.includes('/dist/dev/')
+
+  const productionFile = join(folder, 'production')
+  const production = startService(t, {
+    NODE_ENV: 'production',
+    SMS: 'off',
+    HASH_MEMORY_KIB: '7168',
+    HASH_PASSES: '5',
+    STORE_TIMEOUT_MS: '20000',
+    NODE_OPTIONS: recordModules(productionFile)
   })
-  t.equal(reply.status, 201)
-  t.equal((await userRow(body.mobile)).length, 1)
-  run.child.kill('SIGTERM')
-  t.strictSame(await run.exit, [0, null])
-  for (const line of run.output.stdout.trim().split('\n')) t.doesNotThrow(() => JSON.parse(line))
+  t.equal((await client(await production.url()).signUp(await signUpBody())).statusCode, 201)
+  t.equal(await production.stop(), 0)
+  const productionModules = await modulesIn(productionFile)
+  t.ok(
+    productionModules.some((url) => url.endsWith('/dist/app.js')),
+    'modules are recorded'
+  )
+  t.strictSame(productionModules.filter(isDev), [])
+
+  // A file in the place of the data folder stops this start after the modules are loaded.
+  await writeFile(join(folder, '.data'), '')
+  const embeddedFile = join(folder, 'embedded')
+  const embedded = startEmbedded(t, folder, { NODE_OPTIONS: recordModules(embeddedFile) })
+  t.strictSame(await embedded.exit, [1, null])
+  t.match(embedded.stderr, /^mobile-signup: EEXIST: /)
+  t.ok((await modulesIn(embeddedFile)).some(isDev), 'the embedded mode loads src/dev')
 })
 
-t.test('a bad environment stops the start, with one message and exit code 1', async (t) => {
-  const run = start(t, { ...named, PORT: 'http', LEGACY_STATUS: '1' })
-  t.strictSame(await run.exit, [1, null])
+t.test('a start on an empty database migrates it, and the log has only JSON lines', async (t) => {
+  await postgres.query('CREATE DATABASE empty')
+  const databaseUrl = new URL(stores.databaseUrl)
+  databaseUrl.pathname = '/empty'
+  const service = startService(t, { DATABASE_URL: databaseUrl.href, STORE_TIMEOUT_MS: '20000' })
+  const body = await signUpBody()
+  t.equal((await client(await service.url()).signUp(body)).statusCode, 201)
+  const connection = new pg.Client(databaseUrl.href)
+  await connection.connect()
+  const { rows } = await connection.query('SELECT mobile FROM users')
+  await connection.end()
+  t.strictSame(rows, [{ mobile: body.mobile }])
+  t.equal(await service.stop(), 0)
+  for (const line of service.stdout.trim().split('\n')) t.doesNotThrow(() => JSON.parse(line))
+})
+
+t.test('an invalid environment stops the start with one message and exit code 1', async (t) => {
+  const service = startService(t, { PORT: 'http', LEGACY_STATUS: '1' })
+  t.strictSame(await service.exit, [1, null])
   t.equal(
-    run.output.stderr,
-    `mobile-signup: the environment is not usable:
+    service.stderr,
+    `mobile-signup: invalid environment:
   PORT: "http" is not an integer; expected an integer from 0 to 65535
-  LEGACY_STATUS: "1" is neither; expected true or false
+  LEGACY_STATUS: "1" is neither true nor false; expected true or false
 `
   )
 })
 
-t.test('a port that is taken stops the start, with one line and exit code 1', async (t) => {
-  const taken = createServer().listen(0, '127.0.0.1')
-  t.teardown(() => taken.close())
-  await once(taken, 'listening')
-  const address = taken.address()
-  const run = start(t, { ...named, PORT: typeof address === 'object' ? `${address?.port}` : '' })
-  t.strictSame(await run.exit, [1, null])
-  t.match(run.output.stderr, /^mobile-signup: listen EADDRINUSE: [^\n]*\n$/)
+t.test('a PORT in use stops the start with one line and exit code 1', async (t) => {
+  const service = startService(t, { PORT: new URL(stores.redisUrl).port })
+  t.strictSame(await service.exit, [1, null])
+  t.match(service.stderr, /^mobile-signup: listen EADDRINUSE: [^\n]*\n$/)
 })
 
-t.test('a store that is down stops the start after ten seconds, with one line and exit code 1', async (t) => {
-  const runs = [
-    start(t, { ...named, DATABASE_URL: 'postgresql://postgres@127.0.0.1:1/postgres' }),
-    start(t, { ...named, REDIS_URL: 'redis://127.0.0.1:1' })
-  ]
-  for (const [n, name] of ['Postgres', 'Redis'].entries()) {
-    const run = runs[n]
-    t.strictSame(await run?.exit, [1, null])
-    t.match(run?.output.stderr, new RegExp(`^mobile-signup: ${name} does not answer: .*ECONNREFUSED[^\\n]*\\n$`))
+t.test('an unavailable store stops the start after 10 s with one line and exit code 1', async (t) => {
+  const services = {
+    Postgres: startService(t, { DATABASE_URL: 'postgresql://postgres@127.0.0.1:1/postgres' }),
+    Redis: startService(t, { REDIS_URL: 'redis://127.0.0.1:1' })
+  }
+  for (const [store, service] of Object.entries(services)) {
+    t.strictSame(await service.exit, [1, null])
+    t.match(service.stderr, new RegExp(`^mobile-signup: ${store} does not answer: .*ECONNREFUSED[^\\n]*\\n$`))
   }
 })
 
-t.test(
-  'SIGTERM: ready fails at once, requests are served for SHUTDOWN_DELAY_MS, and then it exits with 0',
-  async (t) => {
-    const run = start(t, { ...named, SHUTDOWN_DELAY_MS: '1500' })
-    const [, url] = await said(run, /Server listening at (http:[^"]+)/)
-    t.equal((await fetch(`${url}/health/ready`)).status, 200)
-    run.child.kill('SIGTERM')
-    await until(async () => (await fetch(`${url}/health/ready`)).status === 503)
-    t.equal((await fetch(`${url}/api/v1.0/session`)).status, 401)
-    t.equal((await fetch(`${url}/health/live`)).status, 200)
-    t.strictSame(await run.exit, [0, null])
-  }
-)
+t.test('SIGTERM fails the readiness probe, serves for SHUTDOWN_DELAY_MS and exits with 0', async (t) => {
+  // Long enough for the requests below on a busy machine.
+  const delayMs = 8_000
+  const service = startService(t, { SHUTDOWN_DELAY_MS: `${delayMs}` })
+  const url = await service.url()
+  t.equal((await fetch(`${url}/health/ready`)).status, 200)
+  const killedAt = performance.now()
+  service.kill('SIGTERM')
+  await untilNotReady(url)
+  t.equal((await client(url).whoAmI('')).statusCode, 401)
+  t.equal((await fetch(`${url}/health/live`)).status, 200)
+  t.strictSame(await service.exit, [0, null])
+  t.ok(performance.now() - killedAt > delayMs - 100, 'it exits after the delay')
+})
 
-t.test('a second signal ends it at once, and so does SHUTDOWN_TIMEOUT_MS', async (t) => {
-  const twice = start(t, { ...named, SHUTDOWN_DELAY_MS: '60000' })
-  const [, url] = await said(twice, /Server listening at (http:[^"]+)/)
-  twice.child.kill('SIGTERM')
-  await until(async () => (await fetch(`${url}/health/ready`)).status === 503)
-  twice.child.kill('SIGTERM')
-  t.strictSame(await twice.exit, [1, null])
+t.test('a second signal skips the graceful shutdown', async (t) => {
+  const service = startService(t, { SHUTDOWN_DELAY_MS: '600000' })
+  const url = await service.url()
+  service.kill('SIGTERM')
+  await untilNotReady(url)
+  service.kill('SIGTERM')
+  t.strictSame(await service.exit, [1, null])
+})
 
-  // A sign-up that takes longer: its row is behind a lock.
-  const slow = start(t, { ...named, STORE_TIMEOUT_MS: '30000', SHUTDOWN_TIMEOUT_MS: '500' })
-  const [, slowUrl] = await said(slow, /Server listening at (http:[^"]+)/)
+t.test('a shutdown that exceeds SHUTDOWN_TIMEOUT_MS ends with exit code 1', async (t) => {
+  const service = startService(t, { STORE_TIMEOUT_MS: '60000', SHUTDOWN_TIMEOUT_MS: '500' })
+  const url = await service.url()
   const inserts = await holdInserts()
-  fetch(`${slowUrl}/api/v1.0/users`, {
-    method: 'POST',
-    headers: { 'content-type': 'application/json' },
-    body: JSON.stringify(await signUpBody())
-  }).catch(() => undefined)
+  const disconnected = t.rejects(client(url).signUp(await signUpBody()))
   await inserts.arrived(1)
-  slow.child.kill('SIGTERM')
-  t.strictSame(await slow.exit, [1, null])
+  service.kill('SIGTERM')
+  t.strictSame(await service.exit, [1, null])
+  await disconnected
+  t.match(service.stdout, 'the shutdown took longer than SHUTDOWN_TIMEOUT_MS')
   await inserts.release()
 })
+
+const untilNotReady = (url: string) =>
+  until('the readiness probe fails', async () => (await fetch(`${url}/health/ready`)).status === 503)

@@ -1,60 +1,60 @@
-import { request } from 'node:http'
-import type { AddressInfo } from 'node:net'
 import { Signer } from '@fastify/cookie'
 import t from 'tap'
-import { build, cookieOf, holdRedisWrites, post, redis, sessionSecret, signUpBody } from './helper.js'
+import { client, statusAndErrno } from '../testkit/client.js'
+import { startTestbed } from '../testkit/testbed.js'
+
+const { build, cookieOf, holdRedisWrites, redis, signUpBody, stores } = await startTestbed(t)
 
 const notLoggedIn = { errno: '4101', errmsg: '用户未登录' }
 const session = '/api/v1.0/session'
 const production = { NODE_ENV: 'production', SMS: 'off', HASH_MEMORY_KIB: '7168', HASH_PASSES: '5' }
+const sessionSecret = `${stores.environment.SESSION_SECRET}`
 
-t.test('the cookie: sid, HttpOnly, SameSite=Lax, Path=/, 86,400 s', async (t) => {
+/** Returns the Redis key of the session of a cookie. */
+const sessionKeyOf = (cookie: string) => `session:${cookie.split(/[=.]/)[1]}`
+
+t.test('the cookie is sid with HttpOnly, SameSite=Lax, Path=/ and Max-Age=86400', async (t) => {
   const app = await build(t)
-  const reply = await post(app, await signUpBody())
-  t.match(reply.cookies, [{ name: 'sid', httpOnly: true, sameSite: 'Lax', path: '/', maxAge: 86_400 }])
-  t.notOk(reply.cookies[0]?.secure)
+  const reply = await client(app).signUp(await signUpBody())
   cookieOf(reply)
+  t.match(reply.cookies, [{ name: 'sid', httpOnly: true, sameSite: 'Lax', path: '/', maxAge: 86_400 }])
+  t.notMatch(`${reply.headers['set-cookie']}`, 'Secure')
 })
 
-t.test('COOKIE_SECURE: __Host-sid with Secure, whatever the gateway says of its own side', async (t) => {
+t.test('COOKIE_SECURE sets __Host-sid with Secure, whatever X-Forwarded-Proto says', async (t) => {
   const app = await build(t, { ...production, TRUST_PROXY: '127.0.0.1' })
-  await app.listen({ port: 0 })
-  const { port } = app.server.address() as AddressInfo
+  const url = await app.listen({ port: 0, host: '127.0.0.1' })
   for (const headers of [{}, { 'x-forwarded-proto': 'https' }, { 'x-forwarded-proto': 'http' }]) {
-    const body = JSON.stringify(await signUpBody())
-    const cookies = await new Promise((resolve, reject) => {
-      const options = { port, method: 'POST', path: '/api/v1.0/users', agent: false }
-      request({ ...options, headers: { 'content-type': 'application/json', ...headers } }, (reply) => {
-        reply.resume()
-        resolve(reply.headers['set-cookie'])
-      })
-        .on('error', reject)
-        .end(body)
-    })
-    t.match(cookies, [/^__Host-sid=[^;]+; Max-Age=86400; Path=\/; HttpOnly; Secure; SameSite=Lax$/])
+    const reply = await client(url).signUp(await signUpBody(), { headers })
+    cookieOf(reply)
+    t.equal(reply.cookies.length, 1)
+    t.match(reply.headers['set-cookie'], /^__Host-sid=[^;]+; Max-Age=86400; Path=\/; HttpOnly; Secure; SameSite=Lax$/)
   }
 })
 
-t.test('COOKIE_SECURE=false in production: sid without Secure', async (t) => {
+t.test('COOKIE_SECURE=false sets sid without Secure in production', async (t) => {
   const app = await build(t, { ...production, COOKIE_SECURE: 'false' })
-  t.match((await post(app, await signUpBody())).cookies, [{ name: 'sid', secure: undefined }])
+  const reply = await client(app).signUp(await signUpBody())
+  cookieOf(reply)
+  t.match(reply.cookies, [{ name: 'sid' }])
+  t.notMatch(`${reply.headers['set-cookie']}`, 'Secure')
 })
 
-t.test('GET /session: who is logged in', async (t) => {
+t.test('GET /session returns who is logged in', async (t) => {
   const app = await build(t)
-  const signedUp = await post(app, await signUpBody())
+  const signedUp = await client(app).signUp(await signUpBody())
   const { user_id, name, mobile } = signedUp.json().data
-  const reply = await app.inject({ url: session, headers: { cookie: cookieOf(signedUp) } })
+  const reply = await client(app).whoAmI(cookieOf(signedUp))
   t.equal(reply.statusCode, 200)
   t.strictSame(reply.json(), { errno: '0', errmsg: '成功', data: { user_id, name, mobile } })
   t.equal(reply.headers['set-cookie'], undefined)
 })
 
-t.test('GET /session: a tampered, foreign or garbage cookie is not logged in', async (t) => {
+t.test('an invalid cookie is not logged in, and does not prevent a sign-up', async (t) => {
   const app = await build(t)
-  const cookie = cookieOf(await post(app, await signUpBody()))
+  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
   const [id = '', signature = ''] = cookie.slice('sid='.length).split('.')
-  const foreign = new Signer('another secret of at least thirty-two characters').sign(id)
+  const signedWithOtherSecret = new Signer('another secret of at least thirty-two characters').sign(id)
   const unknown = new Signer(sessionSecret).sign('an-id-that-redis-does-not-have')
   for (const value of [
     `${id}.${signature.slice(1)}`,
@@ -68,22 +68,21 @@ t.test('GET /session: a tampered, foreign or garbage cookie is not logged in', a
     '"',
     '\xff',
     'x'.repeat(5_000),
-    foreign,
+    signedWithOtherSecret,
     unknown
   ]) {
-    const reply = await app.inject({ url: session, headers: { cookie: `sid=${value}` } })
+    const reply = await client(app).whoAmI(`sid=${value}`)
     t.strictSame([reply.statusCode, reply.json()], [401, notLoggedIn], value.slice(0, 20))
-    const signedUp = await post(app, await signUpBody(), { cookie: `sid=${value}` })
-    t.equal(signedUp.statusCode, 201, 'nor does it stop a sign-up')
-    t.equal(signedUp.cookies.length, 1, 'whose reply sets one cookie')
+    const signedUp = await client(app).signUp(await signUpBody(), { headers: { cookie: `sid=${value}` } })
+    t.equal(signedUp.statusCode, 201)
+    t.equal(signedUp.cookies.length, 1, 'the sign-up sets one cookie')
   }
   t.strictSame((await app.inject(session)).json(), notLoggedIn, 'no cookie at all')
 })
 
-t.test('GET /session: what another service has broken in Redis is not logged in', async (t) => {
+t.test('a session that another service has overwritten with something else is not logged in', async (t) => {
   const app = await build(t)
-  const cookie = cookieOf(await post(app, await signUpBody()))
-  const key = `session:${cookie.slice('sid='.length).split('.')[0]}`
+  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
   for (const value of [
     '',
     'garbage',
@@ -98,16 +97,16 @@ t.test('GET /session: what another service has broken in Redis is not logged in'
     '{"user_id":{},"name":"n","mobile":"m"}',
     '{"user_id":"1","name":"n","mobile":false}'
   ]) {
-    await redis.set(key, value)
-    const reply = await app.inject({ url: session, headers: { cookie } })
+    await redis.set(sessionKeyOf(cookie), value)
+    const reply = await client(app).whoAmI(cookie)
     t.strictSame([reply.statusCode, reply.json()], [401, notLoggedIn], value)
   }
 })
 
-t.test('fields of a stored session that are none of its user’s do no harm', async (t) => {
+t.test('fields of a stored session other than its user are ignored', async (t) => {
   const app = await build(t)
-  const cookie = cookieOf(await post(app, await signUpBody()))
-  const key = `session:${cookie.slice('sid='.length).split('.')[0]}`
+  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
+  const key = sessionKeyOf(cookie)
   for (const extra of [
     '"__proto__":{"user_id":"2"}',
     '"isModified":1',
@@ -115,16 +114,16 @@ t.test('fields of a stored session that are none of its user’s do no harm', as
     '"cookie":{"expires":"never"}'
   ]) {
     await redis.set(key, `{${extra},"user_id":"1","name":"n","mobile":"m"}`)
-    const reply = await app.inject({ url: session, headers: { cookie } })
+    const reply = await client(app).whoAmI(cookie)
     t.strictSame([reply.statusCode, reply.json().data], [200, { user_id: '1', name: 'n', mobile: 'm' }], extra)
   }
-  const reply = await app.inject({ method: 'DELETE', url: session, headers: { cookie } })
+  const reply = await client(app).logOut(cookie)
   t.strictSame([reply.statusCode, await redis.exists(key)], [200, 0])
 })
 
 t.test('DELETE /session ends the session and clears the cookie, also when nobody is logged in', async (t) => {
   const app = await build(t, { COOKIE_SECURE: 'true' })
-  const cookie = cookieOf(await post(app, await signUpBody()))
+  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
   for (const headers of [{ cookie }, { cookie }, {}, { cookie: '__Host-sid=garbage' }]) {
     const reply = await app.inject({ method: 'DELETE', url: session, headers })
     t.strictSame([reply.statusCode, reply.json()], [200, { errno: '0', errmsg: '退出成功' }])
@@ -132,58 +131,51 @@ t.test('DELETE /session ends the session and clears the cookie, also when nobody
     t.match(reply.cookies, [{ name: '__Host-sid', value: '', maxAge: 0, path: '/', secure: true }])
     t.equal(reply.cookies.length, 1)
   }
-  t.equal((await app.inject({ url: session, headers: { cookie } })).statusCode, 401)
-  t.equal(await redis.exists(`session:${cookie.slice('__Host-sid='.length).split('.')[0]}`), 0)
+  t.equal((await client(app).whoAmI(cookie)).statusCode, 401)
+  t.equal(await redis.exists(sessionKeyOf(cookie)), 0)
 })
 
-t.test('a sign-up has a fresh session id, and destroys the session that it came with', async (t) => {
+t.test('a sign-up starts a session with a new id, and destroys the session that it came with', async (t) => {
   const app = await build(t)
-  const old = cookieOf(await post(app, await signUpBody()))
-  const reply = await post(app, await signUpBody(), { cookie: old })
+  const former = cookieOf(await client(app).signUp(await signUpBody()))
+  const reply = await client(app).signUp(await signUpBody(), { headers: { cookie: former } })
   t.equal(reply.cookies.length, 1)
-  t.not(cookieOf(reply), old)
-  t.equal((await app.inject({ url: session, headers: { cookie: old } })).statusCode, 401)
-  t.equal(
-    (await app.inject({ url: session, headers: { cookie: cookieOf(reply) } })).json().data.mobile,
-    reply.json().data.mobile
-  )
+  t.not(cookieOf(reply), former)
+  t.equal((await client(app).whoAmI(former)).statusCode, 401)
+  t.equal((await client(app).whoAmI(cookieOf(reply))).json().data.mobile, reply.json().data.mobile)
 })
 
-t.test('a refused sign-up leaves the session that it came with alone', async (t) => {
+t.test('a refused sign-up keeps the session that it came with', async (t) => {
   const app = await build(t)
-  const cookie = cookieOf(await post(app, await signUpBody()))
-  const reply = await post(app, { ...(await signUpBody()), sms_code: 'wrong' }, { cookie })
+  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
+  const reply = await client(app).signUp({ ...(await signUpBody()), sms_code: 'wrong' }, { headers: { cookie } })
   t.strictSame([reply.statusCode, reply.headers['set-cookie']], [422, undefined])
-  t.equal((await app.inject({ url: session, headers: { cookie } })).statusCode, 200)
+  t.equal((await client(app).whoAmI(cookie)).statusCode, 200)
 })
 
-t.test('secrets rotate: the first signs, all verify, and no good cookie is cleared', async (t) => {
-  const newer = 'a newer secret of at least thirty-two characters'
-  const before = await build(t)
-  const after = await build(t, { SESSION_SECRET: `${newer},${sessionSecret}` })
-  const old = cookieOf(await post(before, await signUpBody()))
-  const fresh = cookieOf(await post(after, await signUpBody()))
+t.test('of several secrets the first signs, all verify, and no valid cookie is cleared', async (t) => {
+  const newSecret = 'a newer secret of at least thirty-two characters'
+  const before = client(await build(t))
+  const after = client(await build(t, { SESSION_SECRET: `${newSecret},${sessionSecret}` }))
+  const oldCookie = cookieOf(await before.signUp(await signUpBody()))
+  const newCookie = cookieOf(await after.signUp(await signUpBody()))
 
-  for (const cookie of [old, fresh]) {
-    const reply = await after.inject({ url: session, headers: { cookie } })
+  for (const cookie of [oldCookie, newCookie]) {
+    const reply = await after.whoAmI(cookie)
     t.strictSame([reply.statusCode, reply.headers['set-cookie']], [200, undefined])
   }
-  t.equal(
-    (await before.inject({ url: session, headers: { cookie: fresh } })).statusCode,
-    401,
-    'the newer secret signed'
-  )
-  t.equal((await after.inject({ method: 'DELETE', url: session, headers: { cookie: old } })).statusCode, 200)
-  t.equal((await before.inject({ url: session, headers: { cookie: old } })).statusCode, 401, 'logged out everywhere')
+  t.equal((await before.whoAmI(newCookie)).statusCode, 401, 'the first secret has signed')
+  t.equal((await after.logOut(oldCookie)).statusCode, 200)
+  t.equal((await before.whoAmI(oldCookie)).statusCode, 401, 'the session has ended for both')
 })
 
 t.test('503 4001: a session cannot be ended while Redis does not answer', async (t) => {
-  const app = await build(t, { STORE_TIMEOUT_MS: '100' })
-  const cookie = cookieOf(await post(app, await signUpBody()))
+  const app = await build(t)
+  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
   const writes = await holdRedisWrites()
-  const reply = await app.inject({ method: 'DELETE', url: session, headers: { cookie } })
+  const reply = await client(app).logOut(cookie)
   await writes.release()
-  t.strictSame([reply.statusCode, reply.json().errno], [503, '4001'])
+  t.strictSame(statusAndErrno(reply), [503, '4001'])
 })
 
 t.test('a request target in absolute form keeps its session', async (t) => {

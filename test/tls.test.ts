@@ -3,120 +3,165 @@ import { chownSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import type pg from 'pg'
 import t, { type Test } from 'tap'
+import type { Environment } from '../src/config/config.js'
+import { freePort } from '../src/dev/embedded-stores.js'
 import { isRoot, unprivilegedId } from '../src/dev/guarded-server.js'
-import { freePort } from '../src/dev/stores.js'
-import { build, post, postgres, signUpBody, stores } from './helper.js'
-import { password, startRedis } from './redis-servers.js'
-import { named, said, start } from './service.js'
+import { client } from '../testkit/client.js'
+import { startStores } from '../testkit/private-stores.js'
+import { password, startRedis } from '../testkit/redis-topologies.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
+
+const { stores, postgres, build, startService, signUpBody } = await startTestbed(t)
+
+// A service that cannot connect waits for 10 s, so all tests run in parallel, each on its own stores.
+t.jobs = 4
+
+/** Longer than a handshake on a busy machine, so that the last failure is not a timeout. */
+const STORE_TIMEOUT_MS = '20000'
 
 const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-tls-'))
 t.teardown(() => rm(directory, { recursive: true }))
 if (isRoot) chownSync(directory, unprivilegedId, unprivilegedId)
 
-/** A certificate of a CA of ours, or with none a CA. Returns the paths of the certificate and of its key. */
-function certificate(name: string, ca?: { certificate: string; key: string }, hosts = '') {
-  const paths = { certificate: join(directory, `${name}.crt`), key: join(directory, `${name}.key`) }
-  const signature = ca ? ['-CA', ca.certificate, '-CAkey', ca.key, '-addext', `subjectAltName=${hosts}`] : []
-  const key = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-keyout', paths.key]
-  const subject = ['-x509', '-days', '1', '-subj', `/CN=${name}`]
-  execFileSync('openssl', ['req', ...subject, ...key, '-out', paths.certificate, ...signature], { stdio: 'ignore' })
-  // Postgres reads its key as nobody, and wants nobody else to.
-  if (isRoot) chownSync(paths.key, unprivilegedId, unprivilegedId)
-  return paths
+/** The files of a certificate and its private key. */
+interface KeyPair {
+  certificate: string
+  key: string
 }
 
-const ca = certificate('ca')
-const ours = certificate('server', ca, 'DNS:localhost,IP:127.0.0.1')
-const elsewhere = certificate('elsewhere', ca, 'DNS:elsewhere.example')
-const otherCa = certificate('other-ca')
+/** Creates a certificate that a CA signs for some hosts, or without a CA a new CA. */
+function createKeyPair(name: string, ca?: KeyPair, hosts = ''): KeyPair {
+  const pair = { certificate: join(directory, `${name}.crt`), key: join(directory, `${name}.key`) }
+  const signature = ca ? ['-CA', ca.certificate, '-CAkey', ca.key, '-addext', `subjectAltName=${hosts}`] : []
+  const key = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-keyout', pair.key]
+  const subject = ['-x509', '-days', '1', '-subj', `/CN=${name}`]
+  execFileSync('openssl', ['req', ...subject, ...key, '-out', pair.certificate, ...signature], { stdio: 'ignore' })
+  // Postgres runs as nobody, and refuses a key that others can read.
+  if (isRoot) chownSync(pair.key, unprivilegedId, unprivilegedId)
+  return pair
+}
 
-/** Lets Postgres speak TLS to those who ask for it. */
-async function encryptPostgres(server: { certificate: string; key: string }) {
-  await postgres.query(`ALTER SYSTEM SET ssl_cert_file = '${server.certificate}'`)
-  await postgres.query(`ALTER SYSTEM SET ssl_key_file = '${server.key}'`)
+const ca = createKeyPair('ca')
+const otherCa = createKeyPair('other-ca')
+const localhost = createKeyPair('localhost', ca, 'DNS:localhost,IP:127.0.0.1')
+const otherHost = createKeyPair('other-host', ca, 'DNS:elsewhere.example')
+
+/** A Postgres user whose name and password need percent-encoding. */
+const createUser = (pool: pg.Pool) => pool.query(`CREATE ROLE "gate:keeper" LOGIN SUPERUSER PASSWORD '${password}'`)
+
+/** Returns the URL of a database with that user. */
+function withUser(databaseUrl: string): string {
+  const url = new URL(databaseUrl)
+  url.username = 'gate:keeper'
+  url.password = encodeURIComponent(password)
+  return url.href
+}
+
+/** Returns the URL by which a client verifies the certificate of Postgres and its host name. */
+const verifying = (databaseUrl: string) =>
+  `${withUser(databaseUrl).replace('127.0.0.1', 'localhost')}?sslmode=verify-full`
+
+/** Starts a Postgres that offers TLS. */
+async function startTlsPostgres(t: Test, { certificate, key }: KeyPair) {
+  const tlsStores = await startStores()
+  t.teardown(() => tlsStores.stop())
+  const { postgres, databaseUrl } = tlsStores
+  await createUser(postgres)
+  await postgres.query(`ALTER SYSTEM SET ssl_cert_file = '${certificate}'`)
+  await postgres.query(`ALTER SYSTEM SET ssl_key_file = '${key}'`)
   await postgres.query('ALTER SYSTEM SET ssl = on')
   await postgres.query('SELECT pg_reload_conf()')
+  await until('Postgres offers TLS', async () => (await postgres.query('SHOW ssl')).rows[0].ssl === 'on')
+  return { postgres, url: verifying(databaseUrl) }
 }
 
-/** A Redis that speaks TLS on a port of its own. */
-async function encryptedRedis(t: Test, server: { certificate: string; key: string }) {
+/** Starts a Redis with a TLS port. */
+async function startTlsRedis(t: Test, { certificate, key }: KeyPair) {
   const port = await freePort()
   const { admin } = await startRedis(t, [
     `tls-port ${port}`,
-    `tls-cert-file ${server.certificate}`,
-    `tls-key-file ${server.key}`,
+    `tls-cert-file ${certificate}`,
+    `tls-key-file ${key}`,
     'tls-auth-clients no'
   ])
   return { admin, url: `rediss://:${encodeURIComponent(password)}@127.0.0.1:${port}/0` }
 }
 
-const plain = new URL(stores.databaseUrl)
-plain.username = 'gate:keeper'
-plain.password = encodeURIComponent(password)
-const verified = `${plain.href.replace('127.0.0.1', 'localhost')}?sslmode=verify-full`
-await postgres.query(`CREATE ROLE "gate:keeper" LOGIN SUPERUSER PASSWORD '${password}'`)
+await createUser(postgres)
+const tlsPostgres = await startTlsPostgres(t, localhost)
+const tlsRedis = await startTlsRedis(t, localhost)
 
-t.test('no TLS where it is asked for: the service does not start', async (t) => {
-  const runs = {
-    'Postgres does not answer: The server does not support SSL connections': { DATABASE_URL: verified },
+t.test('the service does not start if a store lacks the TLS that its URL demands', async (t) => {
+  await checkRefusedStarts(t, {
+    'Postgres does not answer: The server does not support SSL connections': {
+      DATABASE_URL: verifying(stores.databaseUrl)
+    },
     'Redis does not answer: ': { REDIS_URL: stores.redisUrl.replace('redis:', 'rediss:') }
-  }
-  await refuse(t, runs)
+  })
 })
 
-t.test('both stores by TLS, verified, with credentials that are percent-encoded', async (t) => {
-  await encryptPostgres(ours)
-  const redis = await encryptedRedis(t, ours)
-  const env = { ...named, DATABASE_URL: verified, PGSSLROOTCERT: ca.certificate, REDIS_URL: redis.url }
-  const run = start(t, { ...env, NODE_EXTRA_CA_CERTS: ca.certificate })
-  const [, url] = await said(run, /Server listening at (http:[^"]+)/)
-  const body = await signUpBody()
-  await redis.admin.set(`sms_code_${body.mobile}`, body.sms_code)
-  const reply = await fetch(`${url}/api/v1.0/users`, {
-    method: 'POST',
-    headers: { 'content-type': 'application/json' },
-    body: JSON.stringify(body)
+t.test('both stores work over verified TLS, with percent-encoded credentials', async (t) => {
+  const service = startService(t, {
+    DATABASE_URL: tlsPostgres.url,
+    PGSSLROOTCERT: ca.certificate,
+    REDIS_URL: tlsRedis.url,
+    NODE_EXTRA_CA_CERTS: ca.certificate,
+    STORE_TIMEOUT_MS
   })
-  t.equal(reply.status, 201)
-  const { rows } = await postgres.query(
+  const url = await service.url()
+  const body = await signUpBody()
+  await tlsRedis.admin.set(`sms_code_${body.mobile}`, body.sms_code)
+  t.equal((await client(url).signUp(body)).statusCode, 201)
+  const { rows } = await tlsPostgres.postgres.query(
     `SELECT DISTINCT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'mobile-signup'`
   )
   t.strictSame(rows, [{ ssl: true }])
 })
 
-t.test('PGSSLROOTCERT counts only where the URL asks for TLS', async (t) => {
-  const app = await build(t, { DATABASE_URL: plain.href, PGSSLROOTCERT: ca.certificate })
-  t.equal((await post(app, await signUpBody())).statusCode, 201)
+t.test('PGSSLROOTCERT has no effect on a URL without TLS', async (t) => {
+  const app = await build(t, {
+    DATABASE_URL: withUser(stores.databaseUrl),
+    PGSSLROOTCERT: ca.certificate,
+    STORE_TIMEOUT_MS
+  })
+  t.equal((await client(app).signUp(await signUpBody())).statusCode, 201)
 })
 
-t.test('a certificate of another CA, or for another host: the service does not start', async (t) => {
-  const redis = await encryptedRedis(t, ours)
-  await refuse(t, {
-    'Postgres does not answer: ': { DATABASE_URL: verified, PGSSLROOTCERT: otherCa.certificate },
-    'Redis does not answer: ': { REDIS_URL: redis.url, NODE_EXTRA_CA_CERTS: otherCa.certificate }
-  })
-  await encryptPostgres(elsewhere)
-  const redisElsewhere = await encryptedRedis(t, elsewhere)
-  await refuse(t, {
-    'Postgres does not answer: Hostname/IP does not match': { DATABASE_URL: verified, PGSSLROOTCERT: ca.certificate },
-    'Redis does not answer: Hostname/IP does not match': {
-      REDIS_URL: redisElsewhere.url,
-      NODE_EXTRA_CA_CERTS: ca.certificate
-    }
-  })
+t.test('the service does not start with a certificate of an unknown CA or for another host', async (t) => {
+  const otherPostgres = await startTlsPostgres(t, otherHost)
+  const otherRedis = await startTlsRedis(t, otherHost)
+  await Promise.all([
+    checkRefusedStarts(t, {
+      'Postgres does not answer: ': { DATABASE_URL: tlsPostgres.url, PGSSLROOTCERT: otherCa.certificate },
+      'Redis does not answer: ': { REDIS_URL: tlsRedis.url, NODE_EXTRA_CA_CERTS: otherCa.certificate }
+    }),
+    checkRefusedStarts(t, {
+      'Postgres does not answer: Hostname/IP does not match': {
+        DATABASE_URL: otherPostgres.url,
+        PGSSLROOTCERT: ca.certificate
+      },
+      'Redis does not answer: Hostname/IP does not match': {
+        REDIS_URL: otherRedis.url,
+        NODE_EXTRA_CA_CERTS: ca.certificate
+      }
+    })
+  ])
 })
 
-/** Runs the service in some environments, and holds it to one line, with no password, and exit code 1. */
-async function refuse(t: Test, runs: Record<string, Record<string, string>>) {
-  const ends = Object.entries(runs).map(async ([words, env]) => {
-    const run = start(t, { ...named, ...env })
-    t.strictSame(await run.exit, [1, null])
-    t.ok(run.output.stderr.startsWith(`mobile-signup: ${words}`), run.output.stderr)
-    t.equal(run.output.stderr.trim().split('\n').length, 1)
+/** Starts services that must end with exit code 1 and one line, which begins with the key and contains no password. */
+async function checkRefusedStarts(t: Test, environments: Record<string, Environment>) {
+  const checks = Object.entries(environments).map(async ([error, env]) => {
+    const service = startService(t, { STORE_TIMEOUT_MS, ...env })
+    t.strictSame(await service.exit, [1, null])
+    const { stdout, stderr } = service
+    t.ok(stderr.startsWith(`mobile-signup: ${error}`), stderr)
+    t.equal(stderr.trim().split('\n').length, 1)
     for (const secret of [password, encodeURIComponent(password), stores.databaseUrl]) {
-      t.notOk((run.output.stderr + run.output.stdout).includes(secret))
+      t.notOk((stderr + stdout).includes(secret))
     }
   })
-  await Promise.all(ends)
+  await Promise.all(checks)
 }

@@ -1,9 +1,15 @@
 import { once } from 'node:events'
 import { createServer } from 'node:http'
-import type { AddressInfo } from 'node:net'
 import t, { type Test } from 'tap'
-import { issueCode, redis, signUpBody, until } from './helper.js'
-import { named, said, start } from './service.js'
+import { freePort } from '../src/dev/embedded-stores.js'
+import { client } from '../testkit/client.js'
+import { recordKey, startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
+
+const { redis, startService, signUpBody, issueCode, cookieOf } = await startTestbed(t)
+
+// Each test starts a service of its own.
+t.jobs = 2
 
 interface Span {
   name: string
@@ -11,11 +17,20 @@ interface Span {
   spanId: string
   parentSpanId?: string
   kind: number
-  attributes: { key: string; value: { stringValue?: string; intValue?: number } }[]
 }
 
-/** A collector of OTLP over HTTP. */
-async function openCollector(t: Test) {
+/** The kind of a span that a request to the service starts. */
+const serverKind = 2
+
+/** The span of the gateway, the parent of a request's span. */
+const gatewaySpanId = '00f067aa0ba902b7'
+
+const traceparent = (traceId: string, isSampled: boolean) => ({
+  traceparent: `00-${traceId}-${gatewaySpanId}-${isSampled ? '01' : '00'}`
+})
+
+/** Starts a collector of OTLP over HTTP on loopback. */
+async function startCollector(t: Test) {
   const collector = { url: '', received: '', spans: [] as Span[] }
   const server = createServer(async (request, response) => {
     let body = ''
@@ -26,107 +41,117 @@ async function openCollector(t: Test) {
     }
     response.setHeader('content-type', 'application/json').end('{}')
   })
-  await once(server.listen(0, '127.0.0.1'), 'listening')
+  const port = await freePort()
+  await once(server.listen(port, '127.0.0.1'), 'listening')
   t.teardown(() => {
     server.closeAllConnections()
     server.close()
   })
-  collector.url = `http://127.0.0.1:${(server.address() as AddressInfo).port}`
+  collector.url = `http://127.0.0.1:${port}`
   return collector
 }
 
-const signUp = (url: string | undefined, body: object, headers = {}) =>
-  fetch(`${url}/api/v1.0/users`, {
-    method: 'POST',
-    headers: { 'content-type': 'application/json', ...headers },
-    body: JSON.stringify(body)
+t.test('a sign-up is one span of the gateway’s trace, above its round trips, and contains no secret', async (t) => {
+  const collector = await startCollector(t)
+  const service = startService(t, {
+    OTEL_EXPORTER_OTLP_ENDPOINT: collector.url,
+    OTEL_RESOURCE_ATTRIBUTES: 'zone=a',
+    OTEL_BSP_SCHEDULE_DELAY: '100',
+    STORE_TIMEOUT_MS: '20000'
   })
-
-t.test(
-  'a sign-up is one span of the gateway’s trace, with its round trips below it, and tells nothing secret',
-  async (t) => {
-    const collector = await openCollector(t)
-    const run = start(t, { ...named, OTEL_EXPORTER_OTLP_ENDPOINT: collector.url, OTEL_RESOURCE_ATTRIBUTES: 'zone=a' })
-    const [, url] = await said(run, /Server listening at (http:[^"]+)/)
-    const bodies = await Promise.all(Array.from({ length: 8 }, () => signUpBody()))
-    const traceIdOf = (n: number) => `${n + 1}`.padStart(32, '0')
-    const cookies = await Promise.all(
-      bodies.map(async (body, n) => {
-        const reply = await signUp(url, body, { traceparent: `00-${traceIdOf(n)}-00f067aa0ba902b7-01` })
-        t.equal(reply.status, 201)
-        return reply.headers.getSetCookie()[0]
-      })
-    )
-    await signUp(url, bodies[0] ?? {}, { traceparent: `00-${'f'.repeat(32)}-00f067aa0ba902b7-00` })
-    const [stray] = bodies
-    await fetch(`${url}/${stray?.mobile}?password=${stray?.password}`)
-    await fetch(`${url}/api/v1.0/users`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json' },
-      body: `${stray?.password}`
+  const url = await service.url()
+  const bodies = await Promise.all(Array.from({ length: 8 }, () => signUpBody()))
+  const traceIdOf = (index: number) => `${index + 1}`.padStart(32, '0')
+  const cookies = await Promise.all(
+    bodies.map(async (body, index) => {
+      const reply = await client(url).signUp(body, { headers: traceparent(traceIdOf(index), true) })
+      t.equal(reply.statusCode, 201)
+      return cookieOf(reply)
     })
-    const mobile = `${stray?.mobile}`
-    await redis.set(`sms_code_${mobile}`, 'not a code of ours')
-    await redis.set(`{sms_code_${mobile}}:attempt`, 'no JSON, so that the script fails')
-    await signUp(url, { ...stray, sms_code: await issueCode(mobile) })
-    await fetch(`${url}/health/ready`)
-    run.child.kill('SIGTERM')
-    t.strictSame(await run.exit, [0, null])
+  )
+  const unsampledTraceId = 'f'.repeat(32)
+  const [body] = bodies
+  if (body === undefined) throw new Error('no sign-up')
+  const { mobile, password } = body
+  await client(url).signUp(body, { headers: traceparent(unsampledTraceId, false) })
+  await fetch(`${url}/${mobile}?password=${password}`)
+  await client(url).signUp(password)
+  // The script of the claim fails, with an error that quotes the record.
+  await redis.set(recordKey(mobile), 'not JSON')
+  await client(url).signUp({ ...body, sms_code: await issueCode(mobile) })
+  await fetch(`${url}/health/ready`)
 
-    for (const [n] of bodies.entries()) {
-      const spans = collector.spans.filter(({ traceId }) => traceId === traceIdOf(n))
-      const [request, ...others] = spans.filter(({ kind }) => kind === 2)
-      t.equal(others.length, 0)
-      t.match(request, { name: 'POST /api/v1.0/users', parentSpanId: '00f067aa0ba902b7' })
-      const children = spans.filter(({ parentSpanId }) => parentSpanId === request?.spanId).map(({ name }) => name)
-      t.ok(children.filter((name) => name.startsWith('evalsha')).length >= 2, `${children}`)
-      t.ok(
-        children.some((name) => name.startsWith('pg.query:INSERT') || name.startsWith('pg-pool')),
-        `${children}`
-      )
-      t.ok(children.includes('set'))
-      const ids = new Set(spans.map(({ spanId }) => spanId))
-      t.ok(spans.every(({ parentSpanId }) => parentSpanId === '00f067aa0ba902b7' || ids.has(`${parentSpanId}`)))
-    }
-    t.notOk(
-      collector.spans.some(({ traceId }) => traceId === 'f'.repeat(32)),
-      'what the gateway does not sample is not sent'
+  // Eight sign-ups, a body that is not JSON, and the failed claim. The span of a request ends after those of its round trips.
+  await until('the collector has the spans of all sampled sign-ups', () => {
+    const requests = collector.spans.filter(({ kind, name }) => kind === serverKind && name === 'POST /api/v1.0/users')
+    return requests.length === 10
+  })
+  t.equal(await service.stop(), 0)
+
+  for (const index of bodies.keys()) {
+    const spans = collector.spans.filter(({ traceId }) => traceId === traceIdOf(index))
+    const [request, ...otherRequests] = spans.filter(({ kind }) => kind === serverKind)
+    t.equal(otherRequests.length, 0)
+    t.match(request, { name: 'POST /api/v1.0/users', parentSpanId: gatewaySpanId })
+    const children = spans.filter(({ parentSpanId }) => parentSpanId === request?.spanId).map(({ name }) => name)
+    t.ok(children.filter((name) => name.startsWith('evalsha')).length >= 2, `${children}`)
+    t.ok(
+      children.some((name) => name.startsWith('pg.query:INSERT') || name.startsWith('pg-pool')),
+      `${children}`
     )
-    t.notMatch(collector.received, '/health/')
-    t.match(run.output.stdout, 'user_script', 'an error of Redis is in the log')
-    t.notMatch(collector.received, 'user_script', 'and in no span')
-    t.match(collector.received, '"mobile-signup"')
-    t.match(collector.received, '"zone"')
-    t.match(run.output.stdout, `"trace_id":"${traceIdOf(0)}"`, 'the log names the trace')
-
-    const sessionIds = cookies.map((cookie) => /sid=([^.%;]+)/.exec(`${cookie}`)?.[1])
-    const secrets = bodies.flatMap(({ mobile, sms_code, password }) => [mobile, sms_code, password])
-    for (const secret of [...secrets, ...sessionIds, 'not a code of ours'])
-      t.notOk(collector.received.includes(`${secret}`))
+    t.ok(children.includes('set'))
+    const spanIds = new Set([gatewaySpanId, ...spans.map(({ spanId }) => spanId)])
+    t.ok(
+      spans.every(({ parentSpanId = '' }) => spanIds.has(parentSpanId)),
+      'every span has its parent'
+    )
   }
-)
+  const hasUnsampled = collector.spans.some(({ traceId }) => traceId === unsampledTraceId)
+  t.notOk(hasUnsampled, 'a request that the gateway does not sample is not sent')
+  t.notMatch(collector.received, '/health/')
+  t.match(service.stdout, 'user_script', 'the log has the error of Redis')
+  t.notMatch(collector.received, 'user_script', 'no span has it')
+  t.match(collector.received, '"mobile-signup"')
+  t.match(collector.received, '"zone"')
+  t.match(service.stdout, `"trace_id":"${traceIdOf(0)}"`, 'the log has the trace id')
 
-t.test('a collector that is away delays nothing, and no shutdown for long', async (t) => {
-  const run = start(t, { ...named, OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' })
-  const [, url] = await said(run, /Server listening at (http:[^"]+)/)
-  t.equal((await signUp(url, await signUpBody())).status, 201)
-  run.child.kill('SIGTERM')
-  t.strictSame(await run.exit, [0, null])
-  t.equal(run.output.stderr, '')
+  const sessionIds = cookies.map((cookie) => /sid=([^.%;]+)/.exec(cookie)?.[1])
+  const secrets = bodies.flatMap(({ mobile, sms_code, password }) => [mobile, sms_code, password])
+  for (const secret of [...secrets, ...sessionIds, 'not JSON']) t.notOk(collector.received.includes(`${secret}`))
 })
 
-t.test('without an endpoint nothing of OpenTelemetry is loaded but the interface that prom-client names', async (t) => {
-  const list = `
+t.test('a shutdown sends the last spans', async (t) => {
+  const collector = await startCollector(t)
+  // Without the shutdown they would be sent after a minute.
+  const service = startService(t, {
+    OTEL_EXPORTER_OTLP_ENDPOINT: collector.url,
+    OTEL_BSP_SCHEDULE_DELAY: '60000'
+  })
+  t.equal((await client(await service.url()).signUp(await signUpBody())).statusCode, 201)
+  t.equal(collector.spans.length, 0)
+  t.equal(await service.stop(), 0)
+  t.match(collector.spans.map(({ name }) => name).join(), 'POST /api/v1.0/users')
+})
+
+t.test('an unavailable collector delays no request, and the shutdown only briefly', async (t) => {
+  const service = startService(t, { OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' })
+  t.equal((await client(await service.url()).signUp(await signUpBody())).statusCode, 201)
+  t.equal(await service.stop(), 0, 'within SHUTDOWN_TIMEOUT_MS')
+  t.equal(service.stderr, '')
+})
+
+t.test('without an endpoint only the API package of OpenTelemetry is loaded, by prom-client', async (t) => {
+  const printLoaded = `
     import { createRequire } from 'node:module'
     const { cache } = createRequire('/')
     process.on('exit', () => {
       const loaded = Object.keys(cache).filter((path) => /opentelemetry|@fastify.otel/.test(path))
       console.log('loaded: ' + [...new Set(loaded.map((path) => /(@opentelemetry|@fastify).[a-z-]+/.exec(path)[0]))])
     })`
-  const run = start(t, { ...named, NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent(list)}` })
-  await said(run, /Server listening at/)
-  run.child.kill('SIGTERM')
-  t.strictSame(await run.exit, [0, null])
-  await until(async () => run.output.stdout.includes('loaded: '))
-  t.match(run.output.stdout, /loaded: (@opentelemetry.api)?\n$/)
+  const service = startService(t, {
+    NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent(printLoaded)}`
+  })
+  await service.url()
+  t.equal(await service.stop(), 0)
+  t.match(service.stdout, /^loaded: (@opentelemetry.api)?$/m)
 })

@@ -2,80 +2,78 @@ import { createHmac, hkdfSync, randomInt } from 'node:crypto'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
-import { endReplay, issueCode, releaseCode, takeCode, withdrawCode } from './scripts.js'
+import { claimCode, endClaim, endReplay, issueCode, withdrawCode } from './scripts.js'
 
-/** A sign-up or a reset that has a code in hand, and what it needs to give it up. */
-export interface Attempt {
+/** What a code is presented for. A code that was claimed for one purpose can be neither repeated nor taken over for another. */
+export type CodePurpose = 'sign-up' | 'password'
+
+/** One request's exclusive hold on a code, and what it needs to end it. */
+export interface Claim {
   readonly mobile: string
   readonly code: string
-  /** The code's, as the marker keeps it. */
+  /** The keyed MAC of the code in the claim record. */
   readonly mac: string
-  /** The life that the code had left when it was taken; negative if it had no end. */
+  /** The TTL that the code had when it was claimed; negative if it had none. */
   readonly ttlMs: number
-  /** Tells this attempt from any other with the same code. */
-  readonly takenAt: string
-  /** Whether an earlier attempt with this code may have done its work. */
-  readonly again: boolean
+  /** Identifies this claim among all claims of the code. */
+  readonly claimedAt: string
+  /** Whether an earlier request has claimed this code. Its row may have been committed. */
+  readonly isReclaim: boolean
 }
 
-/** The success of a code that is presented again. */
-export interface CompletedAttempt {
+/** A claim that has succeeded, whose request was sent again. */
+export interface CompletedClaim {
+  readonly mobile: string
   readonly userId: string
-  readonly takenAt: string
+  readonly claimedAt: string
 }
 
-/** What became of a presented code. */
-export type Take =
-  | ({ readonly state: 'taken' } & Attempt)
-  | ({ readonly state: 'done' } & CompletedAttempt)
-  /** Another request has it in hand, or had it when its instance died less than a lease ago. */
+/** The answer to a presented code. */
+export type ClaimResult =
+  | ({ readonly state: 'claimed' } & Claim)
+  | ({ readonly state: 'done' } & CompletedClaim)
+  /** Another request holds the code, or its instance died less than a lease ago. */
   | { readonly state: 'in_progress' }
-  /** Absent, expired, used or wrong. */
+  /** The code is absent, expired, used or wrong. */
   | { readonly state: 'wrong' }
 
-/** A code that this service has made, and the one that it has replaced. */
+/** A code that this service has created, and the code that it replaced. */
 export interface IssuedCode {
   readonly mobile: string
   readonly code: string
   readonly former: string | null
-  /** The life that the former one had left; negative if it had no end. */
+  /** The remaining TTL of the former code; negative if it had none. */
   readonly formerTtlMs: number
 }
 
-/** What a code is presented for. What one purpose has begun, another neither repeats nor takes over. */
-export type CodePurpose = 'sign-up' | 'password'
-
-/*
- * docs/guarantees.md has the whole protocol.
- */
+/** The life of a code. docs/guarantees.md explains the protocol. */
 interface Codes {
-  /** Makes six random digits the code of a mobile for `SMS_CODE_TTL_S`. */
+  /** Creates a code of six random digits for a mobile. It replaces the current one. */
   issue(mobile: string): Promise<IssuedCode>
-  /** Takes back a code that could not be sent: the one before it is there again. */
+  /** Withdraws a code that could not be sent, and puts the former one back. */
   withdraw(issued: IssuedCode): Promise<void>
   /**
-   * Takes the SMS code of a mobile, which is gone from then on. A marker in Redis keeps who has it: in the time of a
-   * lease nobody else can take it, and afterwards whoever presents it again. A wrong guess counts, and the last of
-   * `SMS_CODE_ATTEMPTS` uses the code up.
+   * Claims the code of a mobile. The code is gone from then on, and a claim record says who holds it. Until the lease has
+   * expired nobody else can claim it, afterwards only a request that presents the same code. Wrong guesses are counted;
+   * `SMS_CODE_ATTEMPTS` of them use the code up.
    */
-  take(mobile: string, presented: string, purpose: CodePurpose): Promise<Take>
+  claim(mobile: string, presentedCode: string, purpose: CodePurpose): Promise<ClaimResult>
   /**
-   * Puts the code of an attempt that a fault of ours has ended back with the life that it had, unless a newer one has
-   * come.
+   * After a server-side failure, restores the code with its remaining TTL, unless a newer code exists.
    *
-   * @param mayBeDone whether the statement was sent, so that its work may be done or come yet
+   * @param mayBeCommitted whether the write was sent, so that its row may exist
    */
-  putBack(attempt: Attempt, mayBeDone: boolean): Promise<void>
+  restore(claim: Claim, mayBeCommitted: boolean): Promise<void>
   /**
-   * Ends an attempt that can have no success: its code is used up.
+   * Uses the code up without success.
    *
-   * @returns whether no other attempt has had the code since
+   * @returns whether no other request has claimed the code since
    */
-  spend(attempt: Attempt): Promise<boolean>
-  /** Ends an attempt that has done its work: for 300 s the code, again, is answered with the same success. */
-  complete(attempt: Attempt, userId: string): Promise<void>
-  /** Ends what `done` has begun: meanwhile the code is in progress. After two wrong passwords it is as used as any. */
-  endReplay(mobile: string, takenAt: string, passwordWasWrong: boolean): Promise<void>
+  discard(claim: Claim): Promise<boolean>
+  /** Records the success. For 300 s the same request is answered with it again. */
+  complete(claim: Claim, userId: string): Promise<void>
+  /** Ends a replay. Until then the code is in progress. Two wrong passwords end the replays of this code. */
+  endReplay(completed: CompletedClaim, passwordWasWrong: boolean): Promise<void>
 }
 
 declare module 'fastify' {
@@ -84,117 +82,116 @@ declare module 'fastify' {
   }
 }
 
-type TakeResult =
-  | ['taken', at: string, ttlMs: number, again: 0 | 1]
-  | ['done', string, string]
+type ClaimScriptResult =
+  | ['claimed', claimedAt: string, ttlMs: number, isReclaim: 0 | 1]
+  | ['done', userId: string, claimedAt: string]
   | ['in_progress' | 'wrong']
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    takeCode(code: string, marker: string, ...args: (string | number)[]): Result<TakeResult, Context>
-    releaseCode(code: string, marker: string, ...args: (string | number)[]): Result<0 | 1, Context>
-    endReplay(marker: string, takenAt: string, wrong: 0 | 1): Result<null, Context>
+    claimCode(code: string, record: string, ...args: (string | number)[]): Result<ClaimScriptResult, Context>
+    endClaim(code: string, record: string, ...args: (string | number)[]): Result<0 | 1, Context>
+    endReplay(record: string, claimedAt: string, passwordWasWrong: 0 | 1): Result<null, Context>
     issueCode(code: string, ...args: (string | number)[]): Result<[former: string | null, ttlMs: number], Context>
     withdrawCode(code: string, ...args: (string | number)[]): Result<null, Context>
   }
 }
 
-/** The key is a contract with the services that write codes. */
+/** A contract with the services that write codes. */
 const codeKey = (mobile: string) => `sms_code_${mobile}`
 
-/** On the same slot of a Redis Cluster. */
-const markerKey = (mobile: string) => `{${codeKey(mobile)}}:attempt`
+/** The braces put it on the Cluster slot of the code. */
+const recordKey = (mobile: string) => `{${codeKey(mobile)}}:attempt`
 
-/** How long a marker lives, unless its code would have lived longer: a retry in this time is safe (G5). */
-const markerLifeMs = 300_000
+/** How long a retry is safe (G5). A claim record lives longer if its code does. */
+const recordTtlMs = 300_000
 
-export const codes = fp<
-  Pick<Config, 'sessionSecrets' | 'smsCodeAttempts' | 'smsCodeTtlS' | 'hashMaxWaitMs' | 'storeTimeoutMs'>
->(
-  async (fastify, { sessionSecrets, smsCodeAttempts, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs }) => {
-    await fastify.onRedis(async (redis) => {
-      redis.defineCommand('takeCode', { numberOfKeys: 2, lua: takeCode })
-      redis.defineCommand('releaseCode', { numberOfKeys: 2, lua: releaseCode })
+export const codes = fp<{ config: Config }>(
+  async (fastify, { config: { sessionSecrets, smsCodeAttempts, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } }) => {
+    await fastify.withRedis(async (redis) => {
+      redis.defineCommand('claimCode', { numberOfKeys: 2, lua: claimCode })
+      redis.defineCommand('endClaim', { numberOfKeys: 2, lua: endClaim })
+      redis.defineCommand('endReplay', { numberOfKeys: 1, lua: endReplay })
       redis.defineCommand('issueCode', { numberOfKeys: 1, lua: issueCode })
       redis.defineCommand('withdrawCode', { numberOfKeys: 1, lua: withdrawCode })
-      redis.defineCommand('endReplay', { numberOfKeys: 1, lua: endReplay })
     })
 
-    // G4's bound: the wait for a thread, and the take, the INSERT and the last trip. An attempt may be slower, in a pool
-    // that is full or behind a queue that has grown; then two of them hold the code, and Postgres decides.
+    // The bound of G4: the wait for a thread, and three round trips (claim, INSERT, session). A request can take longer, if
+    // the pool is full or the queue has grown. Then two requests hold the code, and Postgres decides.
     const leaseMs = hashMaxWaitMs + 3 * storeTimeoutMs
-    const pendingLifeMs = Math.max(markerLifeMs, 2 * leaseMs)
+    const pendingTtlMs = Math.max(recordTtlMs, 2 * leaseMs)
     const derive = (secret: string, purpose: string) => Buffer.from(hkdfSync('sha256', secret, '', purpose, 32))
-    // Six digits are soon found from a plain hash. So Redis alone does not tell what the code was.
+    // Keyed, because a plain hash of six digits is reversed at once: who reads Redis must not learn a claimed code.
     const macKeys = sessionSecrets.map((secret) => derive(secret, 'mobile-signup: code of an attempt'))
     const guessKey = derive(sessionSecrets[0], 'mobile-signup: guesses at a code').toString('base64url')
 
-    const release = ({ mobile, code, mac, ttlMs, takenAt }: Attempt, back: boolean, mayBeDone: boolean) =>
-      fastify.onRedis((redis) =>
-        redis.releaseCode(
-          codeKey(mobile),
-          markerKey(mobile),
-          takenAt,
-          mac,
-          ttlMs,
-          pendingLifeMs,
-          back ? code : '',
-          mayBeDone ? 1 : 0
+    const end = (claim: Claim, restoredCode: string, mayBeCommitted: boolean) =>
+      fastify.withRedis((redis) =>
+        redis.endClaim(
+          codeKey(claim.mobile),
+          recordKey(claim.mobile),
+          claim.claimedAt,
+          claim.mac,
+          claim.ttlMs,
+          pendingTtlMs,
+          restoredCode,
+          mayBeCommitted ? 1 : 0
         )
       )
 
     fastify.decorate('codes', {
       async issue(mobile) {
         const code = `${randomInt(1_000_000)}`.padStart(6, '0')
-        const [former, formerTtlMs] = await fastify.onRedis((redis) =>
+        const [former, formerTtlMs] = await fastify.withRedis((redis) =>
           redis.issueCode(codeKey(mobile), code, smsCodeTtlS * 1_000)
         )
         return { mobile, code, former, formerTtlMs }
       },
       async withdraw({ mobile, code, former, formerTtlMs }) {
-        await fastify.onRedis((redis) => redis.withdrawCode(codeKey(mobile), code, former ?? '', formerTtlMs))
+        await fastify.withRedis((redis) => redis.withdrawCode(codeKey(mobile), code, former ?? '', formerTtlMs))
       },
-      async take(mobile, presented, purpose) {
+      async claim(mobile, presentedCode, purpose) {
         const macs = macKeys.map((key) =>
-          createHmac('sha256', key).update(`${purpose}:${mobile}:${presented}`).digest('base64url')
+          createHmac('sha256', key).update(`${purpose}:${mobile}:${presentedCode}`).digest('base64url')
         )
-        const taken = await fastify.onRedis((redis) =>
-          redis.takeCode(
+        const result = await fastify.withRedis((redis) =>
+          redis.claimCode(
             codeKey(mobile),
-            markerKey(mobile),
-            presented,
+            recordKey(mobile),
+            presentedCode,
             smsCodeAttempts,
             leaseMs * 1_000,
-            pendingLifeMs,
+            pendingTtlMs,
             guessKey,
             ...macs
           )
         )
-        switch (taken[0]) {
-          case 'taken': {
-            const [state, takenAt, ttlMs, again] = taken
-            return { state, mobile, code: presented, mac: macs[0] ?? '', ttlMs, takenAt, again: again === 1 }
+        switch (result[0]) {
+          case 'claimed': {
+            const [state, claimedAt, ttlMs, isReclaim] = result
+            const mac = macs[0] ?? ''
+            return { state, mobile, code: presentedCode, mac, ttlMs, claimedAt, isReclaim: isReclaim === 1 }
           }
           case 'done': {
-            const [state, userId, takenAt] = taken
-            return { state, userId, takenAt }
+            const [state, userId, claimedAt] = result
+            return { state, mobile, userId, claimedAt }
           }
           default:
-            return { state: taken[0] }
+            return { state: result[0] }
         }
       },
-      async putBack(attempt, mayBeDone) {
-        await release(attempt, true, mayBeDone)
+      async restore(claim, mayBeCommitted) {
+        await end(claim, claim.code, mayBeCommitted)
       },
-      async spend(attempt) {
-        return (await release(attempt, false, false)) === 1
+      async discard(claim) {
+        return (await end(claim, '', false)) === 1
       },
-      async complete({ mobile, mac, takenAt }, userId) {
-        const marker = { state: 'done', mac, at: takenAt, user_id: userId }
-        await fastify.onRedis((redis) => redis.set(markerKey(mobile), JSON.stringify(marker), 'PX', markerLifeMs))
+      async complete({ mobile, mac, claimedAt }, userId) {
+        const record = JSON.stringify({ state: 'done', mac, at: claimedAt, user_id: userId })
+        await fastify.withRedis((redis) => redis.set(recordKey(mobile), record, 'PX', recordTtlMs))
       },
-      async endReplay(mobile, takenAt, passwordWasWrong) {
-        await fastify.onRedis((redis) => redis.endReplay(markerKey(mobile), takenAt, passwordWasWrong ? 1 : 0))
+      async endReplay({ mobile, claimedAt }, passwordWasWrong) {
+        await fastify.withRedis((redis) => redis.endReplay(recordKey(mobile), claimedAt, passwordWasWrong ? 1 : 0))
       }
     } satisfies Codes)
   },

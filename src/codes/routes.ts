@@ -1,76 +1,71 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import { bodyMaxBytes, type Config } from '../config/config.js'
+import type { Config } from '../config/config.js'
 import { networkOf } from '../http/network.js'
-import { bodyOutcomes, mobileField } from '../http/schemas.js'
-import { repliesWith } from '../outcomes.js'
+import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import type { Limit } from '../stores/rate-limits.js'
 
-const SmsCodeRequest = Type.Object({ mobile: mobileField })
+const SendCodeBody = Type.Object({ mobile: mobileField })
 
-type SendRequest = FastifyRequest<{ Body: Static<typeof SmsCodeRequest> }>
+type SendCodeRequest = FastifyRequest<{ Body: Static<typeof SendCodeBody> }>
 
 const [hour, day] = [3_600, 86_400]
 
-/** Whoever may be registered: nothing here looks at the users. */
-export const smsCodeRoutes: FastifyPluginAsync<
-  Pick<Config, 'smsResendS' | 'smsDailyMax' | 'smsIpHourlyMax' | 'smsPrefixHourlyMax' | 'smsHourlyMax'>
-> = async (fastify, { smsResendS, smsDailyMax, smsIpHourlyMax, smsPrefixHourlyMax, smsHourlyMax }) => {
+/** POST /sms_codes. It never looks at the users, so it cannot tell who is registered. */
+export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
   fastify.route({
     method: 'POST',
     url: '/sms_codes',
     schema: {
       tags: ['sign-up'],
       operationId: 'sendCode',
-      summary: 'Send a code, whoever may be registered',
-      body: SmsCodeRequest,
+      summary: 'Send a code; the answer is the same for registered and unregistered mobiles',
+      body: SendCodeBody,
       response: repliesWith(Type.Object({}))
     },
-    config: {
-      outcomes: {
-        ...bodyOutcomes,
-        code_sent: undefined,
-        too_many_requests: undefined,
-        sms_gateway_unavailable: undefined
-      }
-    },
+    config: { outcomes: [...bodyOutcomes, 'code_sent', 'too_many_requests', 'sms_gateway_unavailable'] },
     bodyLimit: bodyMaxBytes,
-    handler: (request: SendRequest, reply) => fastify.finish(sendCode(request, reply))
+    handler: (request: SendCodeRequest, reply) => fastify.inFlight.track(sendCode(request, reply))
   })
 
-  async function sendCode(request: SendRequest, reply: FastifyReply) {
+  async function sendCode(request: SendCodeRequest, reply: FastifyReply) {
     const { mobile } = request.body
     const limits = limitsOf(mobile, request.ip)
-    const retryAfter = await fastify.throttles.take(limits)
-    if (retryAfter !== undefined) return reply.header('retry-after', retryAfter).outcome('too_many_requests')
+    const retryAfterSeconds = await fastify.rateLimits.consume(limits)
+    if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
 
     try {
-      const issued = await fastify.codes.issue(mobile)
-      try {
-        await fastify.sms.send(mobile, issued.code)
-      } catch (error) {
-        await fastify.codes
-          .withdraw(issued)
-          .catch((err) => request.log.error({ reqId: request.id, err }, 'a code could not be withdrawn'))
-        throw error
-      }
+      await issueAndSend(mobile, request)
     } catch (error) {
-      await fastify.throttles
-        .giveBack(limits)
-        .catch((err) => request.log.error({ reqId: request.id, err }, 'a throttle could not be given back'))
+      await fastify.rateLimits
+        .refund(limits)
+        .catch((err) => request.log.error({ reqId: request.id, err }, 'a limit could not be refunded'))
       throw error
     }
     return reply.outcome('code_sent')
   }
 
-  /** The key of the first is a contract with other services. The others are against whoever sends for the sending's sake. */
+  async function issueAndSend(mobile: string, { log, id }: FastifyRequest): Promise<void> {
+    const issued = await fastify.codes.issue(mobile)
+    try {
+      await fastify.sms.send(mobile, issued.code)
+    } catch (error) {
+      await fastify.codes
+        .withdraw(issued)
+        .catch((err) => log.error({ reqId: id, err }, 'a code could not be withdrawn'))
+      throw error
+    }
+  }
+
+  /** The first key is a contract with other services. The other limits are against people who farm messages. */
   function limitsOf(mobile: string, address: string): Limit[] {
-    return [
-      { key: `send_sms_code_${mobile}`, max: 1, seconds: smsResendS },
-      { key: `sms_codes:mobile:${mobile}`, max: smsDailyMax, seconds: day },
-      { key: `sms_codes:address:${networkOf(address)}`, max: smsIpHourlyMax, seconds: hour },
-      { key: `sms_codes:prefix:${mobile.slice(0, 7)}`, max: smsPrefixHourlyMax, seconds: hour },
-      { key: 'sms_codes:all', max: smsHourlyMax, seconds: hour }
-    ].filter(({ max, seconds }) => max > 0 && seconds > 0)
+    const limits = [
+      { key: `send_sms_code_${mobile}`, max: 1, seconds: config.smsResendS },
+      { key: `sms_codes:mobile:${mobile}`, max: config.smsDailyMax, seconds: day },
+      { key: `sms_codes:address:${networkOf(address)}`, max: config.smsIpHourlyMax, seconds: hour },
+      { key: `sms_codes:prefix:${mobile.slice(0, 7)}`, max: config.smsPrefixHourlyMax, seconds: hour },
+      { key: 'sms_codes:all', max: config.smsHourlyMax, seconds: hour }
+    ]
+    return limits.filter(({ max, seconds }) => max > 0 && seconds > 0)
   }
 }

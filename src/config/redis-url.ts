@@ -1,45 +1,46 @@
 import type { RedisOptions } from 'ioredis'
 
-/** What a `REDIS_URL` names. */
+/** The Redis that a `REDIS_URL` names. */
 export interface RedisTarget {
-  /** One server, some nodes of a Cluster, or the sentinels that know where a master is. */
+  /** One server, some nodes of a Cluster, or sentinels that know the address of a master. */
   readonly topology: 'single' | 'cluster' | 'sentinel'
   readonly nodes: readonly { host: string; port: number }[]
-  /** Of Sentinel only. */
+  /** Only for Sentinel. */
   readonly masterName: string | undefined
-  /** Of the servers that have the keys: user name, password, database and, for `rediss`, TLS. */
+  /** Of the servers that hold the keys: user name, password, database and, for `rediss`, TLS. */
   readonly options: Pick<RedisOptions, 'username' | 'password' | 'db' | 'tls'>
 }
 
 /**
- * Reads
+ * Parses one of
  * - `redis://user:password@host:port/database`,
- * - `redis://user:password@host:port,host:port`, the nodes of a Cluster, each with its scheme or without,
+ * - `redis://user:password@host:port,host:port`: nodes of a Cluster, each with or without its scheme,
  * - `redis+sentinel://user:password@host:port,host:port/master-name/database`.
  *
- * `rediss` in the place of `redis` is TLS. The user and the password are percent-encoded and stand before the first
- * host, for all.
+ * `rediss` instead of `redis` means TLS. User and password are percent-encoded, stand before the first host and count
+ * for all hosts.
  *
- * @throws {Error} with the fault, but nothing of the URL, which may hold a password
+ * @throws {Error} that says what is wrong but quotes nothing of the URL, which may hold a password
  */
 export function parseRedisUrl(text: string): RedisTarget {
   const [scheme, tls, sentinel] = /^redis(s?)(\+sentinel)?:\/\//.exec(text) ?? []
-  if (scheme === undefined) throw new Error('its value has another scheme')
-  const addresses = text.split(',').map((address, n) => parseAddress(address, scheme, n === 0))
+  if (scheme === undefined) throw new Error('the value has another scheme')
+  const addresses = text.split(',').map((address, index) => parseAddress(address, scheme, index === 0))
   const [first, last] = [addresses[0], addresses.at(-1)]
   const topology = sentinel ? 'sentinel' : addresses.length > 1 ? 'cluster' : 'single'
 
-  const inside = addresses.slice(0, -1)
-  if (inside.some(({ pathname }) => pathname !== '')) throw new Error('its value has a path before the last host')
+  const allButLast = addresses.slice(0, -1)
+  if (allButLast.some(({ pathname }) => pathname !== '')) throw new Error('the value has a path before the last host')
   const path = (sentinel ? /^\/([^/]+)(?:\/(\d+))?$/ : /^()\/?(\d*)$/).exec(last?.pathname ?? '')
   if (path === null) {
-    throw new Error(`its value has ${sentinel ? 'no master name' : 'more than a database number'} behind the hosts`)
+    throw new Error(`the value has ${sentinel ? 'no master name' : 'more than a database number'} after the hosts`)
   }
   const [, masterName = '', database = ''] = path
-  if (topology === 'cluster' && Number(database) !== 0) throw new Error('its value has a database, but is a Cluster')
-  const others = addresses.slice(1).filter(({ username, password }) => username || password)
-  if (others.some(({ username, password }) => username !== first?.username || password !== first?.password)) {
-    throw new Error('its value has other credentials behind the first host')
+  if (topology === 'cluster' && Number(database) !== 0)
+    throw new Error('the value has a database, which a Cluster lacks')
+  const withCredentials = addresses.slice(1).filter(({ username, password }) => username || password)
+  if (withCredentials.some(({ username, password }) => username !== first?.username || password !== first?.password)) {
+    throw new Error('the value has different credentials for several hosts')
   }
 
   const [username, password] = [decode(first?.username ?? ''), decode(first?.password ?? '')]
@@ -59,12 +60,12 @@ export function parseRedisUrl(text: string): RedisTarget {
   }
 }
 
-/** One host with what stands around it. */
+/** Parses one host with its optional scheme, credentials, port and path. */
 function parseAddress(text: string, scheme: string, isFirst: boolean): URL {
   const withScheme = isFirst || text.startsWith(scheme) ? text : `${scheme}${text}`
   const url = URL.canParse(withScheme) ? new URL(withScheme) : undefined
-  if (url === undefined || url.hostname === '') throw new Error('its value is not a URL')
-  if (url.search || url.hash) throw new Error('its value has a query or a fragment')
+  if (url === undefined || url.hostname === '') throw new Error('the value is not a URL')
+  if (url.search || url.hash) throw new Error('the value has a query or a fragment')
   return url
 }
 
@@ -72,6 +73,6 @@ function decode(text: string): string {
   try {
     return decodeURIComponent(text)
   } catch {
-    throw new Error('its value is not percent-encoded')
+    throw new Error('the value is not percent-encoded')
   }
 }

@@ -5,8 +5,8 @@ import type { DestinationStream } from 'pino'
 /** Long enough to read the README first. */
 const codeTtlSeconds = 3_600
 
-/** A mobile that nobody has, and a code for it as an SMS service would write it. */
-async function issueDemoCode(redisUrl: string): Promise<{ mobile: string; code: string }> {
+/** Writes a code for an unused mobile, as an SMS service would. */
+async function writeDemoCode(redisUrl: string): Promise<{ mobile: string; code: string }> {
   const mobile = `1380${randomInt(10_000_000).toString().padStart(7, '0')}`
   const code = randomInt(1_000_000).toString().padStart(6, '0')
   const redis = new Redis(redisUrl)
@@ -18,22 +18,22 @@ async function issueDemoCode(redisUrl: string): Promise<{ mobile: string; code: 
   return { mobile, code }
 }
 
-/** What a newcomer sees first: where the service listens and a command that signs somebody up, as printed. */
+/** Returns what a first run prints: where the service listens, and a command that signs up as it is. */
 export async function demoBanner(redisUrl: string, apiUrl: string): Promise<string> {
-  const { mobile, code } = await issueDemoCode(redisUrl)
+  const { mobile, code } = await writeDemoCode(redisUrl)
   const password = 'a demo password'
   const body = JSON.stringify({ mobile, sms_code: code, password, password2: password })
   return `
   Sign up at ${new URL('/', apiUrl).href}
 
-  mobile-signup listens on ${apiUrl}, with its own Postgres and Redis in .data/
-  The SMS code of ${mobile} is ${code}, for an hour:
+  The API is at ${apiUrl}. Postgres and Redis are private and keep their data in .data/
+  The SMS code of ${mobile} is ${code} for the next hour:
 
   curl -i ${apiUrl}/users -H 'Content-Type: application/json' -d '${body}'
 `
 }
 
-/** The log for a person's eyes. pino-pretty is a development dependency: production logs JSON. */
+/** The log for people. pino-pretty is a development dependency; production logs JSON. */
 export async function prettyLog(): Promise<DestinationStream> {
   const { default: pretty } = await import('pino-pretty')
   return pretty({ singleLine: true, ignore: 'pid,hostname', translateTime: 'SYS:HH:MM:ss', sync: true })

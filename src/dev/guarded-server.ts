@@ -4,10 +4,10 @@ import { open, readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 
 /**
- * Runs its arguments as a server until standard input ends, and then interrupts it. The input is a pipe from this
- * process and ends with it, even after a SIGKILL, so no server is ever left behind.
+ * Runs its arguments as a server, and interrupts it when standard input ends. The input is a pipe from this process, which
+ * ends even with SIGKILL, so no server is left behind.
  */
-const guard = `
+const guardScript = `
   exec 3<&0
   "$@" </dev/null 3<&- &
   server=$!
@@ -15,15 +15,17 @@ const guard = `
   wait "$server"
 `
 
-/** `nobody` on every Linux. */
+/** The uid and gid of `nobody` on every Linux. */
 export const unprivilegedId = 65_534
 
-/** How long a server may take to start (Postgres may have to recover) and to end. */
-const patienceMs = 30_000
+/** How long a server may take to start (Postgres may have to recover) and to stop. */
+const serverTimeoutMs = 30_000
+
+const readyCheckIntervalMs = 20
 
 /**
- * The prefix of a command that runs it as nobody. Postgres refuses to run as root; but nobody could not look into a
- * folder of root's, such as /root, so the process keeps that one capability.
+ * Returns the prefix of a command that runs as nobody. Postgres refuses to run as root, but nobody cannot read a folder such
+ * as /root. So the process keeps the capability to read any folder.
  */
 function asNobody(): string[] {
   const setpriv = [
@@ -33,7 +35,7 @@ function asNobody(): string[] {
     '--clear-groups',
     '--inh-caps=+dac_read_search',
     '--ambient-caps=+dac_read_search',
-    // access(2) looks at capabilities only with this.
+    // Without it access(2) ignores the capability.
     '--securebits=+no_setuid_fixup'
   ]
   return spawnSync('setpriv', [...setpriv.slice(1), 'true']).status === 0 ? setpriv : []
@@ -41,15 +43,21 @@ function asNobody(): string[] {
 
 export const isRoot = process.getuid?.() === 0
 
-/** How to run a command that refuses to be root. */
-export function unprivileged(command: string[]): { command: string[]; identity: { uid?: number; gid?: number } } {
+/** A command, and as whom to run it. */
+export interface ServerCommand {
+  command: string[]
+  identity: { uid?: number; gid?: number }
+}
+
+/** Returns how to run a command that refuses to run as root. */
+export function unprivileged(command: string[]): ServerCommand {
   if (!isRoot) return { command, identity: {} }
   const prefix = asNobody()
   const identity = prefix.length > 0 ? {} : { uid: unprivilegedId, gid: unprivilegedId }
   return { command: [...prefix, ...command], identity }
 }
 
-/** A server of another program, which ends when this process does. */
+/** A server process that ends with this process. */
 export class GuardedServer {
   private constructor(
     private readonly name: string,
@@ -58,53 +66,58 @@ export class GuardedServer {
   ) {}
 
   /**
-   * @param answers resolves once the server answers, rejects as long as it does not
-   * @throws {Error} with the last words of the server's log, if it ends or does not answer in time
+   * @param connect resolves when the server answers, and rejects until then
+   * @throws {Error} with the last error of the server's log, if the server ends or does not answer in time
    */
   static async start(
     name: string,
-    server: ReturnType<typeof unprivileged>,
+    { command, identity }: ServerCommand,
     logFile: string,
-    answers: () => Promise<unknown>
+    connect: () => Promise<unknown>
   ): Promise<GuardedServer> {
     const log = await open(logFile, 'a')
-    const child = spawn('/bin/sh', ['-c', guard, name, ...server.command], {
-      // Its own process group: an interrupt from the terminal is for the service, which ends its servers itself, last.
+    const child = spawn('/bin/sh', ['-c', guardScript, name, ...command], {
+      // A process group of its own: Ctrl-C in the terminal is for the service, which stops its servers last.
       detached: true,
       stdio: ['pipe', log.fd, log.fd],
       env: { ...process.env, LC_ALL: 'C' },
-      ...server.identity
+      ...identity
     })
     await log.close()
-    const guarded = new GuardedServer(name, child, logFile)
+    const server = new GuardedServer(name, child, logFile)
     child.once('exit', () => child.stdin?.destroy())
-    await guarded.ready(answers)
-    return guarded
+    await server.waitUntilReady(connect)
+    return server
   }
 
-  private async ready(answers: () => Promise<unknown>): Promise<void> {
-    const deadline = Date.now() + patienceMs
+  private async waitUntilReady(connect: () => Promise<unknown>): Promise<void> {
+    const deadline = Date.now() + serverTimeoutMs
     for (;;) {
       try {
-        await answers()
+        await connect()
         return
       } catch (cause) {
         if (this.process.exitCode === null && Date.now() < deadline) {
-          await sleep(20)
+          await sleep(readyCheckIntervalMs)
           continue
         }
         await this.stop()
-        const lines = (await readFile(this.logFile, 'utf8')).trimEnd().split('\n')
-        const lastWords = lines.findLast((line) => /FATAL|error/i.test(line)) ?? lines.at(-1)
-        throw new Error(`the private ${this.name} did not start: ${lastWords} (${this.logFile})`, { cause })
+        throw new Error(`the private ${this.name} did not start: ${await this.lastError()} (${this.logFile})`, {
+          cause
+        })
       }
     }
   }
 
+  private async lastError(): Promise<string | undefined> {
+    const lines = (await readFile(this.logFile, 'utf8')).trimEnd().split('\n')
+    return lines.findLast((line) => /FATAL|error/i.test(line)) ?? lines.at(-1)
+  }
+
   async stop(): Promise<void> {
     if (this.process.exitCode !== null || this.process.signalCode !== null) return
-    const ended = once(this.process, 'exit')
+    const exited = once(this.process, 'exit')
     this.process.stdin?.end()
-    await Promise.race([ended, sleep(patienceMs, undefined, { ref: false })])
+    await Promise.race([exited, sleep(serverTimeoutMs, undefined, { ref: false })])
   }
 }

@@ -1,57 +1,63 @@
 import { Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import type { NamedStatement } from '../stores/postgres.js'
 
-/** How long an answer of the stores holds, so that probes cost nothing however many there are. */
-const freshMs = 1_000
+/** How long a result of the checks is reused, so that many probes cost no more than one. */
+const maxAgeMs = 1_000
 
-const ping: NamedStatement = { name: 'ping', text: 'SELECT 1' }
-
-const Failing = Type.Object({
+const FailingData = Type.Object({
   failing: Type.Array(Type.String(), { description: 'What is not ready', examples: [['Postgres']] })
 })
 
-/** For the probes of an orchestrator or a balancer, at the root. */
-export const healthRoutes: FastifyPluginAsync = async (fastify) => {
+export interface HealthOptions {
+  /** Checks by the name of what they check. A check that rejects has failed. */
+  checks: Record<string, () => Promise<unknown>>
+}
+
+/** The probes of orchestrators and balancers, at the root. */
+export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, { checks }) => {
   fastify.route({
     method: 'GET',
     url: '/health/live',
     schema: { tags: ['health'], operationId: 'live', summary: 'Whether the process lives' },
-    config: { probe: true, outcomes: { healthy: undefined, busy: undefined } },
+    config: { probe: true, outcomes: ['healthy', 'busy'] },
     handler: live
   })
   fastify.route({
     method: 'GET',
     url: '/health/ready',
-    schema: { tags: ['health'], operationId: 'ready', summary: 'Whether the stores answer and no shutdown is near' },
-    config: { probe: true, outcomes: { healthy: undefined, storage_unavailable: Failing, busy: Failing } },
+    schema: {
+      tags: ['health'],
+      operationId: 'ready',
+      summary: 'Whether both stores answer and no shutdown has been announced'
+    },
+    config: {
+      probe: true,
+      outcomes: ['healthy', 'storage_unavailable', 'busy'],
+      data: { storage_unavailable: FailingData, busy: FailingData }
+    },
     handler: ready
   })
 
-  let failing: Promise<string[]> | undefined
-  let askedAt = Number.NEGATIVE_INFINITY
+  let lastResult: Promise<string[]> | undefined
+  let lastCheckAt = Number.NEGATIVE_INFINITY
 
   async function live(_request: FastifyRequest, reply: FastifyReply) {
     return reply.outcome('healthy')
   }
 
   async function ready(_request: FastifyRequest, reply: FastifyReply) {
-    if (fastify.connections.closing) return reply.outcome('busy', { failing: ['shutting down'] })
-    if (failing === undefined || performance.now() - askedAt > freshMs) {
-      askedAt = performance.now()
-      failing = failingStores()
+    if (fastify.shutdown.isAnnounced) return reply.outcome('busy', { data: { failing: ['shutting down'] } })
+    if (lastResult === undefined || performance.now() - lastCheckAt > maxAgeMs) {
+      lastCheckAt = performance.now()
+      lastResult = findFailing()
     }
-    const stores = await failing
-    return stores.length === 0 ? reply.outcome('healthy') : reply.outcome('storage_unavailable', { failing: stores })
+    const failing = await lastResult
+    if (failing.length > 0) return reply.outcome('storage_unavailable', { data: { failing } })
+    return reply.outcome('healthy')
   }
 
-  /** The stores that do not answer in STORE_TIMEOUT_MS. */
-  async function failingStores(): Promise<string[]> {
-    const answers = {
-      Postgres: fastify.sql(ping, []),
-      Redis: fastify.onRedis((redis) => redis.ping())
-    }
-    const results = await Promise.allSettled(Object.values(answers))
-    return Object.keys(answers).filter((_, n) => results[n]?.status === 'rejected')
+  async function findFailing(): Promise<string[]> {
+    const results = await Promise.allSettled(Object.values(checks).map((check) => check()))
+    return Object.keys(checks).filter((_, index) => results[index]?.status === 'rejected')
   }
 }

@@ -1,16 +1,16 @@
 import ipaddr from 'ipaddr.js'
 
-/** The port that some proxies write behind an address. */
+/** The port that some proxies append to an address. */
 const port = /(?<=^[\d.]+|^\[.*\]):\d+$/
 
 /**
- * An address as throttles count it: of IPv6 the first 64 bits, which are one subscriber's (RFC 6177). All that is no
- * address, as a proxy may write what it does not know, counts as one.
+ * Returns the network by which limits count an address: an IPv4 address itself, or the /64 of an IPv6 address, which
+ * belongs to one subscriber (RFC 6177). Anything else, such as a proxy's `unknown`, counts as one network.
  */
 export function networkOf(address: string | undefined): string {
-  const bare = (address ?? '').replace(port, '').replace(/^\[(.*)\]$/, '$1')
-  if (!ipaddr.isValid(bare)) return 'unknown'
-  const parsed = ipaddr.process(bare)
+  const bareAddress = (address ?? '').replace(port, '').replace(/^\[(.*)\]$/, '$1')
+  if (!ipaddr.isValid(bareAddress)) return 'unknown'
+  const parsed = ipaddr.process(bareAddress)
   if (!(parsed instanceof ipaddr.IPv6)) return parsed.toString()
   return `${parsed.parts
     .slice(0, 4)

@@ -2,75 +2,76 @@ import type { IncomingMessage } from 'node:http'
 import type { Socket } from 'node:net'
 import fp from 'fastify-plugin'
 
-interface Connections {
-  /** Whether a request that this connection has sent whole is still to be answered. */
-  isBusy(socket: Socket): boolean
+interface Shutdown {
   /** Whether a shutdown has been announced or has begun. */
-  readonly closing: boolean
-  /** Lets balancers know of the shutdown that is to come, while requests are still served. */
-  announceClosing(): void
+  readonly isAnnounced: boolean
+  /** Makes the readiness probe fail, so that balancers stop sending requests before the server closes. */
+  announce(): void
+  /** Whether a request that arrived completely on this connection is still unanswered. */
+  hasUnansweredRequest(socket: Socket): boolean
 }
 
 declare module 'fastify' {
   interface FastifyInstance {
-    connections: Connections
+    shutdown: Shutdown
   }
 }
 
-/** How long a request that is half here when the server closes has for its rest. */
-const graceMs = 1_000
+/** How long a request that has arrived partly when the server closes may take to arrive completely. */
+const partialRequestGraceMs = 1_000
 
-/** How often connections that have nothing more to say are looked for while the server closes. */
-const checkMs = 25
+/** How often a closing server looks for idle connections. */
+const idleCheckMs = 25
 
 /**
- * Ends the server well: what was accepted is finished and answered; a request that still comes in is refused in the
- * envelope; connections end as soon as they are idle, and at once if they never said anything.
+ * Graceful shutdown: accepted requests are answered, later ones on open connections are refused with `busy`, and idle
+ * connections are closed at once.
  */
-export const connections = fp(
+export const shutdown = fp(
   async (fastify) => {
     const { server } = fastify
-    let announced = false
-    let closing = false
+    let isAnnounced = false
+    let isClosing = false
 
-    // Node's own closeIdleConnections() spares the silent, and stops its timeouts when the server closes.
-    const requests = new Map<Socket, Set<IncomingMessage>>()
+    // Node's closeIdleConnections() does not close connections without any request, and a closing server's timeouts
+    // stop.
+    const openRequests = new Map<Socket, Set<IncomingMessage>>()
     server.on('connection', (socket: Socket) => {
-      requests.set(socket, new Set())
-      socket.once('close', () => requests.delete(socket))
+      openRequests.set(socket, new Set())
+      socket.once('close', () => openRequests.delete(socket))
     })
     server.on('request', (request, response) => {
-      const open = requests.get(request.socket)?.add(request)
-      response.once('close', () => open?.delete(request))
+      const requests = openRequests.get(request.socket)?.add(request)
+      response.once('close', () => requests?.delete(request))
     })
 
-    fastify.decorate('connections', {
-      isBusy: (socket) => [...(requests.get(socket) ?? [])].some(({ complete }) => complete),
-      get closing() {
-        return announced || closing
+    fastify.decorate('shutdown', {
+      get isAnnounced() {
+        return isAnnounced || isClosing
       },
-      announceClosing() {
-        announced = true
-      }
-    } satisfies Connections)
+      announce() {
+        isAnnounced = true
+      },
+      hasUnansweredRequest: (socket) => [...(openRequests.get(socket) ?? [])].some(({ complete }) => complete)
+    } satisfies Shutdown)
 
     fastify.addHook('preClose', async () => {
-      closing = true
-      const graceEndsAt = Date.now() + graceMs
-      function endIdle(): void {
-        for (const [socket, open] of requests) {
-          const awaited = [...open].some(({ complete }) => complete || Date.now() < graceEndsAt)
-          if (!awaited) socket.destroy()
+      isClosing = true
+      const graceEndsAt = Date.now() + partialRequestGraceMs
+      function closeIdleConnections(): void {
+        for (const [socket, requests] of openRequests) {
+          const isInUse = [...requests].some(({ complete }) => complete || Date.now() < graceEndsAt)
+          if (!isInUse) socket.destroy()
         }
       }
-      endIdle()
-      const interval = setInterval(endIdle, checkMs)
+      closeIdleConnections()
+      const interval = setInterval(closeIdleConnections, idleCheckMs)
       server.once('close', () => clearInterval(interval))
     })
 
     fastify.addHook('onRequest', async (_request, reply) => {
-      if (closing) return reply.outcome('busy')
+      if (isClosing) return reply.outcome('busy')
     })
   },
-  { fastify: '5.x', name: 'connections', dependencies: ['envelope'] }
+  { fastify: '5.x', name: 'shutdown', dependencies: ['replies'] }
 )

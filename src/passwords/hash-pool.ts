@@ -1,10 +1,10 @@
 import type { Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
 import type { Options } from '@node-rs/argon2'
-import { Unsettled } from '../http/in-flight.js'
+import { InFlight } from '../http/in-flight.js'
 import { Refusal } from '../outcomes.js'
 
-/** A password to hash or, with a PHC string, to verify against it. */
+/** A password to hash or, with a PHC string, to verify. */
 export interface HashJob {
   password: string
   phc?: string
@@ -19,70 +19,72 @@ interface QueuedJob {
 
 interface Thread {
   worker: Worker
-  /** What it works on; undefined while it is idle. */
+  /** The job of the thread, or undefined while it is idle. */
   current: (QueuedJob & { startedAt: number }) | undefined
 }
 
-/** What a thread answers. */
-type Answer = { result: string | boolean } | { error: unknown }
+/** The message of a thread after a job. */
+type ThreadReply = { result: string | boolean } | { error: unknown }
 
-/** The weight of the newest job in the average time of a job: roughly the last ten count. */
-const newestWeight = 0.1
+/** Weight of the newest job in the moving average of job times: about the last ten jobs count. */
+const newestJobWeight = 0.1
 
-/** How much lower than the event loop's the threads' priority is, on Linux, in steps of nice(2). */
+/** How many steps of nice(2) the threads' priority is below the event loop's. Only Linux has it per thread. */
 const niceness = 10
 
-/** Nobody waits for the job any more, and it has not begun. As an outcome for whoever may still listen: ask again. */
+/** The client disconnected while its job waited. The outcome is for a pipelined request that may still be answered. */
 export class ClientGone extends Refusal {
   constructor() {
     super('busy')
   }
 }
 
-/**
- * argon2id in threads of their own, strictly first come, first served.
- */
+/** argon2id in threads, strictly first come, first served. */
 export class HashPool {
   private readonly threads: Thread[] = []
-  /** In order of arrival; a set, so that a job can leave from anywhere. */
-  private readonly waiting = new Set<QueuedJob>()
-  private readonly jobs = new Unsettled()
+  /** In order of arrival. A set, because a job can leave from any position. */
+  private readonly queue = new Set<QueuedJob>()
+  private readonly jobs = new InFlight()
   private averageJobMs = 0
-  private closed = false
+  private isClosed = false
 
   /**
-   * @param parameters of the hashes that it makes; those that it verifies bring their own
-   * @param observe is told of each job how long it waited and worked
+   * @param parameters of the hashes that it creates; a PHC string brings its own
+   * @param onJob is called after each job with its time in the queue and in the thread
    */
   constructor(
     size: number,
     private readonly parameters: Options,
-    private readonly observe?: (waitMs: number, jobMs: number) => void
+    private readonly onJob?: (waitMs: number, durationMs: number) => void
   ) {
     while (this.threads.length < size) this.startThread()
   }
 
-  /** Waits until every thread has made a hash: the settings work, and the time of a job is known. */
+  /**
+   * Waits until every thread has hashed, so that the time of a job is known.
+   *
+   * @throws if no hash can be created with the parameters
+   */
   async ready(): Promise<void> {
-    const warmUp = () => Promise.all(this.threads.map(() => this.hash('warm-up')))
-    await warmUp()
-    // The first job of a thread waits until it has loaded, which says nothing of the next.
+    const hashInEachThread = () => Promise.all(this.threads.map(() => this.hash('warm-up')))
+    await hashInEachThread()
+    // The first job of a thread includes its start, so it does not count.
     this.averageJobMs = 0
-    await warmUp()
+    await hashInEachThread()
   }
 
-  /** The jobs that wait. */
+  /** The number of jobs that wait. */
   get queueLength(): number {
-    return this.waiting.size
+    return this.queue.size
   }
 
-  /** How long a job would wait that came now: the work queued × the time of a job ÷ the threads. */
+  /** How long a new job would wait: queue length × average job time ÷ threads. */
   get expectedWaitMs(): number {
-    return (this.waiting.size * this.averageJobMs) / this.threads.length
+    return (this.queue.size * this.averageJobMs) / this.threads.length
   }
 
   /**
-   * @param client takes the job out of the queue when it closes; once a thread works on it, it is finished
+   * @param client removes the job from the queue when it closes; a job that has started is finished
    * @returns a PHC string
    * @throws {ClientGone}
    */
@@ -90,37 +92,37 @@ export class HashPool {
     return this.run({ password }, client).then(String)
   }
 
-  /** As hash(). */
+  /** Verifies in the same queue. For `client` and errors see {@link hash}. */
   verify(phc: string, password: string, client?: Writable): Promise<boolean> {
     return this.run({ password, phc }, client).then((matches) => matches === true)
   }
 
-  /** Finishes the queue and ends the threads. */
+  /** Finishes all jobs and ends the threads. */
   async close(): Promise<void> {
-    await this.jobs.none()
-    this.closed = true
+    await this.jobs.drain()
+    this.isClosed = true
     await Promise.all(this.threads.map(({ worker }) => worker.terminate()))
   }
 
   private run(job: HashJob, client?: Writable): Promise<string | boolean> {
-    const promise = new Promise<string | boolean>((resolve, reject) => {
-      if (this.closed) throw new Refusal('busy')
+    const result = new Promise<string | boolean>((resolve, reject) => {
+      if (this.isClosed) throw new Refusal('busy')
       if (client?.closed) throw new ClientGone()
       const queued: QueuedJob = { job, queuedAt: performance.now(), resolve, reject }
-      this.waiting.add(queued)
+      this.queue.add(queued)
       client?.once('close', () => {
-        if (this.waiting.delete(queued)) reject(new ClientGone())
+        if (this.queue.delete(queued)) reject(new ClientGone())
       })
-      const idle = this.threads.find(({ current }) => current === undefined)
-      if (idle) this.giveNext(idle)
+      const idleThread = this.threads.find(({ current }) => current === undefined)
+      if (idleThread) this.startNextJob(idleThread)
     })
-    return this.jobs.add(promise)
+    return this.jobs.track(result)
   }
 
-  private giveNext(thread: Thread): void {
-    const [next] = this.waiting
+  private startNextJob(thread: Thread): void {
+    const [next] = this.queue
     if (next === undefined) return
-    this.waiting.delete(next)
+    this.queue.delete(next)
     thread.current = { ...next, startedAt: performance.now() }
     thread.worker.postMessage(next.job)
   }
@@ -128,27 +130,29 @@ export class HashPool {
   private startThread(): Thread {
     const worker = new Worker(new URL('./hash-thread.js', import.meta.url), {
       workerData: { parameters: this.parameters, niceness },
-      execArgv: []
+      // Otherwise each thread would run what NODE_OPTIONS preloads, such as the hooks of a test runner.
+      execArgv: [],
+      env: {}
     })
     const thread: Thread = { worker, current: undefined }
     this.threads.push(thread)
 
-    worker.on('message', (answer: Answer) => {
+    worker.on('message', (reply: ThreadReply) => {
       const { current } = thread
       thread.current = undefined
-      this.giveNext(thread)
+      this.startNextJob(thread)
       if (current === undefined) return
-      const jobMs = performance.now() - current.startedAt
-      this.averageJobMs += (jobMs - this.averageJobMs) * (this.averageJobMs === 0 ? 1 : newestWeight)
-      this.observe?.(current.startedAt - current.queuedAt, jobMs)
-      if ('result' in answer) current.resolve(answer.result)
-      else current.reject(answer.error)
+      const durationMs = performance.now() - current.startedAt
+      this.averageJobMs += (durationMs - this.averageJobMs) * (this.averageJobMs === 0 ? 1 : newestJobWeight)
+      this.onJob?.(current.startedAt - current.queuedAt, durationMs)
+      if ('result' in reply) current.resolve(reply.result)
+      else current.reject(reply.error)
     })
-    // A thread that fails, as for want of memory, is replaced.
+    // A thread that fails, for example without memory, is replaced.
     worker.on('error', (error) => thread.current?.reject(error))
     worker.on('exit', () => {
       this.threads.splice(this.threads.indexOf(thread), 1)
-      if (!this.closed) this.giveNext(this.startThread())
+      if (!this.isClosed) this.startNextJob(this.startThread())
     })
     return thread
   }

@@ -1,4 +1,4 @@
-// JavaScript, so that a thread needs no TypeScript loader where the tests run the sources.
+// JavaScript, so that a thread needs no TypeScript loader when tests run the sources.
 import { constants, getPriority, setPriority } from 'node:os'
 import { parentPort, workerData } from 'node:worker_threads'
 import { hashSync, verifySync } from '@node-rs/argon2'
@@ -6,7 +6,7 @@ import { hashSync, verifySync } from '@node-rs/argon2'
 /** @type {{ parameters: import('@node-rs/argon2').Options, niceness: number }} */
 const { parameters, niceness } = workerData
 
-// Linux gives each thread a priority of its own; elsewhere this would lower the whole process.
+// On Linux each thread has its own priority. Elsewhere this call would change the whole process.
 if (process.platform === 'linux') setPriority(Math.min(constants.priority.PRIORITY_LOW, getPriority() + niceness))
 
 parentPort?.on('message', (/** @type {import('./hash-pool.js').HashJob} */ { password, phc }) => {

@@ -2,34 +2,37 @@ import { randomUUID } from 'node:crypto'
 import type { Writable } from 'node:stream'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
+import type { Observer } from '../telemetry/observer.js'
 import { HashPool } from './hash-pool.js'
 
 interface Passwords {
   /**
-   * Admission, to be asked before a code is touched: undefined, or how many seconds from now there will be room in the
-   * queue. A look, not a hold: what is refused later, as a wrong code is, has never taken anybody's place.
-   */
-  retryAfterSeconds(): number | undefined
-  /**
-   * Hashes a password with argon2id, off the event loop, after NFKC, so that one password typed on two keyboards
-   * is one password (NIST SP 800-63B, 3.1.1.2).
+   * Admission, to be checked before a code is touched. It reserves nothing: requests that are refused later, for example
+   * for a wrong code, never take the place of others.
    *
-   * @param client takes the work out of the queue, if it still waits there, when it closes: a reply's `raw`
-   * @throws {ClientGone}
+   * @returns 0 if the expected wait for a thread is within `HASH_MAX_WAIT_MS`, else the seconds until it will be
+   */
+  admissionDelaySeconds(): number
+  /**
+   * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one
+   * password (NIST SP 800-63B, section 3.1.1.2).
+   *
+   * @param client removes the job from the queue if it closes before the hash starts: the `raw` of a reply
    * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
+   * @throws {ClientGone}
    */
   hash(password: string, client?: Writable): Promise<string>
   /**
-   * Whether a password is that of a PHC string; in the same queue as the hashes.
+   * Verifies a password against a PHC string, in the same queue as the hashes.
    *
-   * @param phc undefined where there is none: false, after the time that it takes with one
+   * @param phc undefined for an unknown user: the answer is false and takes as long as for a known one
    */
   verify(phc: string | undefined, password: string, client: Writable): Promise<boolean>
-  /** Passwords that wait for a thread. */
+  /** The number of passwords that wait for a thread. */
   readonly queueLength: number
-  /** How long one would wait that came now. */
+  /** How long a new password would wait for a thread. */
   readonly expectedWaitMs: number
-  /** Whether a PHC string was made with other parameters than are configured. */
+  /** Whether a PHC string has other parameters than the configured ones. */
   isOutdated(phc: string): boolean
 }
 
@@ -39,27 +42,23 @@ declare module 'fastify' {
   }
 }
 
-export const passwords = fp<Pick<Config, 'hashMemoryKib' | 'hashPasses' | 'hashThreads' | 'hashMaxWaitMs'>>(
-  async (fastify, { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }) => {
-    // argon2id is the default algorithm of @node-rs/argon2. One lane: a hash is one thread's work.
-    const pool = new HashPool(
-      hashThreads,
-      { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 },
-      (waitMs, hashMs) => fastify.metrics?.observeHash(waitMs, hashMs)
-    )
+export const passwords = fp<{ config: Config; observer?: Observer | undefined }>(
+  async (fastify, { config: { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }, observer }) => {
+    // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
+    const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
+    const pool = new HashPool(hashThreads, parameters, observer?.onHash.bind(observer))
     fastify.addHook('onClose', () => pool.close())
     await pool.ready()
-    const nobodys = await pool.hash(randomUUID())
-    const parameters = nobodys.slice(0, nobodys.indexOf('$', '$argon2id$v=19$'.length) + 1)
+    /** The hash of an unknown password, for users that do not exist. */
+    const decoyPhc = await pool.hash(randomUUID())
+    /** `$argon2id$v=19$m=…,t=…,p=1$`: what all hashes with the configured parameters begin with. */
+    const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
 
     fastify.decorate('passwords', {
-      retryAfterSeconds() {
-        const excessMs = pool.expectedWaitMs - hashMaxWaitMs
-        return excessMs > 0 ? Math.ceil(excessMs / 1_000) : undefined
-      },
+      admissionDelaySeconds: () => Math.ceil(Math.max(0, pool.expectedWaitMs - hashMaxWaitMs) / 1_000),
       hash: (password, client) => pool.hash(password.normalize('NFKC'), client),
       async verify(phc, password, client) {
-        const matches = await pool.verify(phc ?? nobodys, password.normalize('NFKC'), client)
+        const matches = await pool.verify(phc ?? decoyPhc, password.normalize('NFKC'), client)
         return matches && phc !== undefined
       },
       get queueLength() {
@@ -68,7 +67,7 @@ export const passwords = fp<Pick<Config, 'hashMemoryKib' | 'hashPasses' | 'hashT
       get expectedWaitMs() {
         return pool.expectedWaitMs
       },
-      isOutdated: (phc) => !phc.startsWith(parameters)
+      isOutdated: (phc) => !phc.startsWith(phcPrefix)
     } satisfies Passwords)
   },
   { fastify: '5.x', name: 'passwords' }

@@ -2,10 +2,10 @@ import { fileURLToPath } from 'node:url'
 import { runner } from 'node-pg-migrate'
 
 /**
- * Applies the pending migrations of `sql/`, each in a transaction of its own. Instances that start at once take turns:
- * an advisory lock lets one through and the others find nothing left to do.
+ * Applies the pending migrations of `sql/`, each in a transaction of its own. An advisory lock lets one instance at a
+ * time in, so instances that start together do not collide.
  *
- * @returns the names of the migrations applied now
+ * @returns the names of the migrations that this call has applied
  */
 export async function migrate(databaseUrl: string): Promise<string[]> {
   const applied = await runner({

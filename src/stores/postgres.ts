@@ -4,35 +4,45 @@ import fp from 'fastify-plugin'
 import pg, { type ClientConfig, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
 import type { Config } from '../config/config.js'
 import { Refusal } from '../outcomes.js'
-import { publicError } from '../telemetry/log.js'
+import { redactError } from '../telemetry/log.js'
+import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
+import { CircuitBreaker } from './circuit-breaker.js'
 import { waitForStore } from './wait-for-store.js'
 
-/** A statement with a name is parsed and planned once for each connection. */
+/** A prepared statement: it is parsed and planned once for each connection. */
 export type NamedStatement = Required<Pick<QueryConfig, 'name' | 'text'>>
+
+interface Postgres {
+  /**
+   * Runs a prepared statement in one round trip on a pooled connection.
+   *
+   * @throws {Refusal} `storage_unavailable` if Postgres fails or does not answer within `STORE_TIMEOUT_MS`
+   */
+  query<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
+  /** @throws {Refusal} `storage_unavailable` while Postgres is known not to answer */
+  assertAvailable(): void
+  /** Counts the connections of the pool, the idle ones, and the statements that wait for one. */
+  connections(): { total: number; idle: number; waiting: number }
+  /** Checks that Postgres answers. */
+  ping(): Promise<unknown>
+}
 
 declare module 'fastify' {
   interface FastifyInstance {
-    /**
-     * Runs a named prepared statement in one round trip on a pooled connection.
-     *
-     * @throws {Refusal} `storage_unavailable` when Postgres fails or does not answer in `STORE_TIMEOUT_MS`
-     */
-    sql<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
-    /** @throws {Refusal} `storage_unavailable` while Postgres is known not to answer */
-    requirePostgres(): void
-    /** The pool's connections, those of them that are idle, and what waits for one. */
-    poolUse(): { total: number; idle: number; waiting: number }
+    postgres: Postgres
   }
 }
 
-/** The service's own pool, beside any that a host application has registered. */
+/** A name of its own, because a host application may have registered @fastify/postgres, too. */
 const poolName = 'mobileSignup'
 
-/** The longest pause between two tries whether Postgres answers again. */
-const retryMaxMs = 1_000
+/** The longest pause between two probes of a Postgres that does not answer. */
+const probeIntervalMaxMs = 1_000
 
-export const postgres = fp<Pick<Config, 'databaseUrl' | 'pgPoolMax' | 'storeTimeoutMs'>>(
-  async (fastify, { databaseUrl, pgPoolMax, storeTimeoutMs }) => {
+const selectOne: NamedStatement = { name: 'ping', text: 'SELECT 1' }
+
+export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
+  async (fastify, { config: { databaseUrl, pgPoolMax, storeTimeoutMs }, observer }) => {
     const connection = {
       connectionString: databaseUrl,
       application_name: 'mobile-signup',
@@ -42,68 +52,74 @@ export const postgres = fp<Pick<Config, 'databaseUrl' | 'pgPoolMax' | 'storeTime
     }
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = fastify.pg[poolName]?.pool
-    if (pool === undefined) throw new Error('@fastify/postgres made no pool')
+    if (pool === undefined) throw new Error('@fastify/postgres created no pool')
 
-    // Without a listener an idle connection that dies ends the process.
+    // Without this listener, an idle connection that fails ends the process.
     pool.on('error', (err) => fastify.log.warn({ err }, 'an idle Postgres connection failed'))
 
-    await waitForStore('Postgres', () => pool.query('SELECT 1'))
+    await waitForStore('Postgres', () => pool.query(selectOne.text))
 
-    // While Postgres does not answer, each statement would wait for its timeout. So after a failure that Postgres did not
-    // tell itself, a connection beside the pool tries whether it answers; until it does, statements fail at once.
-    let unanswering: unknown
-    let trying = false
-    let closed = false
+    // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
+    // SQL error) a separate connection probes Postgres. If the probe fails, too, statements fail at once until one succeeds.
+    const breaker = new CircuitBreaker({
+      failuresToOpen: 1,
+      pauseMs: 0,
+      // An SQL error, such as too many connections, is an answer.
+      isFailure: (error) => !(error instanceof pg.DatabaseError)
+    })
+    let lastProbeError: unknown
+    let isProbing = false
+    let isClosed = false
     fastify.addHook('onClose', async () => {
-      closed = true
+      isClosed = true
     })
-    async function tryConnection(): Promise<void> {
-      if (trying) return
-      trying = true
-      while (!closed) {
-        unanswering = await failureOf(connection)
-        if (unanswering === undefined) break
-        await sleep(Math.random() * retryMaxMs, undefined, { ref: false })
+    async function probeUntilAvailable(): Promise<void> {
+      if (isProbing) return
+      isProbing = true
+      while (!isClosed) {
+        await breaker
+          .execute(() => probe(connection))
+          .catch((error) => {
+            lastProbeError = error
+          })
+        if (!breaker.isOpen) break
+        await sleep(Math.random() * probeIntervalMaxMs, undefined, { ref: false })
       }
-      trying = false
+      isProbing = false
     }
 
-    function requirePostgres(): void {
-      if (unanswering !== undefined) throw new Refusal('storage_unavailable', publicError(unanswering))
+    function assertAvailable(): void {
+      if (breaker.isOpen) throw new Refusal('storage_unavailable', redactError(lastProbeError))
     }
-    fastify.decorate('requirePostgres', requirePostgres)
-    fastify.decorate('poolUse', () => ({
-      total: pool.totalCount,
-      idle: pool.idleCount,
-      waiting: pool.waitingCount
-    }))
-    fastify.decorate('sql', async <Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]) => {
-      requirePostgres()
+
+    const query = async <Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]) => {
+      assertAvailable()
       try {
-        const trip = pool.query<Row>({ ...statement, values })
-        fastify.metrics?.observeRoundTrip('postgres', trip)
-        return await trip
+        return await observeRoundTrip(observer, 'postgres', pool.query<Row>({ ...statement, values }))
       } catch (cause) {
-        if (!(cause instanceof pg.DatabaseError)) tryConnection()
-        throw new Refusal('storage_unavailable', publicError(cause))
+        if (!(cause instanceof pg.DatabaseError)) probeUntilAvailable()
+        throw new Refusal('storage_unavailable', redactError(cause))
       }
-    })
+    }
+
+    fastify.decorate('postgres', {
+      query,
+      assertAvailable,
+      connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: pool.waitingCount }),
+      ping: () => query(selectOne, [])
+    } satisfies Postgres)
   },
   { fastify: '5.x', name: 'postgres' }
 )
 
-/** Why Postgres does not answer; undefined if it does. */
-async function failureOf(connection: ClientConfig): Promise<unknown> {
+/** @throws if Postgres does not answer on a new connection */
+async function probe(connection: ClientConfig): Promise<void> {
   const client = new pg.Client(connection)
-  // It has an end of its own below.
+  // Errors after the probe concern nobody.
   client.on('error', () => undefined)
   try {
     await client.connect()
-    await client.query('SELECT 1')
-    return undefined
-  } catch (error) {
-    // What Postgres tells itself, as that it has no connection left, is an answer.
-    return error instanceof pg.DatabaseError ? undefined : error
+    await client.query(selectOne.text)
   } finally {
     client.end().catch(() => undefined)
   }

@@ -1,45 +1,45 @@
 import fp from 'fastify-plugin'
 import { Cluster, type Result } from 'ioredis'
 
-/** So many in a time that begins with the first. */
+/** A number of units in a window that begins with the first unit. */
 export interface Limit {
-  /** A key of Redis, which counts. */
+  /** The Redis key of the counter. */
   key: string
   max: number
   seconds: number
 }
 
-interface Throttles {
+interface RateLimits {
   /**
-   * Takes one of each limit, or, where one is reached, none of any.
+   * Consumes one unit of every limit, or none of any if one is exhausted.
    *
-   * @returns undefined, or the seconds until all have room again
+   * @returns 0, or the seconds until every limit has a unit again
    */
-  take(limits: readonly Limit[]): Promise<number | undefined>
-  /** Gives back what was taken for nothing. */
-  giveBack(limits: readonly Limit[]): Promise<void>
-  /** Forgets what was counted. */
-  clear(limit: Limit): Promise<void>
+  consume(limits: readonly Limit[]): Promise<number>
+  /** Gives one unit of every limit back. */
+  refund(limits: readonly Limit[]): Promise<void>
+  /** Sets the counter back to zero. */
+  reset(limit: Limit): Promise<void>
 }
 
 declare module 'fastify' {
   interface FastifyInstance {
-    throttles: Throttles
+    rateLimits: RateLimits
   }
 }
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    takeOfLimits(numberOfKeys: number, ...args: (string | number)[]): Result<number, Context>
-    giveBackToLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
+    consumeLimits(numberOfKeys: number, ...args: (string | number)[]): Result<number, Context>
+    refundLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
   }
 }
 
 /**
- * ARGV: of each key the most that it may count, and for how many ms. Returns 0, or the ms until there is room.
- * What another service has put under a key, and is no number, counts as a limit that is reached.
+ * ARGV: for each key its maximum and its window in ms. Returns 0, or the ms until there is room.
+ * If another service wrote something that is not a number, the limit counts as exhausted.
  */
-const takeOfLimits = `
+const consumeLimits = `
 local wait = 0
 for n = 1, #KEYS do
   local count = redis.call('GET', KEYS[n])
@@ -55,55 +55,58 @@ end
 return 0
 `
 
-const giveBackToLimits = `
+const refundLimits = `
 for n = 1, #KEYS do
   local count = tonumber(redis.call('GET', KEYS[n]))
   if count and count > 1 then redis.call('DECR', KEYS[n]) else redis.call('DEL', KEYS[n]) end
 end
 `
 
-/** Counters in Redis that all instances share. */
-export const throttles = fp(
+/** Limits that all instances share, counted in Redis. */
+export const rateLimits = fp(
   async (fastify) => {
     let isCluster = false
-    await fastify.onRedis(async (redis) => {
+    await fastify.withRedis(async (redis) => {
       isCluster = redis instanceof Cluster
-      redis.defineCommand('takeOfLimits', { lua: takeOfLimits })
-      redis.defineCommand('giveBackToLimits', { lua: giveBackToLimits })
+      redis.defineCommand('consumeLimits', { lua: consumeLimits })
+      redis.defineCommand('refundLimits', { lua: refundLimits })
     })
 
-    // A Cluster has the limits on several nodes, and no script for more than one of them. What one limit gives there
-    // goes back when another is reached; meanwhile it may be refused to somebody else, but never given twice.
+    // In a Cluster the counters are on several nodes, and a script runs on one. There each limit is consumed by itself and
+    // refunded if another is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
     const groupsOf = (limits: readonly Limit[]) => (isCluster ? limits.map((limit) => [limit]) : [limits])
     const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
 
-    /** Returns 0, or, with none taken, the ms until all have room. */
-    const takeTogether = (limits: readonly Limit[]) => {
-      const bounds = limits.flatMap(({ max, seconds }) => [max, seconds * 1_000])
-      return fastify.onRedis((redis) => redis.takeOfLimits(limits.length, ...keysOf(limits), ...bounds))
+    /** Returns 0, or, with nothing consumed, the ms until every limit of the group has a unit. */
+    const consumeGroup = (group: readonly Limit[]) => {
+      const bounds = group.flatMap(({ max, seconds }) => [max, seconds * 1_000])
+      return fastify.withRedis((redis) => redis.consumeLimits(group.length, ...keysOf(group), ...bounds))
     }
-    const giveBackTogether = (limits: readonly Limit[]) =>
-      fastify.onRedis((redis) => redis.giveBackToLimits(limits.length, ...keysOf(limits)))
+    const refundGroup = (group: readonly Limit[]) =>
+      fastify.withRedis((redis) => redis.refundLimits(group.length, ...keysOf(group)))
 
-    fastify.decorate('throttles', {
-      async take(limits) {
+    fastify.decorate('rateLimits', {
+      async consume(limits) {
         const groups = groupsOf(limits)
-        const waits = await Promise.allSettled(groups.map(takeTogether))
-        const failure = waits.find((wait) => wait.status === 'rejected')
-        const waitMs = Math.max(0, ...waits.map((wait) => (wait.status === 'fulfilled' ? wait.value : 0)))
-        if (failure === undefined && waitMs === 0) return undefined
-        const taken = groups.filter((_, n) => waits[n]?.status === 'fulfilled' && waits[n].value === 0)
-        await Promise.all(taken.map(giveBackTogether))
+        const results = await Promise.allSettled(groups.map(consumeGroup))
+        const failure = results.find((result) => result.status === 'rejected')
+        const waitMs = Math.max(0, ...results.map((result) => (result.status === 'fulfilled' ? result.value : 0)))
+        if (failure === undefined && waitMs === 0) return 0
+        const consumed = groups.filter((_, index) => {
+          const result = results[index]
+          return result?.status === 'fulfilled' && result.value === 0
+        })
+        await Promise.all(consumed.map(refundGroup))
         if (failure !== undefined) throw failure.reason
         return Math.ceil(waitMs / 1_000)
       },
-      async giveBack(limits) {
-        await Promise.all(groupsOf(limits).map(giveBackTogether))
+      async refund(limits) {
+        await Promise.all(groupsOf(limits).map(refundGroup))
       },
-      async clear({ key }) {
-        await fastify.onRedis((redis) => redis.del(key))
+      async reset({ key }) {
+        await fastify.withRedis((redis) => redis.del(key))
       }
-    } satisfies Throttles)
+    } satisfies RateLimits)
   },
-  { fastify: '5.x', name: 'throttles', dependencies: ['redis'] }
+  { fastify: '5.x', name: 'rate-limits', dependencies: ['redis'] }
 )

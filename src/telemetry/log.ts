@@ -4,56 +4,54 @@ import type { Config } from '../config/config.js'
 
 declare module 'fastify' {
   interface FastifyRequest {
-    /** Of OpenTelemetry, where it is turned on. */
+    /** The id of the OpenTelemetry trace; only while tracing is on. */
     traceId?: string
   }
 }
 
 /** A mobile number anywhere in a text. */
-const mobiles = /1[3-9]\d{9}/g
+const mobileNumbers = /1[3-9]\d{9}/g
 
-/** Shows of a mobile number what a person recognises it by: `138****5678`. */
+/** Masks every mobile number in a text, as `138****5678`. */
 export function maskMobiles(text: string): string {
-  return text.replace(mobiles, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
+  return text.replace(mobileNumbers, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
 }
 
-/** Redis quotes the arguments of a command that it does not know. */
-const publicText = (text: string) => maskMobiles(text.replace(/,? with args beginning with:.*/g, ''))
+/** Removes what must not be logged. Redis quotes the arguments of an unknown command, codes included. */
+const redact = (text: string) => maskMobiles(text.replace(/,? with args beginning with:.*/g, ''))
 
 /**
- * A store's error as it may leave the service: no field but these, and no mobile. The original has the arguments of a
- * failed Redis command (`command.args`) and the key of a Postgres conflict (`detail`), and loggers print all there is.
+ * Copies an error without what must not leave the service. A Redis error has the arguments of its command
+ * (`command.args`), a Postgres conflict its key (`detail`), and loggers print every field.
  */
-export function publicError(error: unknown): Error {
+export function redactError(error: unknown): Error {
   if (!(error instanceof Error)) return new Error('not an error')
   const { name, code } = { code: undefined, ...error, name: error.name }
-  const copy = new Error(publicText(error.message))
-  return Object.assign(copy, { name, stack: publicText(error.stack ?? ''), ...(code !== undefined && { code }) })
+  const copy = new Error(redact(error.message))
+  return Object.assign(copy, { name, stack: redact(error.stack ?? ''), ...(code !== undefined && { code }) })
 }
 
-/** How long a line of the log may wait for others to be written with. */
-const flushMs = 100
+/** How long a log line may wait to be written together with others. */
+const flushIntervalMs = 100
 
-/** JSON lines on standard output, several with one write: a write for each line was 5 % of the event loop's work. */
+/** JSON lines on standard output, several in one write: one write for each line took 5 % of the event loop's time. */
 export function jsonLog(): DestinationStream {
-  const stream = destination({ minLength: 4_096, periodicFlush: flushMs })
+  const stream = destination({ minLength: 4_096, periodicFlush: flushIntervalMs })
   process.once('exit', () => stream.flushSync())
   return stream
 }
 
-/** A logger's options, for JSON lines to a stream or else to standard output. */
-export function loggerOptions({ logLevel }: Pick<Config, 'logLevel'>, stream?: DestinationStream) {
+/** Returns the logger's options. Without a stream the lines go to standard output. */
+export function loggerOptions({ logLevel }: Config, stream?: DestinationStream) {
   return {
     level: logLevel,
-    // Also for what did not come from a store.
-    serializers: { err: (error: Error) => stdSerializers.err(publicError(error)) },
+    // Also for errors that did not come from a store.
+    serializers: { err: (error: Error) => stdSerializers.err(redactError(error)) },
     ...(stream && { stream })
   }
 }
 
-/**
- * One line for each request, as it ends. The route stands for the URL, which may hold anything, and the mobile is masked.
- */
+/** Logs one line for each request when it ends. It has the route, not the URL, which may contain anything. */
 export class RequestLog extends LogController {
   override incomingRequest(): void {}
 
@@ -65,7 +63,7 @@ export class RequestLog extends LogController {
         ...(request.traceId !== undefined && { trace_id: request.traceId }),
         method: request.method,
         route: request.routeOptions.url,
-        mobile: mobileOf(request.body),
+        mobile: maskedMobileOf(request.body),
         status: reply.statusCode,
         outcome: reply.outcomeName,
         ms: Math.round(reply.elapsedTime * 10) / 10,
@@ -76,18 +74,10 @@ export class RequestLog extends LogController {
   }
 }
 
-/** The masked mobile of a request's body; undefined for a text that is none, which may be a secret in the wrong field. */
-function mobileOf(body: unknown): string | undefined {
+/** Returns the masked mobile of a body, or undefined if the field holds anything else: that may be a secret. */
+function maskedMobileOf(body: unknown): string | undefined {
   if (typeof body !== 'object' || body === null || !('mobile' in body) || typeof body.mobile !== 'string')
     return undefined
   const masked = maskMobiles(body.mobile)
   return /^\d{3}\*{4}\d{4}$/.test(masked) ? masked : undefined
-}
-
-/** What a request id may look like: those of gateways and tracers, but with no mobile number in it. */
-const saneRequestId = /^(?!.*(?<!\d)1[3-9]\d{9}(?!\d))[\w.:/+=-]{1,128}$/
-
-/** The request id of the gateway if it is sane, else undefined. */
-export function gatewayRequestId(header: string | string[] | undefined): string | undefined {
-  return typeof header === 'string' && saneRequestId.test(header) ? header : undefined
 }

@@ -4,106 +4,133 @@ import { monitorEventLoopDelay } from 'node:perf_hooks'
 import fp from 'fastify-plugin'
 import { Counter, Gauge, Histogram, Registry } from 'prom-client'
 import type { Config } from '../config/config.js'
-
-type Store = 'postgres' | 'redis'
-
-interface Metrics {
-  /** Where they are scraped. */
-  readonly url: string
-  /** Times a round trip to a store, and counts its failure. */
-  observeRoundTrip(store: Store, trip: Promise<unknown>): void
-  /** @param waitMs in the queue, before a thread began */
-  observeHash(waitMs: number, hashMs: number): void
-}
+import type { Observer } from './observer.js'
 
 declare module 'fastify' {
   interface FastifyInstance {
-    /** Absent unless `METRICS_PORT` is set. */
-    metrics?: Metrics
+    /** Where Prometheus scrapes. Absent unless `METRICS_PORT` is set. */
+    metricsUrl?: string
   }
 }
 
-/** Seconds. */
+/** Upper bounds in seconds. */
 const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 
-/** Of requests that no route takes; the URL may hold anything. */
+/** The label of requests without a route. Their URL may contain anything. */
 const noRoute = 'none'
 
-/** `GET /metrics` for Prometheus, on a port of its own, which is no business of the gateway's clients. */
-export const metrics = fp<Pick<Config, 'host' | 'metricsPort'>>(
-  async (fastify, { host, metricsPort }) => {
-    const registry = new Registry()
-    const registers = [registry]
+/** The resolution of the event-loop delay, in milliseconds. */
+const delayResolutionMs = 20
 
-    const durations = new Histogram({
-      name: 'mobile_signup_request_duration_seconds',
-      help: 'From a request to its answer; its _count is that of the answered requests',
-      labelNames: ['method', 'route', 'outcome'] as const,
-      buckets,
-      registers
-    })
-    fastify.addHook('onResponse', (request, reply, done) => {
-      const { config, url: route = noRoute } = request.routeOptions
-      if (!config.probe) {
-        const labels = { method: request.method, route, outcome: reply.outcomeName ?? 'none' }
-        durations.observe(labels, reply.elapsedTime / 1_000)
-      }
-      done()
-    })
+/** Values that are read at each scrape. */
+export interface MetricsSources {
+  hashQueueLength(): number
+  hashExpectedWaitMs(): number
+  postgresConnections(): { total: number; idle: number; waiting: number }
+}
 
-    const hashWaits = new Histogram({
-      name: 'mobile_signup_hash_wait_seconds',
-      help: 'In the queue, until a thread begins',
-      buckets,
-      registers
-    })
-    const hashes = new Histogram({
-      name: 'mobile_signup_hash_duration_seconds',
-      help: 'A hash or a verification in its thread',
-      buckets,
-      registers
-    })
+/** The registry of all metrics. It observes the stores and the hash threads. */
+export class Metrics implements Observer {
+  private readonly registry = new Registry()
+  private readonly registers = [this.registry]
+  readonly contentType = this.registry.contentType
+
+  private readonly requests = new Histogram({
+    name: 'mobile_signup_request_duration_seconds',
+    help: 'Time from a request to its answer; _count is the number of answered requests',
+    labelNames: ['method', 'route', 'outcome'] as const,
+    buckets,
+    registers: this.registers
+  })
+  private readonly hashWaits = new Histogram({
+    name: 'mobile_signup_hash_wait_seconds',
+    help: 'Time in the hash queue, until a thread starts',
+    buckets,
+    registers: this.registers
+  })
+  private readonly hashes = new Histogram({
+    name: 'mobile_signup_hash_duration_seconds',
+    help: 'Time of a hash or a verification in its thread',
+    buckets,
+    registers: this.registers
+  })
+  private readonly roundTrips = new Histogram({
+    name: 'mobile_signup_store_round_trip_seconds',
+    help: 'Time of a round trip to a store, failures included; commands sent together are one round trip',
+    labelNames: ['store'] as const,
+    buckets,
+    registers: this.registers
+  })
+  private readonly storeErrors = new Counter({
+    name: 'mobile_signup_store_errors_total',
+    help: 'Failed round trips',
+    labelNames: ['store'] as const,
+    registers: this.registers
+  })
+
+  constructor() {
+    for (const store of ['postgres', 'redis'] as const) this.storeErrors.inc({ store }, 0)
+  }
+
+  scrape(): Promise<string> {
+    return this.registry.metrics()
+  }
+
+  onRequest(labels: { method: string; route: string; outcome: string }, durationMs: number): void {
+    this.requests.observe(labels, durationMs / 1_000)
+  }
+
+  onRoundTrip(store: 'postgres' | 'redis', durationMs: number, hasFailed: boolean): void {
+    this.roundTrips.observe({ store }, durationMs / 1_000)
+    if (hasFailed) this.storeErrors.inc({ store })
+  }
+
+  onHash(waitMs: number, durationMs: number): void {
+    this.hashWaits.observe(waitMs / 1_000)
+    this.hashes.observe(durationMs / 1_000)
+  }
+
+  /** Adds the gauges of the service. */
+  addSources({ hashQueueLength, hashExpectedWaitMs, postgresConnections }: MetricsSources): void {
+    const { registers } = this
     new Gauge({
       name: 'mobile_signup_hash_queue_length',
       help: 'Passwords that wait for a thread',
       registers,
       collect() {
-        this.set(fastify.passwords.queueLength)
+        this.set(hashQueueLength())
       }
     })
     new Gauge({
       name: 'mobile_signup_hash_expected_wait_seconds',
-      help: 'What a sign-up would wait that came now; over HASH_MAX_WAIT_MS it is refused',
+      help: 'How long a sign-up that came now would wait for a thread; above HASH_MAX_WAIT_MS it is refused',
       registers,
       collect() {
-        this.set(fastify.passwords.expectedWaitMs / 1_000)
+        this.set(hashExpectedWaitMs() / 1_000)
       }
     })
-
-    const perStore = { labelNames: ['store'] as const, registers }
-    const trips = new Histogram({
-      ...perStore,
-      name: 'mobile_signup_store_round_trip_seconds',
-      help: 'What a store was asked, alone or with more in one trip, failures included',
-      buckets
-    })
-    const errors = new Counter({ ...perStore, name: 'mobile_signup_store_errors_total', help: 'Failed round trips' })
-    for (const store of ['postgres', 'redis'] as const) errors.inc({ store }, 0)
     new Gauge({
       name: 'mobile_signup_postgres_connections',
-      help: 'Connections of the pool, by state; waiting: what waits for one',
+      help: 'Connections of the pool by state; waiting: statements that wait for a connection',
       labelNames: ['state'] as const,
       registers,
       collect() {
-        const { total, idle, waiting } = fastify.poolUse()
+        const { total, idle, waiting } = postgresConnections()
         this.set({ state: 'busy' }, total - idle)
         this.set({ state: 'idle' }, idle)
         this.set({ state: 'waiting' }, waiting)
       }
     })
+  }
 
-    // The names are those of prom-client's default metrics, whose look at every garbage collection took 8 % of the sign-ups
-    // a second with the cheapest hash.
+  /**
+   * Adds the gauges of the process, under the names of prom-client's default metrics. Those observe every garbage
+   * collection, which took 8 % of the sign-ups/s with the cheapest hash.
+   *
+   * @returns a function that stops the measurement
+   */
+  addProcess(): () => void {
+    const { registers } = this
     new Counter({
       name: 'process_cpu_seconds_total',
       help: 'CPU time of all threads',
@@ -122,28 +149,44 @@ export const metrics = fp<Pick<Config, 'host' | 'metricsPort'>>(
         this.set(process.memoryUsage.rss())
       }
     })
-    const resolution = 20
-    const delay = monitorEventLoopDelay({ resolution })
+    const delay = monitorEventLoopDelay({ resolution: delayResolutionMs })
     delay.enable()
-    fastify.addHook('onClose', async () => void delay.disable())
     new Gauge({
       name: 'nodejs_eventloop_lag_p99_seconds',
-      help: 'By how much the event loop was late since the last scrape',
+      help: 'p99 of the event-loop delay since the last scrape',
       registers,
       collect() {
-        // Node counts the time between two looks, of which the resolution is meant.
-        this.set(Math.max(0, delay.percentile(99) / 1e6 - resolution) / 1_000)
+        // Samples include the sampling interval; subtract it.
+        this.set(Math.max(0, delay.percentile(99) / 1e6 - delayResolutionMs) / 1_000)
         delay.reset()
       }
+    })
+    return () => void delay.disable()
+  }
+}
+
+/** Counts requests, and serves `GET /metrics` on a port of its own, which the gateway does not expose. */
+export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: MetricsSources }>(
+  async (fastify, { config: { host, metricsPort }, metrics, sources }) => {
+    metrics.addSources(sources)
+    const stopProcessMetrics = metrics.addProcess()
+    fastify.addHook('onClose', async () => stopProcessMetrics())
+
+    fastify.addHook('onResponse', (request, reply, done) => {
+      const { config, url: route = noRoute } = request.routeOptions
+      if (!config.probe) {
+        metrics.onRequest({ method: request.method, route, outcome: reply.outcomeName ?? 'none' }, reply.elapsedTime)
+      }
+      done()
     })
 
     const server = createServer(async ({ url }, response) => {
       if (url !== '/metrics') return response.writeHead(404).end()
-      return response.setHeader('content-type', registry.contentType).end(await registry.metrics())
+      return response.setHeader('content-type', metrics.contentType).end(await metrics.scrape())
     })
-    // Here, and not beside the service's own listen: a port that is taken is told before it serves anybody.
+    // During the registration, so that a port in use stops the start before the service listens.
     await once(server.listen(metricsPort, host), 'listening')
-    // After the last request has been answered, so that a shutdown can be watched.
+    // onClose runs after the last request is answered, so a shutdown can be observed.
     fastify.addHook('onClose', async () => {
       server.closeAllConnections()
       await new Promise((resolve) => server.close(resolve))
@@ -152,22 +195,7 @@ export const metrics = fp<Pick<Config, 'host' | 'metricsPort'>>(
     const port = typeof address === 'object' ? address?.port : undefined
     const url = `http://${host.includes(':') ? `[${host}]` : host}:${port}/metrics`
     fastify.log.info(`Metrics at ${url}`)
-
-    fastify.decorate('metrics', {
-      url,
-      observeRoundTrip(store, trip) {
-        const startedAt = performance.now()
-        const observe = () => trips.observe({ store }, (performance.now() - startedAt) / 1_000)
-        trip.then(observe, () => {
-          observe()
-          errors.inc({ store })
-        })
-      },
-      observeHash(waitMs, hashMs) {
-        hashWaits.observe(waitMs / 1_000)
-        hashes.observe(hashMs / 1_000)
-      }
-    } satisfies Metrics)
+    fastify.decorate('metricsUrl', url)
   },
-  { fastify: '5.x', name: 'metrics', dependencies: ['envelope', 'postgres', 'redis', 'passwords'] }
+  { fastify: '5.x', name: 'metrics-server', dependencies: ['replies'] }
 )

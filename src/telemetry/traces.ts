@@ -11,21 +11,19 @@ import {
   type SpanExporter
 } from '@opentelemetry/sdk-trace-node'
 
-/** How long the last spans of a process have to be sent. */
-const flushMs = 2_000
+/** How long a stopping process waits for its last spans to be sent. */
+const flushTimeoutMs = 2_000
 
-/**
- * Messages of errors may quote a request or a row. The log has them, made safe, under the trace's id.
- */
-class WithoutMessages implements SpanExporter {
+/** Removes error messages from spans: they may quote a request or a row. The log has them, redacted. */
+class MessageRemover implements SpanExporter {
   constructor(private readonly exporter: SpanExporter) {}
 
   export(spans: ReadableSpan[], done: Parameters<SpanExporter['export']>[1]): void {
-    const bare = spans.map(
+    const withoutMessages = spans.map(
       (span): ReadableSpan =>
         Object.create(span, { status: { value: { code: span.status.code } }, events: { value: [] } })
     )
-    this.exporter.export(bare, done)
+    this.exporter.export(withoutMessages, done)
   }
 
   shutdown(): Promise<void> {
@@ -34,17 +32,17 @@ class WithoutMessages implements SpanExporter {
 }
 
 /**
- * Sends spans of requests and of their round trips to the stores to `OTEL_EXPORTER_OTLP_ENDPOINT`; OpenTelemetry reads this
- * and its other variables itself. To be called before `pg` and `ioredis` are loaded, which it instruments.
+ * Sends spans of requests and of their round trips to `OTEL_EXPORTER_OTLP_ENDPOINT`. OpenTelemetry itself reads this
+ * variable and its others. Call it before `pg` and `ioredis` are loaded: it instruments them.
  *
- * @returns what ends it, and sends what is left
+ * @returns a function that sends the last spans and stops
  */
 export function startTracing(): () => Promise<void> {
   const provider = new NodeTracerProvider({
     resource: defaultResource()
       .merge(resourceFromAttributes({ 'service.name': 'mobile-signup' }))
       .merge(detectResources({ detectors: [envDetector] })),
-    spanProcessors: [new BatchSpanProcessor(new WithoutMessages(new OTLPTraceExporter()))]
+    spanProcessors: [new BatchSpanProcessor(new MessageRemover(new OTLPTraceExporter()))]
   })
   provider.register()
   registerInstrumentations({
@@ -59,18 +57,18 @@ export function startTracing(): () => Promise<void> {
           const { url } = routeOptions
           request.traceId = span.spanContext().traceId
           span.updateName(url === undefined ? method : `${method} ${url}`)
-          // The URL may hold anything.
+          // The route instead of the URL, which may contain anything.
           span.setAttribute('url.path', url ?? '')
         }
       }),
       new PgInstrumentation({ requireParentSpan: true }),
-      // Keys have mobiles and session ids, arguments codes.
+      // The command without its arguments: keys contain mobiles and session ids, values contain codes.
       new IORedisInstrumentation({ requireParentSpan: true, dbStatementSerializer: (command) => command })
     ]
   })
   return () =>
     Promise.race([
       provider.shutdown().catch(() => undefined),
-      new Promise<void>((resolve) => setTimeout(resolve, flushMs).unref())
+      new Promise<void>((resolve) => setTimeout(resolve, flushTimeoutMs).unref())
     ])
 }

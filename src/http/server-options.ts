@@ -1,0 +1,44 @@
+import type { Server } from 'node:http'
+import type { FastifyHttpOptions } from 'fastify'
+import type { DestinationStream } from 'pino'
+import type { Config } from '../config/config.js'
+import { loggerOptions, RequestLog } from '../telemetry/log.js'
+import { badRequestHandlers } from './bad-requests.js'
+import { requestIdOf } from './request-ids.js'
+import { bodyMaxBytes } from './schemas.js'
+
+/** How long a request may take to arrive. A gateway sends its few KiB at once. */
+const requestTimeoutMs = 10_000
+
+/** Longer than a start waits for a store (`stores/wait-for-store.ts`). */
+const pluginTimeoutMs = 20_000
+
+/**
+ * Returns all options of the Fastify instance.
+ *
+ * @param logStream receives the log as JSON lines; by default it goes to standard output
+ */
+export function serverOptions(config: Config, logStream?: DestinationStream) {
+  const requestLog = new RequestLog()
+  return {
+    logger: loggerOptions(config, logStream),
+    logController: requestLog,
+    // The one log line of a request names the request itself. A child logger for each request costs more.
+    childLoggerFactory: (logger) => logger,
+    genReqId: requestIdOf,
+    ...(config.trustProxy.length > 0 && { trustProxy: [...config.trustProxy] }),
+    bodyLimit: bodyMaxBytes,
+    requestTimeout: requestTimeoutMs,
+    pluginTimeout: pluginTimeoutMs,
+    // http/shutdown.ts answers these requests in the envelope.
+    return503OnClosing: false,
+    http: {
+      // http/bad-requests.ts answers a missing Host in the envelope.
+      requireHostHeader: false,
+      // Node uses the larger of headersTimeout and requestTimeout, and checks only once in an interval.
+      headersTimeout: requestTimeoutMs,
+      connectionsCheckingInterval: 1_000
+    },
+    ...badRequestHandlers(config, requestLog)
+  } satisfies FastifyHttpOptions<Server>
+}

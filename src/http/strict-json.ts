@@ -1,0 +1,43 @@
+import { isUtf8 } from 'node:buffer'
+import { Ajv, type ErrorObject } from 'ajv'
+import fp from 'fastify-plugin'
+import { isOutcomeName, type OutcomeName, Refusal } from '../outcomes.js'
+import { patternOutcomeKeyword } from './schemas.js'
+
+/** Accepts JSON bodies only, and validates them without coercing or removing anything. */
+export const strictJson = fp(
+  async (fastify) => {
+    // An own Ajv, because Fastify's coerces and strips, and a host application may have other settings.
+    // `allErrors` and `verbose` are for validationOutcome(). They are safe: schemas and bodies are small.
+    const ajv = new Ajv({ allErrors: true, verbose: true, keywords: [patternOutcomeKeyword] })
+    ajv.addFormat('well-formed', (text: string) => text.isWellFormed())
+    fastify.setValidatorCompiler(({ schema }) => ajv.compile(schema))
+    fastify.setSchemaErrorFormatter((errors) => new Refusal(validationOutcome(errors)))
+
+    fastify.removeAllContentTypeParsers()
+    // 'ignore' keeps fields such as `__proto__`: unknown fields are ignored, and no code reads these.
+    const parseJson = fastify.getDefaultJsonParser('ignore', 'ignore')
+    fastify.addContentTypeParser<Buffer>('application/json', { parseAs: 'buffer' }, (request, body, done) => {
+      // Clients often send DELETE with a content type and an empty body.
+      if (body.length === 0) done(null, undefined)
+      // Decoding replaces invalid bytes, so that different passwords would become the same one.
+      else if (!isUtf8(body)) done(new Refusal('malformed_parameter'))
+      else parseJson(request, body.toString(), done)
+    })
+  },
+  { fastify: '5.x', name: 'strict-json', dependencies: ['replies'] }
+)
+
+/**
+ * Returns the first fault in the order of the outcome table: a field is absent (null and "" count), has a wrong type or
+ * is too long, or does not match its pattern.
+ */
+function validationOutcome(errors: readonly Partial<ErrorObject>[]): OutcomeName {
+  const isAbsent = ({ keyword, data, instancePath }: Partial<ErrorObject>) =>
+    keyword === 'required' || keyword === 'minLength' || (data === null && instancePath !== '')
+  if (errors.some(isAbsent)) return 'missing_parameter'
+  const [error] = errors
+  if (error === undefined || errors.some(({ keyword }) => keyword !== 'pattern')) return 'malformed_parameter'
+  const patternOutcome: unknown = error.parentSchema?.[patternOutcomeKeyword]
+  return isOutcomeName(patternOutcome) ? patternOutcome : 'malformed_parameter'
+}

@@ -1,0 +1,28 @@
+import fastifySession from '@fastify/session'
+import fp from 'fastify-plugin'
+
+/** Loads the session of each request in its scope, with @fastify/session and corrections for what it gets wrong. */
+export const loadSession = fp(
+  async (fastify) => {
+    const { cookieName, secret } = fastify.sessions.options
+
+    fastify.addHook('onRequest', async (request) => {
+      request.raw.url = originForm(request.raw.url ?? '/')
+      // @fastify/session accepts a cookie signed with an older secret, but then clears it. So it gets the cookie as the
+      // newest secret signs it.
+      const { value } = secret.unsign(request.cookies[cookieName] ?? '')
+      request.cookies[cookieName] = value === null ? undefined : secret.sign(value)
+    })
+
+    await fastify.register(fastifySession, fastify.sessions.options)
+  },
+  { fastify: '5.x', name: 'load-session', dependencies: ['sessions'] }
+)
+
+/**
+ * Returns the path and query of a request target that a proxy sent in absolute form (RFC 9112, section 3.2.2).
+ * @fastify/session compares the target with the path of the cookie, and without a match loads no session.
+ */
+function originForm(target: string): string {
+  return target.replace(/^https?:\/\/[^/?#]*/i, '') || '/'
+}

@@ -1,0 +1,34 @@
+import { BrokenCircuitError, CircuitState, ConsecutiveBreaker, circuitBreaker, handleWhen } from 'cockatiel'
+
+export interface CircuitBreakerOptions {
+  /** Failures in a row that open it. */
+  failuresToOpen: number
+  /** How long it stays open before one trial call. */
+  pauseMs: number
+  /** Which errors are failures of the other side. Every other error is an answer, so it counts as a success. */
+  isFailure(error: unknown): boolean
+}
+
+/** Refuses calls to something that keeps failing, instead of letting each of them wait for a timeout. */
+export class CircuitBreaker {
+  private readonly policy
+
+  constructor({ failuresToOpen, pauseMs, isFailure }: CircuitBreakerOptions) {
+    this.policy = circuitBreaker(handleWhen(isFailure), {
+      breaker: new ConsecutiveBreaker(failuresToOpen),
+      halfOpenAfter: pauseMs
+    })
+  }
+
+  /** True until a trial call has succeeded. */
+  get isOpen(): boolean {
+    return this.policy.state !== CircuitState.Closed
+  }
+
+  /** @throws {BrokenCircuitError} at once while it is open, or the error of the call */
+  async execute<T>(call: () => Promise<T>): Promise<T> {
+    // cockatiel would make this call wait for the result of the trial call.
+    if (this.policy.state === CircuitState.HalfOpen) throw new BrokenCircuitError()
+    return this.policy.execute(call)
+  }
+}

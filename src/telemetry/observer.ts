@@ -1,0 +1,21 @@
+export type StoreName = 'postgres' | 'redis'
+
+/** Hears what the stores and the hash threads measure. */
+export interface Observer {
+  /** A round trip to a store has ended, successfully or not. */
+  onRoundTrip(store: StoreName, durationMs: number, hasFailed: boolean): void
+  /** A thread has finished a hash or a verification. `waitMs` is its time in the queue. */
+  onHash(waitMs: number, durationMs: number): void
+}
+
+/** Reports a round trip to an observer, if there is one. @returns the round trip */
+export function observeRoundTrip<T>(observer: Observer | undefined, store: StoreName, trip: Promise<T>): Promise<T> {
+  if (observer === undefined) return trip
+  const startedAt = performance.now()
+  const report = (hasFailed: boolean) => observer.onRoundTrip(store, performance.now() - startedAt, hasFailed)
+  trip.then(
+    () => report(false),
+    () => report(true)
+  )
+  return trip
+}

@@ -1,0 +1,55 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { FaultProxy } from '../../testkit/fault-proxy.js'
+import type { PrivateStores } from '../../testkit/private-stores.js'
+import type { Report } from './report.js'
+import type { SeededRandom } from './seeded-random.js'
+import type { ServiceInstance } from './service-instance.js'
+
+/** What the faults happen to. */
+export interface Targets {
+  instances: [ServiceInstance, ...ServiceInstance[]]
+  stores: PrivateStores
+  redisProxy: FaultProxy
+  postgresProxy: FaultProxy
+}
+
+/** Causes random faults, one after the other, until the given time. Afterwards everything runs again. */
+export async function causeFaults(
+  targets: Targets,
+  { random, report, until }: { random: SeededRandom; report: Report; until: number }
+): Promise<void> {
+  while (Date.now() < until) {
+    await sleep(random.between(200, 1_500))
+    report.count(await causeFault(targets, random))
+  }
+}
+
+/** @returns what it has done */
+async function causeFault(targets: Targets, random: SeededRandom): Promise<string> {
+  const { instances, stores, redisProxy, postgresProxy } = targets
+  const instance = random.oneOf(...instances)
+  const [store, proxy] = random.oneOf(['Redis', redisProxy] as const, ['Postgres', postgresProxy] as const)
+  switch (random.oneOf('kill', 'kill', 'pause', 'restart', 'reset', 'reset', 'stall')) {
+    case 'kill':
+      await instance.kill()
+      await sleep(random.between(0, 500))
+      await instance.start()
+      return 'instances killed'
+    case 'pause':
+      await instance.pause(random.between(500, 3_000))
+      return 'instances paused'
+    case 'restart': {
+      const mode = random.oneOf('fast', 'immediate')
+      await stores.restartPostgres(mode)
+      return `restarts of Postgres, ${mode}`
+    }
+    case 'reset':
+      await proxy.apply('reset')
+      return `resets of all connections to ${store}`
+    case 'stall':
+      await proxy.apply('stall')
+      await sleep(random.between(100, 1_500))
+      await proxy.heal()
+      return `stalls of ${store}`
+  }
+}

@@ -1,0 +1,389 @@
+import { EventEmitter, once } from 'node:events'
+import { hash, verify } from '@node-rs/argon2'
+import type { FastifyInstance } from 'fastify'
+import fp from 'fastify-plugin'
+import t from 'tap'
+import { client, statusAndErrno } from '../testkit/client.js'
+import { recordKey, startTestbed } from '../testkit/testbed.js'
+import { retried, until } from '../testkit/until.js'
+
+/*
+ * What a retry and a guess find in the claim record. docs/guarantees.md explains the protocol.
+ */
+
+const testbed = await startTestbed(t)
+const { build, config, cookieOf, holdInserts, issueCode, newMobile, openProxy, postgres, redis } = testbed
+const { signUpBody, untilClaimed, userRows } = testbed
+
+interface ClaimRecord {
+  state?: 'pending' | 'unknown' | 'done'
+  mac: string
+  /** When the code was claimed, in µs of Redis's clock. */
+  at: string
+}
+
+async function readRecord(mobile: string): Promise<ClaimRecord> {
+  const record = await redis.get(recordKey(mobile))
+  if (record === null) throw new Error('the mobile has no claim record')
+  return JSON.parse(record)
+}
+
+/** Makes a pending claim older. A lease then expires without a wait. */
+async function ageClaim(mobile: string, ms: number): Promise<void> {
+  const record = await readRecord(mobile)
+  const aged = { ...record, at: `${Number(record.at) - ms * 1_000}` }
+  await redis.set(recordKey(mobile), JSON.stringify(aged), 'KEEPTTL')
+}
+
+/** Returns the lease of the claims of an application with these variables. */
+function leaseMsOf(env: Record<string, string>): number {
+  const { hashMaxWaitMs, storeTimeoutMs } = config(env)
+  return hashMaxWaitMs + 3 * storeTimeoutMs
+}
+
+/** No round trip times out, and no lease expires, however busy the machine is. */
+const patient = { STORE_TIMEOUT_MS: '30000', HASH_THREADS: '1' }
+
+/** Replaces the hash pool by one that calls a function before each hash. The function may wait or throw. */
+const passwordsThatHashAfter = (beforeHash: () => Promise<unknown>) =>
+  fp(
+    async (fastify) => {
+      fastify.decorate('passwords', {
+        admissionDelaySeconds: () => 0,
+        verify: (phc, password) => verify(phc ?? '', password),
+        queueLength: 0,
+        expectedWaitMs: 0,
+        isOutdated: () => false,
+        async hash(password) {
+          await beforeHash()
+          return hash(password)
+        }
+      } satisfies FastifyInstance['passwords'])
+    },
+    { fastify: '5.x', name: 'passwords' }
+  )
+
+async function failToHash(): Promise<void> {
+  throw new Error('no memory for a hash')
+}
+
+const instance = client(await build(t, patient))
+const { signUp } = instance
+const failing = client(await build(t, patient, { overrides: { passwords: passwordsThatHashAfter(failToHash) } }))
+const withThreeGuesses = { ...patient, SMS_CODE_ATTEMPTS: '3' }
+const threeGuesses = client(await build(t, withThreeGuesses))
+
+const fillRedis = () => redis.config('SET', 'maxmemory', '1')
+const emptyRedis = () => redis.config('SET', 'maxmemory', '0')
+
+t.test('G5: the same request again gets the same success, with a new session and Idempotent-Replayed', async (t) => {
+  const other = client(await build(t, patient))
+  const body = await signUpBody()
+  const first = await signUp(body)
+  t.equal(first.headers['idempotent-replayed'], undefined)
+  for (const { signUp, whoAmI } of [instance, other]) {
+    const retry = await signUp(body)
+    t.equal(retry.statusCode, 201)
+    t.equal(retry.headers['idempotent-replayed'], 'true')
+    t.strictSame(retry.json(), first.json())
+    const cookie = cookieOf(retry)
+    t.not(cookie, cookieOf(first))
+    t.equal((await whoAmI(cookie)).json().data.user_id, first.json().data.user_id)
+  }
+  const ttlMs = await redis.pttl(recordKey(body.mobile))
+  t.ok(ttlMs > 270_000 && ttlMs <= 300_000, 'the record expires after 300 s')
+})
+
+t.test('a replay with a wrong password gets 409, and the second one ends the replays', async (t) => {
+  const body = await signUpBody()
+  const withWrongPassword = { ...body, password: 'another password', password2: 'another password' }
+  t.equal((await signUp(body)).statusCode, 201)
+  t.strictSame(statusAndErrno(await signUp(withWrongPassword)), [409, '4003'])
+  t.equal((await signUp(body)).headers['idempotent-replayed'], 'true', 'after the first wrong password')
+  t.strictSame(statusAndErrno(await signUp(withWrongPassword)), [409, '4003'])
+  t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'], 'after the second, the code is a used code')
+})
+
+t.test('of many simultaneous replays with wrong passwords, two are verified', async (t) => {
+  const body = await signUpBody()
+  await signUp(body)
+  const replies = await Promise.all(
+    Array.from({ length: 20 }, (_, index) => {
+      const password = `wrong password ${index}`
+      return retried(() => signUp({ ...body, password, password2: password }))
+    })
+  )
+  t.equal(replies.filter(({ statusCode }) => statusCode === 409).length, 2)
+  t.equal(replies.filter(({ statusCode }) => statusCode === 422).length, 18)
+})
+
+t.test('a replay gets 409 if the user has been deleted since, or the mobile has a new user', async (t) => {
+  const [deleted, renewed] = [await signUpBody(), await signUpBody()]
+  for (const body of [deleted, renewed]) {
+    t.equal((await signUp(body)).statusCode, 201)
+    await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
+  }
+  await postgres.query('INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)', [
+    renewed.mobile,
+    await hash(renewed.password)
+  ])
+  for (const body of [deleted, renewed]) t.strictSame(statusAndErrno(await signUp(body)), [409, '4003'])
+})
+
+t.test('the claim record has a keyed MAC of the code, and no trace of the code or the password', async (t) => {
+  const otherSecret = await build(t, { ...patient, SESSION_SECRET: 'another secret of at least 32 characters' })
+  const body = await signUpBody()
+  await signUp(body)
+  const record = await readRecord(body.mobile)
+  t.strictSame(Object.keys(record).sort(), ['at', 'mac', 'state', 'user_id'])
+  t.equal(Buffer.from(record.mac, 'base64url').length, 32)
+  t.notMatch(JSON.stringify(record), body.sms_code)
+
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
+  await issueCode(body.mobile, body.sms_code)
+  await client(otherSecret).signUp(body)
+  t.not((await readRecord(body.mobile)).mac, record.mac, 'another secret gives another MAC of the same code')
+
+  const otherMobile = await signUpBody({ mobile: newMobile() })
+  await issueCode(otherMobile.mobile, body.sms_code)
+  await client(otherSecret).signUp({ ...otherMobile, sms_code: body.sms_code })
+  t.not(
+    (await readRecord(otherMobile.mobile)).mac,
+    (await readRecord(body.mobile)).mac,
+    'the same code of two mobiles has two MACs'
+  )
+})
+
+t.test('G5: a retry is a replay also after a rotation of SESSION_SECRET', async (t) => {
+  const oldSecret = 'an old secret of at least thirty-two characters'
+  const before = await build(t, { ...patient, SESSION_SECRET: oldSecret })
+  const after = await build(t, {
+    ...patient,
+    SESSION_SECRET: `a new secret of at least thirty-two characters,${oldSecret}`
+  })
+  const body = await signUpBody()
+  t.equal((await client(before).signUp(body)).statusCode, 201)
+  t.equal((await client(after).signUp(body)).headers['idempotent-replayed'], 'true')
+})
+
+t.test('while a code is claimed, the same code gets 503 4500 and a wrong one 422', async (t) => {
+  const { signUp } = threeGuesses
+  const body = await signUpBody()
+  const inserts = await holdInserts()
+  const first = signUp(body)
+  await inserts.arrived(1)
+  const second = await signUp(body)
+  t.strictSame([...statusAndErrno(second), second.headers['retry-after']], [503, '4500', '1'])
+  t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4500'], 'one of three guesses is not the last')
+  await inserts.release()
+  t.equal((await first).statusCode, 201)
+})
+
+t.test('the last wrong guess deletes the record of a pending claim, and the claim still succeeds', async (t) => {
+  const body = await signUpBody()
+  const inserts = await holdInserts()
+  const first = signUp(body)
+  await inserts.arrived(1)
+  t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
+  t.equal(await redis.exists(recordKey(body.mobile)), 0)
+  await inserts.release()
+  t.equal((await first).statusCode, 201)
+  t.equal((await signUp(body)).headers['idempotent-replayed'], 'true', 'and its retry is safe')
+})
+
+t.test(
+  'G4: the code of an instance that died can be claimed again after the lease, by the same code only',
+  async (t) => {
+    const env = { ...patient, HASH_MAX_WAIT_MS: '600000', SMS_CODE_ATTEMPTS: '2' }
+    const proxy = await openProxy(t, 'REDIS_URL')
+    const dying = client(await build(t, { ...env, REDIS_URL: proxy.url }))
+    const other = client(await build(t, env))
+    const body = await signUpBody()
+    // The code is claimed, but the request does not know it.
+    proxy.strike(recordKey(body.mobile), { kind: 'cut', bytes: 3 })
+    t.strictSame(statusAndErrno(await dying.signUp(body)), [503, '4001'])
+    t.equal(await redis.exists(`sms_code_${body.mobile}`), 0)
+    t.equal((await readRecord(body.mobile)).state, 'pending')
+
+    t.strictSame(statusAndErrno(await other.signUp(body)), [503, '4500'])
+    const remainingMs = 60_000
+    await ageClaim(body.mobile, leaseMsOf(env) - remainingMs)
+    t.strictSame(statusAndErrno(await other.signUp(body)), [503, '4500'], 'until the end of the lease')
+    await ageClaim(body.mobile, remainingMs)
+    t.strictSame(statusAndErrno(await other.signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
+    t.equal((await other.signUp(body)).statusCode, 201)
+    t.equal((await userRows(body.mobile)).length, 1)
+  }
+)
+
+t.test('a lease expires by the clock of Redis', async (t) => {
+  const env = { HASH_MAX_WAIT_MS: '0', STORE_TIMEOUT_MS: '1000' }
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const [dying, other] = [client(await build(t, { ...env, REDIS_URL: proxy.url })), client(await build(t, env))]
+  const body = await signUpBody()
+  proxy.strike(recordKey(body.mobile), { kind: 'cut', bytes: 3 })
+  t.strictSame(statusAndErrno(await dying.signUp(body)), [503, '4001'])
+  const first = await readRecord(body.mobile)
+  t.equal((await retried(() => other.signUp(body))).statusCode, 201)
+  const second = await readRecord(body.mobile)
+  t.ok(Number(second.at) - Number(first.at) >= leaseMsOf(env) * 1_000, 'the second claim is a lease younger')
+})
+
+t.test('after an INSERT of unknown outcome, the code is restored, and the hash of the row decides', async (t) => {
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  for (const isSamePassword of [true, false]) {
+    const body = await signUpBody()
+    await redis.pexpire(`sms_code_${body.mobile}`, 100_000)
+    // The row is committed, but the request does not know it.
+    proxy.strike('insert_user', { kind: 'cut', bytes: 3 })
+    t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+    t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+    const ttlMs = await redis.pttl(`sms_code_${body.mobile}`)
+    t.ok(ttlMs > 70_000 && ttlMs <= 100_000, 'the code has its remaining TTL')
+    t.equal((await readRecord(body.mobile)).state, 'unknown')
+
+    await until('the row is committed', async () => (await userRows(body.mobile)).length === 1)
+    if (!isSamePassword) {
+      const passwordHash = await hash('another password')
+      await postgres.query('UPDATE users SET password_hash = $2 WHERE mobile = $1', [body.mobile, passwordHash])
+    }
+    t.equal((await retried(() => signUp(body))).statusCode, isSamePassword ? 201 : 409)
+    t.equal((await userRows(body.mobile)).length, 1)
+  }
+})
+
+t.test('a conflict discards the code: 409, and then 422', async (t) => {
+  const body = await signUpBody()
+  await signUp(body)
+  const secondSignUp = await signUpBody({ mobile: body.mobile })
+  t.strictSame(statusAndErrno(await signUp(secondSignUp)), [409, '4003'])
+  t.strictSame(statusAndErrno(await signUp(secondSignUp)), [422, '4004'])
+})
+
+t.test('a failure before the INSERT restores the code and deletes the claim record', async (t) => {
+  const body = await signUpBody()
+  t.strictSame(statusAndErrno(await failing.signUp(body)), [500, '4500'])
+  t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+  t.equal(await redis.exists(recordKey(body.mobile)), 0)
+})
+
+t.test('a restore does not overwrite a newer code, and does nothing while a newer code is claimed', async (t) => {
+  const [replaced, overtaken] = [await signUpBody(), await signUpBody()]
+  const inserts = await holdInserts()
+  const first = [signUp(replaced), signUp(overtaken)]
+  await inserts.arrived(2)
+  const { rows } = await postgres.query(`SELECT pid FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted`)
+
+  const newerCode = await issueCode(replaced.mobile)
+  const second = signUp({ ...overtaken, sms_code: await issueCode(overtaken.mobile) })
+  await inserts.arrived(3)
+  for (const { pid } of rows) await postgres.query('SELECT pg_cancel_backend($1)', [pid])
+  for (const reply of first) t.strictSame(statusAndErrno(await reply), [503, '4001'])
+  t.equal(await redis.get(`sms_code_${replaced.mobile}`), newerCode)
+  t.equal(await redis.exists(`sms_code_${overtaken.mobile}`), 0, 'the older code is not restored')
+  await inserts.release()
+  t.equal((await second).statusCode, 201)
+})
+
+t.test('G5: a slow request whose claim was taken over gets the same success, not 409', async (t) => {
+  const barrier = new EventEmitter()
+  const slow = await build(t, patient, {
+    overrides: { passwords: passwordsThatHashAfter(() => once(barrier, 'open')) }
+  })
+  const body = await signUpBody()
+  const first = client(slow).signUp(body)
+  await untilClaimed(body)
+  await ageClaim(body.mobile, leaseMsOf(patient))
+  t.equal((await signUp(body)).statusCode, 201)
+  await until('the slow request is at the barrier', () => barrier.listenerCount('open') === 1)
+  barrier.emit('open')
+  const reply = await first
+  t.equal(reply.statusCode, 201)
+  t.equal((await userRows(body.mobile))[0].id, reply.json().data.user_id)
+})
+
+t.test('fewer than SMS_CODE_ATTEMPTS wrong guesses keep the code, and the count expires with it', async (t) => {
+  const { signUp } = threeGuesses
+  const body = await signUpBody()
+  await redis.pexpire(`sms_code_${body.mobile}`, 100_000)
+  for (const _ of [1, 2]) t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
+  for (const key of [`sms_code_${body.mobile}`, recordKey(body.mobile)]) {
+    const ttlMs = await redis.pttl(key)
+    t.ok(ttlMs > 70_000 && ttlMs <= 100_000, `${key.includes('{') ? 'the record' : 'the code'} has the remaining TTL`)
+  }
+  t.equal((await signUp(body)).statusCode, 201)
+})
+
+t.test('SMS_CODE_ATTEMPTS wrong guesses discard the code', async (t) => {
+  const { signUp } = threeGuesses
+  const body = await signUpBody()
+  for (const _ of [1, 2, 3]) t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
+  t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'])
+})
+
+t.test('a new code starts without wrong guesses', async (t) => {
+  const { signUp } = threeGuesses
+  for (const guessesLeft of [1, 0]) {
+    const body = await signUpBody()
+    const guess = async () => t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
+    for (const _ of [1, 2]) await guess()
+    const newBody = { ...body, sms_code: await issueCode(body.mobile) }
+    for (let wrong = guessesLeft; wrong < 3; wrong++) await guess()
+    const expected = guessesLeft > 0 ? [201, '0'] : [422, '4004']
+    t.strictSame(statusAndErrno(await signUp(newBody)), expected, `${guessesLeft} guesses left`)
+  }
+})
+
+t.test('a restored code keeps its wrong guesses', async (t) => {
+  const { signUp } = threeGuesses
+  const failing = await build(t, withThreeGuesses, { overrides: { passwords: passwordsThatHashAfter(failToHash) } })
+  const body = await signUpBody()
+  const guess = async () => t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
+  for (const _ of [1, 2]) await guess()
+  t.strictSame(statusAndErrno(await client(failing).signUp(body)), [500, '4500'])
+  t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+  await guess()
+  t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'], 'the third guess was the last')
+})
+
+t.test('a code without a TTL is restored without one', async (t) => {
+  const body = await signUpBody()
+  await redis.persist(`sms_code_${body.mobile}`)
+  t.equal((await failing.signUp(body)).statusCode, 500)
+  t.equal(await redis.pttl(`sms_code_${body.mobile}`), -1)
+  t.equal((await signUp(body)).statusCode, 201)
+})
+
+t.test('a full Redis refuses the claim and keeps the code', async (t) => {
+  t.teardown(emptyRedis)
+  const body = await signUpBody()
+  await fillRedis()
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+  t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+  await emptyRedis()
+  t.equal((await signUp(body)).statusCode, 201)
+})
+
+t.test('G4: if a full Redis refuses the restore, the code can be claimed again after the lease', async (t) => {
+  const fillRedisAndFail = async () => {
+    await fillRedis()
+    await failToHash()
+  }
+  const filling = await build(t, patient, { overrides: { passwords: passwordsThatHashAfter(fillRedisAndFail) } })
+  t.teardown(emptyRedis)
+  const body = await signUpBody()
+  t.strictSame(statusAndErrno(await client(filling).signUp(body)), [500, '4500'])
+  t.equal((await readRecord(body.mobile)).state, 'pending')
+  await emptyRedis()
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4500'])
+  await ageClaim(body.mobile, leaseMsOf(patient))
+  t.equal((await signUp(body)).statusCode, 201)
+})
+
+t.test('a Redis that has lost its scripts gets them again', async (t) => {
+  t.equal((await signUp(await signUpBody())).statusCode, 201)
+  await redis.script('FLUSH')
+  t.equal((await signUp(await signUpBody())).statusCode, 201)
+})

@@ -1,0 +1,178 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { type AddressInfo, connect, type Socket } from 'node:net'
+import { constants, getPriority } from 'node:os'
+import { PassThrough } from 'node:stream'
+import { verify } from '@node-rs/argon2'
+import type { FastifyInstance } from 'fastify'
+import t, { type Test } from 'tap'
+import { ClientGone, HashPool } from '../src/passwords/hash-pool.js'
+import { client, statusAndErrno } from '../testkit/client.js'
+import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
+import { retried, until } from '../testkit/until.js'
+
+const { build, issueCode, redis, signUpBody, untilClaimed, userRows } = await startTestbed(t)
+
+const cheapHash = { memoryCost: 64, timeCost: 1, parallelism: 1 }
+
+/** Its verification takes a thread more than a second. A client can then disconnect while other jobs wait. */
+const slowPhc = '$argon2id$v=19$m=65536,t=40,p=1$c29tZSBzYWx0Li4u$MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTI'
+
+function startPool(t: Test, size: number): HashPool {
+  const pool = new HashPool(size, cheapHash)
+  t.teardown(() => pool.close())
+  return pool
+}
+
+t.test('the pool hashes and verifies, and a job that fails does not stop it', async (t) => {
+  const pool = startPool(t, 2)
+  const phc = await pool.hash('a password')
+  t.match(phc, /^\$argon2id\$v=19\$m=64,t=1,p=1\$/)
+  t.ok(await verify(phc, 'a password'))
+  t.equal(await pool.verify(phc, 'a password'), true)
+  t.equal(await pool.verify(phc, 'another'), false)
+  await t.rejects(pool.verify('no PHC string', 'a password'))
+  t.equal(await pool.verify(phc, 'a password'), true, 'after a failure')
+})
+
+t.test('hashes and verifications are served first come, first served', async (t) => {
+  const pool = startPool(t, 1)
+  const phc = await pool.hash('a password')
+  const finished: number[] = []
+  await Promise.all(
+    Array.from({ length: 40 }, async (_, index) => {
+      await (index % 3 === 0 ? pool.verify(phc, 'a password') : pool.hash('a password'))
+      finished.push(index)
+    })
+  )
+  t.strictSame(finished, [...finished.keys()])
+})
+
+t.test(
+  'the threads of the pool have a lower priority than the event loop',
+  { skip: process.platform !== 'linux' },
+  async (t) => {
+    // Field 19 of stat is the nice value. The name in field 2 may contain spaces (proc(5)).
+    const niceValues = () =>
+      readdirSync('/proc/self/task').map((threadId) =>
+        Number(readFileSync(`/proc/self/task/${threadId}/stat`, 'utf8').split(') ')[1]?.split(' ')[16])
+      )
+    await startPool(t, 3).ready()
+    const expected = Math.min(constants.priority.PRIORITY_LOW, getPriority() + 10)
+    t.equal(niceValues().filter((value) => value === expected).length, 3)
+  }
+)
+
+t.test('closing the pool finishes the queue', async (t) => {
+  const pool = new HashPool(1, cheapHash)
+  const jobs = Array.from({ length: 20 }, () => pool.hash('a password'))
+  await pool.close()
+  t.equal((await Promise.all(jobs)).length, 20)
+})
+
+t.test('a pool with invalid parameters does not become ready', async (t) => {
+  const pool = new HashPool(1, { memoryCost: 1, timeCost: 1, parallelism: 1 })
+  t.teardown(() => pool.close())
+  await t.rejects(pool.ready(), /[Mm]emory/)
+})
+
+t.test('a client that disconnects removes its job from the queue, but not a job that has started', async (t) => {
+  const pool = startPool(t, 1)
+  await pool.ready()
+  const [first, second] = [new PassThrough(), new PassThrough()]
+  const started = pool.verify(slowPhc, 'started', first)
+  const waiting = pool.hash('waiting', second)
+  t.ok(pool.expectedWaitMs > 0)
+  second.destroy()
+  await t.rejects(waiting, new ClientGone())
+  t.equal(pool.expectedWaitMs, 0)
+  first.destroy()
+  t.equal(await started, false)
+  await t.rejects(pool.hash('late', second), new ClientGone(), 'a client that has disconnected before adds no job')
+})
+
+/** The settings of an instance with one thread, whose requests do not time out. */
+const oneThread = { HASH_THREADS: '1', STORE_TIMEOUT_MS: '30000' }
+
+/** Occupies the thread of an instance for more than a second. */
+async function occupyThread({ passwords }: FastifyInstance): Promise<boolean> {
+  return passwords.verify(slowPhc, 'a password', new PassThrough())
+}
+
+/** Sends a sign-up on a connection of its own. */
+function sendSignUp({ server }: FastifyInstance, body: SignUpBody): Socket {
+  const { port } = server.address() as AddressInfo
+  const json = JSON.stringify(body)
+  const socket = connect(port, '127.0.0.1')
+  socket.write(
+    'POST /api/v1.0/users HTTP/1.1\r\nHost: service\r\nContent-Type: application/json\r\n' +
+      `Content-Length: ${json.length}\r\n\r\n${json}`
+  )
+  return socket
+}
+
+t.test('G6: a sign-up whose hash would wait too long gets 503 4500 at once, and its code is not touched', async (t) => {
+  const app = await build(t, { ...oneThread, HASH_MAX_WAIT_MS: '0' })
+  const { signUp } = client(app)
+  const [first, second, third] = [await signUpBody(), await signUpBody(), await signUpBody()]
+  const occupied = occupyThread(app)
+  // Both are admitted, because nothing waits yet.
+  const admitted = [signUp(first), signUp(second)]
+  await until('both sign-ups wait for the thread', () => app.passwords.queueLength === 2)
+
+  const refused = await signUp(third)
+  t.equal(app.passwords.queueLength, 2, 'the answer does not wait for the queue')
+  t.strictSame([refused.statusCode, refused.json()], [503, { errno: '4500', errmsg: '服务繁忙，请稍后重试' }])
+  t.match(refused.headers['retry-after'], /^[1-9]\d*$/)
+  t.equal(await redis.get(`sms_code_${third.mobile}`), third.sms_code)
+
+  t.equal(await occupied, false)
+  for (const reply of admitted) t.equal((await reply).statusCode, 201, 'a request that has claimed its code is hashed')
+  t.equal((await retried(() => signUp(third))).statusCode, 201, 'later the refused request succeeds')
+})
+
+t.test('G6: admission reserves nothing, so wrong codes do not displace a right one', async (t) => {
+  const { signUp } = client(await build(t, { ...oneThread, HASH_MAX_WAIT_MS: '0' }))
+  const [right, wrong] = [await signUpBody(), await signUpBody()]
+  const wrongCodes = Array.from({ length: 2_000 }, () => signUp({ ...wrong, sms_code: 'wrong' }))
+  t.equal((await signUp(right)).statusCode, 201)
+  for (const reply of await Promise.all(wrongCodes)) t.strictSame(statusAndErrno(reply), [422, '4004'])
+})
+
+t.test('a client that disconnects while its sign-up waits is not hashed, and its code is restored', async (t) => {
+  const app = await build(t, { ...oneThread, HASH_MAX_WAIT_MS: '600000' })
+  await app.listen({ port: 0 })
+  const { signUp } = client(app)
+  const [disconnecting, replaced] = [await signUpBody(), await signUpBody()]
+  await redis.pexpire(`sms_code_${disconnecting.mobile}`, 100_000)
+  const occupied = occupyThread(app)
+  const sockets = [sendSignUp(app, disconnecting), sendSignUp(app, replaced)]
+  await until('both sign-ups wait for the thread', () => app.passwords.queueLength === 2)
+  const newerCode = await issueCode(replaced.mobile)
+  for (const socket of sockets) socket.destroy()
+  await until('the code is restored', async () => (await redis.exists(`sms_code_${disconnecting.mobile}`)) === 1)
+  t.equal(await redis.get(`sms_code_${disconnecting.mobile}`), disconnecting.sms_code)
+  const ttlMs = await redis.pttl(`sms_code_${disconnecting.mobile}`)
+  t.ok(ttlMs > 0 && ttlMs <= 100_000, 'the code has its remaining TTL')
+
+  t.equal(await occupied, false)
+  t.strictSame([await userRows(disconnecting.mobile), await userRows(replaced.mobile)], [[], []], 'nothing is written')
+  t.equal(await redis.get(`sms_code_${replaced.mobile}`), newerCode, 'a newer code is not overwritten')
+  t.equal((await signUp(disconnecting)).statusCode, 201, 'the code still works')
+})
+
+t.test('shutdown waits for sign-ups whose clients have disconnected, and restores their codes', async (t) => {
+  const app = await build(t, { ...oneThread, HASH_MEMORY_KIB: '65536', HASH_PASSES: '10', HASH_MAX_WAIT_MS: '600000' })
+  await app.listen({ port: 0 })
+  const [started, waiting] = [await signUpBody(), await signUpBody()]
+  const first = sendSignUp(app, started)
+  await untilClaimed(started)
+  const occupied = occupyThread(app)
+  const second = sendSignUp(app, waiting)
+  await untilClaimed(waiting)
+  first.destroy()
+  second.destroy()
+  await app.close()
+  t.equal(await occupied, false)
+  t.equal(await redis.get(`sms_code_${waiting.mobile}`), waiting.sms_code)
+  t.equal((await userRows(started.mobile)).length, 1, 'a hash that has started is finished, and its row is written')
+})

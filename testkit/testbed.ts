@@ -1,0 +1,179 @@
+import { randomInt } from 'node:crypto'
+import type { FastifyInstance } from 'fastify'
+import type { Test } from 'tap'
+import { type BuildOptions, buildApp } from '../src/app.js'
+import { type Config, type Environment, loadConfig } from '../src/config/config.js'
+import type { Reply } from './client.js'
+import { FaultProxy } from './fault-proxy.js'
+import { startStores } from './private-stores.js'
+import { ServerProcess } from './server-process.js'
+import { until } from './until.js'
+
+/** Cheap hashes and a quick start: one thread, and no page of the API. */
+const quickStart = { HASH_MEMORY_KIB: '64', HASH_PASSES: '1', HASH_THREADS: '1', DOCS: 'false' }
+
+export type Testbed = Awaited<ReturnType<typeof startTestbed>>
+export type SignUpBody = Awaited<ReturnType<Testbed['signUpBody']>>
+
+/**
+ * Starts private stores for a test file, and stops them at its end. Then two promises are checked for everything that the
+ * applications of the file have logged: no secret is in the log (G7), and OpenAPI describes every outcome.
+ */
+export async function startTestbed(t: Test) {
+  const stores = await startStores()
+  const { postgres, redis } = stores
+
+  let log = ''
+  const logStream = {
+    write(line: string) {
+      log += line
+    }
+  }
+  const secrets = new Set<string>()
+  /** The outcomes that OpenAPI describes, by `METHOD /path`. */
+  const describedOutcomes = new Map<string, Set<string>>()
+
+  t.teardown(async () => {
+    await stores.stop()
+    const leaked = [...secrets].filter((secret) => log.includes(secret))
+    if (leaked.length > 0) throw new Error(`G7: a password, code, session id or full mobile is in the log: ${leaked}`)
+    const undescribed = loggedOutcomes().filter(
+      ([operation, outcome]) => !describedOutcomes.get(operation)?.has(outcome)
+    )
+    if (undescribed.length > 0) throw new Error(`OpenAPI does not describe ${undescribed.join(' ')}`)
+  })
+
+  /** Returns the logged outcomes of the described routes, as [`METHOD /path`, outcome]. */
+  function loggedOutcomes(): [string, string][] {
+    return log
+      .split('\n')
+      .filter((line) => line.includes('"outcome":'))
+      .map((line) => JSON.parse(line))
+      .filter(({ method, route }) => describedOutcomes.has(`${method} ${route}`))
+      .map(({ method, route, outcome }) => [`${method} ${route}`, outcome])
+  }
+
+  function config(env: Environment = {}): Config {
+    return loadConfig({ ...stores.environment, ...quickStart, ...env })
+  }
+
+  /** Builds the service as production does, on the private stores, and closes it after the test. */
+  async function build(
+    t: Test,
+    env: Environment = {},
+    { changes, ...options }: BuildOptions & { changes?: Partial<Config> } = {}
+  ): Promise<FastifyInstance> {
+    const app = await buildApp({ ...config(env), ...changes }, { logStream, ...options })
+    t.after(() => app.close())
+    for (const [path, operations] of Object.entries(app.swagger().paths ?? {})) {
+      for (const [method, operation] of Object.entries(operations ?? {})) {
+        const names = JSON.stringify(operation).match(/(?<=")[a-z_]+(?=":\{"summary)/g)
+        describedOutcomes.set(`${method.toUpperCase()} ${path}`, new Set(names))
+      }
+    }
+    return app
+  }
+
+  /** Starts the built service as a process on the private stores, and kills it after the test. */
+  function startService(t: Test, env: Environment = {}): ServerProcess {
+    const service = ServerProcess.start(undefined, { env: { ...quickStart, ...stores.environment, ...env } })
+    t.teardown(() => service.dispose())
+    return service
+  }
+
+  /** Opens a fault proxy in front of a store, and closes it after the test. */
+  async function openProxy(t: Test, store: 'DATABASE_URL' | 'REDIS_URL'): Promise<FaultProxy> {
+    const proxy = await FaultProxy.open(store === 'REDIS_URL' ? stores.redisUrl : stores.databaseUrl)
+    t.teardown(() => proxy.close())
+    return proxy
+  }
+
+  function newMobile(): string {
+    const mobile = `139${randomInt(100_000_000).toString().padStart(8, '0')}`
+    secrets.add(mobile)
+    return mobile
+  }
+
+  /** Writes a code as another SMS service does. It has letters, because a log contains six digits by chance. */
+  async function issueCode(mobile: string, code = `c${randomInt(2 ** 40).toString(36)}`): Promise<string> {
+    secrets.add(code)
+    await redis.set(`sms_code_${mobile}`, code, 'EX', 300)
+    return code
+  }
+
+  /** Returns the body of a sign-up that succeeds, with some changes. */
+  async function signUpBody(changes: Record<string, unknown> = {}) {
+    const mobile = typeof changes.mobile === 'string' ? changes.mobile : newMobile()
+    const password = `Tr0ub4dor&${randomInt(2 ** 40).toString(36)}`
+    secrets.add(password)
+    return { mobile, sms_code: await issueCode(mobile), password, password2: password, ...changes }
+  }
+
+  /** Returns the name and the value of the session cookie of a reply. */
+  function cookieOf(reply: Pick<Reply, 'cookies'>): string {
+    const [cookie] = reply.cookies
+    if (cookie === undefined) throw new Error('the reply sets no cookie')
+    const sessionId = decodeURIComponent(cookie.value).split('.')[0]
+    if (sessionId) secrets.add(sessionId)
+    return `${cookie.name}=${cookie.value}`
+  }
+
+  async function userRows(mobile: string) {
+    const { rows } = await postgres.query('SELECT * FROM users WHERE mobile = $1', [mobile])
+    return rows
+  }
+
+  /** A barrier in front of the users table: holds every INSERT until it is released. */
+  async function holdInserts() {
+    const connection = await postgres.connect()
+    await connection.query('BEGIN; LOCK TABLE users IN EXCLUSIVE MODE')
+    return {
+      /** Waits until so many INSERTs wait at the barrier. */
+      arrived: (count: number) =>
+        until(`${count} INSERTs wait for the lock`, async () => {
+          const { rows } = await postgres.query(
+            `SELECT count(*)::int FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted`
+          )
+          return rows[0].count === count
+        }),
+      async release() {
+        await connection.query('COMMIT')
+        connection.release()
+      }
+    }
+  }
+
+  /** Holds every write on Redis until it is released, as a server that does not answer. */
+  async function holdRedisWrites() {
+    await redis.client('PAUSE', 60_000, 'WRITE')
+    return { release: () => redis.client('UNPAUSE') }
+  }
+
+  /** Waits until the codes of these mobiles have been claimed. */
+  const untilClaimed = (...bodies: { mobile: string }[]) =>
+    until('the codes are claimed', async () => {
+      return (await redis.exists(...bodies.map(({ mobile }) => `sms_code_${mobile}`))) === 0
+    })
+
+  return {
+    stores,
+    postgres,
+    redis,
+    config,
+    build,
+    startService,
+    openProxy,
+    log: () => log,
+    newMobile,
+    issueCode,
+    signUpBody,
+    cookieOf,
+    userRows,
+    holdInserts,
+    holdRedisWrites,
+    untilClaimed
+  }
+}
+
+/** The key of a mobile's claim record. */
+export const recordKey = (mobile: string) => `{sms_code_${mobile}}:attempt`

@@ -1,0 +1,30 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+
+/** Long enough for a machine that is busy with other work. */
+const timeoutMs = 60_000
+
+const intervalMs = 5
+
+/**
+ * Polls until a condition holds.
+ *
+ * @param what completes the error "waited 60 s until …"
+ */
+export async function until(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
+  const deadline = Date.now() + timeoutMs
+  while (!(await condition())) {
+    if (Date.now() > deadline) throw new Error(`waited ${timeoutMs / 1_000} s until ${what}`)
+    await sleep(intervalMs)
+  }
+}
+
+/** Repeats a request while it is answered 503, and returns the first other reply. */
+export async function retried<Reply extends { statusCode: number }>(send: () => Promise<Reply>): Promise<Reply> {
+  let reply = await send()
+  if (reply.statusCode !== 503) return reply
+  await until('a retry is not answered 503', async () => {
+    reply = await send()
+    return reply.statusCode !== 503
+  })
+  return reply
+}
