@@ -1,0 +1,88 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { dirname, join, relative } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import t from 'tap'
+
+/*
+ * The rules of docs/architecture.md that no compiler checks.
+ */
+
+const src = fileURLToPath(new URL('../src', import.meta.url))
+
+interface Import {
+  from: string
+  to: string
+  isDynamic: boolean
+}
+
+const files = readdirSync(src, { recursive: true, encoding: 'utf8' }).filter((file) => /\.(ts|js)$/.test(file))
+
+/** Every import between files of src, by their paths in src. */
+const imports: Import[] = files.flatMap((from) => {
+  const text = readFileSync(join(src, from), 'utf8')
+  return [...text.matchAll(/(?:from |(import\())'(\.[^']+)'/g)].map(([, dynamic, specifier = '']) => {
+    const path = relative(src, join(src, dirname(from), specifier))
+    const to = files.includes(path) ? path : path.replace(/\.js$/, '.ts')
+    return { from, to, isDynamic: dynamic !== undefined }
+  })
+})
+
+const features = ['codes', 'passwords', 'sessions', 'users']
+const foundation = ['config', 'outcomes.ts']
+
+/** What each folder, or file beside the folders, may import beside itself. */
+const allowedImports: Record<string, string[]> = {
+  'outcomes.ts': [],
+  config: ['outcomes.ts'],
+  telemetry: foundation,
+  stores: ['telemetry', ...foundation],
+  http: ['telemetry', ...foundation],
+  ...Object.fromEntries(
+    features.map((feature) => [feature, [...features, 'http', 'stores', 'telemetry', ...foundation]])
+  ),
+  dev: ['config'],
+  'app.ts': [...features, 'http', 'stores', 'telemetry', 'dev', ...foundation],
+  'index.ts': ['app.ts', 'config', 'stores'],
+  'migrate.ts': ['config', 'stores'],
+  'server.ts': ['app.ts', 'config', 'dev', 'stores', 'telemetry']
+}
+
+const placeOf = (file: string) => file.split('/')[0] ?? ''
+
+t.test('imports go one way: server → app → features → http, stores, telemetry → config', async (t) => {
+  t.ok(imports.length > 50)
+  for (const { from, to } of imports) {
+    const [place, target] = [placeOf(from), placeOf(to)]
+    t.ok(files.includes(to), `${from} imports ${to}, which exists`)
+    t.ok(place === target || allowedImports[place]?.includes(target), `${from} may import ${to}`)
+  }
+})
+
+t.test('no files import each other in a circle', async (t) => {
+  /** Returns a circle that the path leads into. */
+  function findCircle(path: string[]): string[] | undefined {
+    const targets = imports.filter(({ from }) => from === path.at(-1)).map(({ to }) => to)
+    for (const to of targets) {
+      const circle = path.includes(to) ? [...path, to] : findCircle([...path, to])
+      if (circle !== undefined) return circle
+    }
+    return undefined
+  }
+  for (const file of files) t.equal(findCircle([file])?.join(' → '), undefined, file)
+})
+
+t.test('src/dev and OpenTelemetry are imported only on demand', async (t) => {
+  const onDemand = imports.filter(
+    ({ from, to }) => (placeOf(to) === 'dev' && placeOf(from) !== 'dev') || to === 'telemetry/traces.ts'
+  )
+  t.ok(onDemand.length > 2)
+  for (const { from, to, isDynamic } of onDemand) t.ok(isDynamic, `${from} imports ${to} dynamically`)
+})
+
+t.test('only the entry points and src/dev read the environment', async (t) => {
+  const readers = files.filter((file) => readFileSync(join(src, file), 'utf8').includes('process.env'))
+  t.strictSame(
+    readers.filter((file) => placeOf(file) !== 'dev'),
+    ['migrate.ts', 'server.ts']
+  )
+})
