@@ -1,23 +1,29 @@
-import { progress } from './report.js'
+import { showProgress } from './report.js'
 
 /**
- * Measures two sides in turn, the one that begins changing from round to round, after a round that warms both up.
+ * Measures two sides in turn. The speed of a shared machine drifts, so each round measures both sides, and every other
+ * round starts with the second side.
  *
- * @returns a pair for each round
+ * @param measureA is called with the number of the round, from 0
+ * @param label is shown with each round; without it, no progress is shown
+ * @returns the two results of each round
  */
-export async function alternate<T>(
-  name: string,
+export async function alternate<A, B>(
   rounds: number,
-  measureOurs: () => Promise<T>,
-  measureTheirs: () => Promise<T>
-): Promise<[ours: T, theirs: T][]> {
-  const pairs: [T, T][] = []
-  for (let n = 0; n <= rounds; n++) {
-    progress(n === 0 ? `${name}: warm-up` : `${name}: round ${n} of ${rounds}`)
-    const oursFirst = n % 2 === 0
-    const first = await (oursFirst ? measureOurs() : measureTheirs())
-    const second = await (oursFirst ? measureTheirs() : measureOurs())
-    pairs.push(oursFirst ? [first, second] : [second, first])
+  measureA: (round: number) => Promise<A>,
+  measureB: (round: number) => Promise<B>,
+  label?: string
+): Promise<[A, B][]> {
+  const results: [A, B][] = []
+  for (let round = 0; round < rounds; round++) {
+    if (label !== undefined) showProgress(`${label}: round ${round + 1} of ${rounds}`)
+    if (round % 2 === 0) {
+      const a = await measureA(round)
+      results.push([a, await measureB(round)])
+    } else {
+      const b = await measureB(round)
+      results.push([await measureA(round), b])
+    }
   }
-  return pairs.slice(1)
+  return results
 }

@@ -1,22 +1,19 @@
 import { readFileSync } from 'node:fs'
+import type { Results } from './report.js'
 import { round } from './statistics.js'
 
-interface Results {
-  commit: string
-  rows: { name: string; figure: number }[]
-}
-
-/** Prints two result files side by side: each figure that both have, and the new one in parts of the old. */
-export function compare([oldFile, newFile]: readonly string[]): void {
-  if (oldFile === undefined || newFile === undefined) throw new Error('usage: npm run bench -- compare OLD NEW')
-  const [before, after] = [oldFile, newFile].map((file): Results => JSON.parse(readFileSync(file, 'utf8')))
-  process.stdout.write(`${'figure'.padEnd(66)}${short(before)}  ${short(after)}  new ÷ old\n`)
-  for (const { name, figure } of before?.rows ?? []) {
-    const now = after?.rows.find((row) => row.name === name)?.figure
-    if (now === undefined) continue
-    const columns = [figure, now, now / figure].map((value) => String(round(value)).padStart(8))
+/** Prints every figure that two result files have in common, with the ratio of the new one to the old one. */
+export function compare(oldFile: string, newFile: string): void {
+  const [before, after] = [readResults(oldFile), readResults(newFile)]
+  process.stdout.write(`${'figure'.padEnd(66)}${shortCommit(before)}  ${shortCommit(after)}  new ÷ old\n`)
+  for (const { name, figure } of before.rows) {
+    const newFigure = after.rows.find((row) => row.name === name)?.figure
+    if (newFigure === undefined) continue
+    const columns = [figure, newFigure, newFigure / figure].map((value) => String(round(value)).padStart(8))
     process.stdout.write(`${name.padEnd(66)}${columns.join('  ')}\n`)
   }
 }
 
-const short = (results: Results | undefined) => (results?.commit ?? '').slice(0, 8).padStart(8)
+const readResults = (file: string): Results => JSON.parse(readFileSync(file, 'utf8'))
+
+const shortCommit = ({ commit }: Results) => commit.slice(0, 8).padStart(8)

@@ -1,73 +1,53 @@
-import { randomInt } from 'node:crypto'
 import { once } from 'node:events'
 import { connect, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import autocannon from 'autocannon'
 import type { Redis } from 'ioredis'
-import type { Subject } from './lab.js'
+import { issueSignUps } from './request-bodies.js'
+import type { Server } from './system-under-test.js'
 
-export const signUpPath = '/api/v1.0/users'
+const signUpPath = '/api/v1.0/users'
 
-/** A reply, or its absence (status 0): the connection ended, or nothing came for ten seconds. */
+/** The number of connections for P1 to P4 and P6: enough that no hash thread is ever idle. */
+export const saturatingConnections = 32
+
+/** Well above HASH_MAX_WAIT_MS plus three store timeouts. */
+const replyTimeoutMs = 10_000
+
+/** The start of a closed loop, which is not counted: connections open and queues fill. */
+const rampMs = 500
+
 export interface Reply {
+  /** 0 if the connection closed or the reply timed out. */
   status: number
   ms: number
 }
 
-/** Mobiles count up from a random one, so that no two runs share any. */
-let nextMobile = 13_000_000_000 + randomInt(5_000_000_000)
-
-/** The bodies of so many sign-ups that will succeed: their codes are in Redis. */
-export async function issueSignUps(redis: Redis, count: number): Promise<string[]> {
-  const bodies: string[] = []
-  while (bodies.length < count) {
-    const pipeline = redis.pipeline()
-    for (let n = 0; n < 1_000 && bodies.length < count; n++) {
-      const mobile = `${nextMobile++}`
-      pipeline.set(`sms_code_${mobile}`, '123456', 'EX', 3_600)
-      bodies.push(
-        JSON.stringify({ mobile, sms_code: '123456', password: 'a bench password', password2: 'a bench password' })
-      )
-    }
-    await pipeline.exec()
-  }
-  return bodies
-}
-
-/** Whose sign-up a body is. */
-export const mobileOf = (body: string): string => JSON.parse(body).mobile
-
-export interface ClosedLoop {
+export interface ClosedLoopResult {
   perSecond: number
-  /** The subject's CPU for one reply, in milliseconds. */
+  /** CPU time of the server for each reply, in milliseconds. */
   cpuMs: number
   replies: Reply[]
 }
 
-/** The longest wait for a reply: well past HASH_MAX_WAIT_MS and three timeouts of a store. */
-const replyTimeoutMs = 10_000
-
-/** The first part of a run, which is not counted: connections open, queues fill. */
-const rampMs = 500
-
 /**
- * So many connections that each send the next request when the last is answered. The clock and the counts are this
- * function's own: autocannon rounds its duration to whole seconds.
+ * Sends requests on a number of connections. Each connection sends its next request when it has received the reply. Time
+ * and replies are counted here, because autocannon rounds its duration to whole seconds.
  *
- * @param bodies one for each request, in turn, again from the start when they end
+ * @param options.bodies are sent in order, and from the start again when all were sent
  */
 export async function closedLoop(
-  subject: Subject,
-  options: { connections: number; seconds: number; bodies: readonly string[]; path?: string }
-): Promise<ClosedLoop> {
-  const { connections, seconds, bodies, path = signUpPath } = options
+  server: Server,
+  options: { connections?: number; seconds: number; bodies: readonly string[]; path?: string }
+): Promise<ClosedLoopResult> {
+  const { connections = saturatingConnections, seconds, bodies, path = signUpPath } = options
   let sent = 0
   let replies: Reply[] = []
   const load = autocannon(
     {
-      url: subject.url,
+      url: server.url,
       connections,
-      // Until it is stopped.
+      // Longer than any measurement; `stop` ends it.
       duration: 3_600,
       requests: [
         {
@@ -84,65 +64,85 @@ export async function closedLoop(
 
   await sleep(rampMs)
   replies = []
-  const [startedAt, cpuBefore] = [performance.now(), subject.cpuMs()]
+  const [startedAt, cpuMsBefore] = [performance.now(), server.process.cpuMs()]
   await sleep(seconds * 1_000)
-  const [elapsedMs, cpu, counted] = [performance.now() - startedAt, subject.cpuMs() - cpuBefore, replies]
+  const [elapsedMs, cpuMs, counted] = [performance.now() - startedAt, server.process.cpuMs() - cpuMsBefore, replies]
   load.stop()
   await once(load, 'done')
-  return { perSecond: (counted.length * 1_000) / elapsedMs, cpuMs: cpu / counted.length, replies: counted }
+  return { perSecond: (counted.length * 1_000) / elapsedMs, cpuMs: cpuMs / counted.length, replies: counted }
+}
+
+/** Signs up for two seconds, so that V8 has optimized the service and its connections to the stores are open. */
+export async function warmUp(service: Server, redis: Redis): Promise<void> {
+  await closedLoop(service, { seconds: 2, bodies: await issueSignUps(redis, 2_000) })
+}
+
+/** @throws {Error} if a reply has another status, because then something else was measured */
+export function requireStatus(replies: readonly Reply[], expected: number, requests: string): void {
+  const others = replies.filter(({ status }) => status !== expected)
+  if (others.length === 0) return
+  const statuses = [...new Set(others.map(({ status }) => status))].join(', ')
+  throw new Error(`${others.length} of ${replies.length} ${requests} were answered ${statuses} instead of ${expected}`)
 }
 
 /**
- * So many requests a second, whatever becomes of them: each is sent at its time, and its latency counts from then, so
- * that a stall of the subject, or of this process, is not left out.
+ * Sends sign-ups at a constant rate, whether or not earlier ones have been answered. A latency counts from the scheduled
+ * start, so that it includes stalls of the server and of this process (no coordinated omission).
+ *
+ * @param options.bodies are sent in order, and from the start again when all were sent
+ * @returns the replies in the order of the requests
  */
 export async function openLoop(
-  subject: Subject,
+  server: Server,
   options: { perSecond: number; seconds: number; bodies: readonly string[] }
 ): Promise<Reply[]> {
   const { perSecond, seconds, bodies } = options
-  const { hostname, port } = new URL(subject.url)
-  const idle: Socket[] = []
-  const startAt = performance.now()
+  const { hostname: host, port } = new URL(server.url)
+  const address = { host, port: Number(port) }
+  const idleSockets: Socket[] = []
   const replies: Promise<Reply>[] = []
   const count = Math.round(perSecond * seconds)
+  const startAt = performance.now()
   while (replies.length < count) {
-    const dueAt = startAt + (replies.length * 1_000) / perSecond
-    const earlyMs = dueAt - performance.now()
-    if (earlyMs > 0) await sleep(earlyMs)
-    else
-      replies.push(
-        send(idle, { host: hostname, port: Number(port) }, bodies[replies.length % bodies.length] ?? '', dueAt)
-      )
+    const scheduledAt = startAt + (replies.length * 1_000) / perSecond
+    const delayMs = scheduledAt - performance.now()
+    if (delayMs > 0) await sleep(delayMs)
+    else replies.push(signUp(address, idleSockets, bodies[replies.length % bodies.length] ?? '', scheduledAt))
   }
-  const all = await Promise.all(replies)
-  for (const socket of idle) socket.destroy()
-  return all
+  const received = await Promise.all(replies)
+  for (const socket of idleSockets) socket.destroy()
+  return received
 }
 
 /**
- * One request on an idle connection, or a new one. By hand, because node:http's client would take a good part of the two
- * cores; the service's replies all have a Content-Length and a short body.
+ * Sends one sign-up on an idle connection, or on a new one. It reads and writes HTTP itself, because node:http would take
+ * much of the CPU that the server under test needs. It relies on short replies with a Content-Length.
  */
-function send(idle: Socket[], address: { host: string; port: number }, body: string, dueAt: number): Promise<Reply> {
-  const socket = takeIdle(idle) ?? connect({ ...address, noDelay: true }).on('error', ignore)
+function signUp(
+  address: { host: string; port: number },
+  idleSockets: Socket[],
+  body: string,
+  scheduledAt: number
+): Promise<Reply> {
+  // An error is followed by 'close'.
+  const socket = takeIdle(idleSockets) ?? connect({ ...address, noDelay: true }).on('error', () => undefined)
   return new Promise((resolve) => {
     let text = ''
-    function end(status: number): void {
+    function finish(status: number): void {
       clearTimeout(timeout)
       socket.off('data', read).off('close', fail)
-      if (status > 0) idle.push(socket)
+      if (status > 0) idleSockets.push(socket)
       else socket.destroy()
-      resolve({ status, ms: performance.now() - dueAt })
+      resolve({ status, ms: performance.now() - scheduledAt })
     }
     function read(chunk: Buffer): void {
       text += chunk.toString('latin1')
       const headEnd = text.indexOf('\r\n\r\n')
       if (headEnd < 0) return
       const length = Number(/content-length: (\d+)/i.exec(text)?.[1])
-      if (text.length >= headEnd + 4 + length) end(Number(text.slice(9, 12)))
+      if (text.length >= headEnd + 4 + length) finish(Number(text.slice('HTTP/1.1 '.length, 'HTTP/1.1 200'.length)))
     }
-    const fail = () => end(0)
+    const fail = () => finish(0)
     const timeout = setTimeout(fail, replyTimeoutMs)
     socket.on('data', read).once('close', fail)
     socket.write(
@@ -152,11 +152,8 @@ function send(idle: Socket[], address: { host: string; port: number }, body: str
   })
 }
 
-/** An error is followed by 'close', which says enough. */
-const ignore = () => undefined
-
-/** A connection that has not ended while it was idle. */
-function takeIdle(idle: Socket[]): Socket | undefined {
-  const socket = idle.pop()
-  return socket?.destroyed ? takeIdle(idle) : socket
+/** Returns an idle connection that is still open. */
+function takeIdle(idleSockets: Socket[]): Socket | undefined {
+  const socket = idleSockets.pop()
+  return socket?.destroyed ? takeIdle(idleSockets) : socket
 }

@@ -1,87 +1,84 @@
-import { availableParallelism } from 'node:os'
 import { hash } from '@node-rs/argon2'
-import { bareHashes } from './bare-hashes.js'
-import type { Lab, Subject } from './lab.js'
-import { closedLoop, issueSignUps, mobileOf } from './load.js'
-import { progress, type Row } from './report.js'
+import { client, type Reply } from '../testkit/client.js'
+import { alternate } from './alternate.js'
+import { closedLoop, requireStatus } from './load.js'
+import { type Row, ratioRow, showProgress } from './report.js'
+import { newMobiles, password } from './request-bodies.js'
 import { median, round } from './statistics.js'
+import type { SystemUnderTest } from './system-under-test.js'
+import { bareHashes } from './yardsticks/bare-hashes.js'
 
-const password = 'a bench password'
-const users = 4_000
-const alternations = 200
+const rounds = 5
+const seconds = 3
+const userCount = 4_000
 
-/** Logins, as near to bare hashes as sign-ups are; and that no time tells who is registered. */
-export async function login(lab: Lab): Promise<Row[]> {
-  const threads = availableParallelism()
-  const [rounds, seconds] = [5, 3]
-  const service = await lab.service({
-    SMS_RESEND_S: '0',
-    SMS_DAILY_MAX: '0',
-    SMS_IP_HOURLY_MAX: '0',
-    SMS_PREFIX_HOURLY_MAX: '0'
-  })
-  const registered = (await issueSignUps(lab.redis, users)).map(mobileOf)
-  await lab.postgres.query(
+/** How often a registered and an unregistered mobile are compared. */
+const comparisons = 200
+
+/** One client asks for the codes of many mobiles. */
+const noCodeLimits = {
+  SMS_RESEND_S: '0',
+  SMS_DAILY_MAX: '0',
+  SMS_IP_HOURLY_MAX: '0',
+  SMS_PREFIX_HOURLY_MAX: '0'
+}
+
+/** Logins compared with bare hashes, and whether reply times show which mobiles are registered. */
+export async function login(system: SystemUnderTest): Promise<Row[]> {
+  const service = await system.startService(noCodeLimits)
+  const registered = newMobiles(userCount)
+  await system.stores.postgres.query(
     'INSERT INTO users (name, mobile, password_hash) SELECT m, m, $2 FROM unnest($1::text[]) m',
     [registered, await hash(password)]
   )
   const bodies = registered.map((mobile) => JSON.stringify({ mobile, password }))
-  await closedLoop(service, { connections: 32, seconds: 2, bodies, path: '/api/v1.0/sessions' })
+  const path = '/api/v1.0/sessions'
 
-  const pairs = []
-  for (let n = 0; n < rounds; n++) {
-    progress(`login: round ${n + 1} of ${rounds}`)
-    const bare = await bareHashes({ threads, seconds })
-    const logins = await closedLoop(service, { connections: 32, seconds, bodies, path: '/api/v1.0/sessions' })
-    const failed = logins.replies.filter(({ status }) => status !== 201).length
-    if (failed > 0) throw new Error(`${failed} logins failed`)
-    pairs.push([logins.perSecond, bare.perSecond] as const)
+  async function measureLoginRate(): Promise<number> {
+    const { perSecond, replies } = await closedLoop(service, { seconds, bodies, path })
+    requireStatus(replies, 201, 'logins')
+    return perSecond
   }
 
-  const unregistered = (await issueSignUps(lab.redis, alternations)).map(mobileOf)
-  const asked = [registered.slice(0, alternations), unregistered] as const
-  progress(`login: ${alternations} times a registered and an unregistered mobile`)
-  const codes = await alternate(service, '/sms_codes', asked, (mobile) => ({ mobile }))
-  const guesses = await alternate(service, '/sessions', asked, (mobile) => ({ mobile, password: 'a wrong password' }))
-  await service.stop()
+  // Warm-up, as `warmUp` does with sign-ups.
+  await closedLoop(service, { seconds: 2, bodies, path })
+  const rates = await alternate(
+    rounds,
+    measureLoginRate,
+    async () => (await bareHashes({ seconds })).perSecond,
+    'login'
+  )
+
+  const unregistered = newMobiles(comparisons)
+  const { sendCode, logIn } = client(service.url)
+
+  /** Returns the median times of a request for registered and for unregistered mobiles, in milliseconds. */
+  async function compareTimes(expectedStatus: number, send: (mobile: string) => Promise<Reply>): Promise<number[]> {
+    const measure = async (mobile = '') => {
+      const startedAt = performance.now()
+      const { statusCode } = await send(mobile)
+      const ms = performance.now() - startedAt
+      requireStatus([{ status: statusCode, ms }], expectedStatus, 'requests')
+      return ms
+    }
+    const times = await alternate(
+      comparisons,
+      (n) => measure(registered[n]),
+      (n) => measure(unregistered[n])
+    )
+    return [median(times.map(([ms]) => ms)), median(times.map(([, ms]) => ms))]
+  }
+
+  showProgress(`login: times of ${comparisons} registered and ${comparisons} unregistered mobiles`)
+  const codeTimes = await compareTimes(202, (mobile) => sendCode(mobile))
+  const loginTimes = await compareTimes(401, (mobile) => logIn({ mobile, password: 'a wrong password' }))
   return [
-    {
-      name: 'logins/s ÷ bare hashes/s, 32 connections',
-      figure: median(pairs.map(([ours, theirs]) => ours / theirs)),
-      target: { atLeast: 0.9 },
-      raw: pairs.map((pair) => pair.map(round))
-    },
-    timing('a code sent: the slower median of registered and not ÷ the other', codes),
-    timing('a login refused: the slower median of registered and not ÷ the other', guesses)
+    ratioRow('logins/s ÷ bare hashes/s, 32 connections', rates, { atLeast: 0.9 }),
+    timingRow('a code sent: the slower median of registered and not ÷ the other', codeTimes),
+    timingRow('a login refused: the slower median of registered and not ÷ the other', loginTimes)
   ]
 }
 
-type Times = readonly [registeredMs: number, unregisteredMs: number]
-
-function timing(name: string, times: Times): Row {
+function timingRow(name: string, times: readonly number[]): Row {
   return { name, figure: Math.max(...times) / Math.min(...times), target: { atMost: 1.1 }, raw: times.map(round) }
-}
-
-/** The median times of requests that differ in who they name, sent in turn. */
-async function alternate(
-  { url }: Subject,
-  path: string,
-  mobiles: readonly [readonly string[], readonly string[]],
-  bodyOf: (mobile: string) => object
-): Promise<Times> {
-  const times: [number[], number[]] = [[], []]
-  for (let n = 0; n < alternations; n++) {
-    for (const side of [0, 1] as const) {
-      const body = JSON.stringify(bodyOf(mobiles[side][n] ?? ''))
-      const startedAt = performance.now()
-      const reply = await fetch(`${url}/api/v1.0${path}`, {
-        method: 'POST',
-        headers: { 'content-type': 'application/json' },
-        body
-      })
-      await reply.text()
-      times[side].push(performance.now() - startedAt)
-    }
-  }
-  return [median(times[0]), median(times[1])]
 }

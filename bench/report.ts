@@ -2,49 +2,90 @@ import { execFileSync } from 'node:child_process'
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { arch, availableParallelism, cpus, platform, release, totalmem } from 'node:os'
 import { fileURLToPath } from 'node:url'
-import { round } from './statistics.js'
+import { median, round } from './statistics.js'
 
-/** A figure of a benchmark. */
+type Target = { atLeast: number } | { atMost: number }
+
+/** One figure of a benchmark. */
 export interface Row {
+  /** `npm run bench -- compare` finds the same figure in two result files by its name. */
   name: string
   figure: number
-  /** A bound from section 7 of the design. */
-  target?: { atLeast: number } | { atMost: number }
+  /** What the figure must meet. docs/performance.md defines P1 to P8. */
+  target?: Target
   /** The measurements behind the figure. */
   raw: unknown
 }
 
-/** What a benchmark says while it works: a line that moves on a terminal, a line for each step in a log. */
-export function progress(text: string): void {
-  if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${text}`)
-  else process.stderr.write(`${text}\n`)
+/** The content of a result file. */
+export interface Results {
+  at: string
+  commit: string
+  /** Whether `src` differed from the commit. */
+  changed: boolean
+  machine: Record<string, unknown>
+  versions: Record<string, string>
+  rows: (Row & { met?: boolean })[]
 }
 
 export const resultsFolder = new URL('./results/', import.meta.url)
 
-const met = ({ figure, target }: Row) =>
-  target && ('atLeast' in target ? figure >= target.atLeast : figure <= target.atMost)
-
-export function printTable(rows: readonly Row[]): void {
-  if (process.stderr.isTTY) progress('')
-  for (const row of rows) {
-    const { target } = row
-    const bound = target === undefined ? '' : 'atLeast' in target ? `≥ ${target.atLeast}` : `≤ ${target.atMost}`
-    const verdict = target === undefined ? '' : met(row) ? 'met' : 'NOT MET'
-    const line = [row.name.padEnd(62), String(round(row.figure)).padStart(8), bound.padEnd(7), verdict.padEnd(8)].join(
-      '  '
-    )
-    process.stdout.write(`${line}${JSON.stringify(row.raw)}\n`)
+/** Returns a row whose figure is the median of the ratios. */
+export function ratioRow(name: string, pairs: readonly (readonly [number, number])[], target?: Target): Row {
+  return {
+    name,
+    figure: median(pairs.map(([numerator, denominator]) => numerator / denominator)),
+    ...(target && { target }),
+    raw: pairs.map((pair) => pair.map(round))
   }
 }
 
-/** Writes the rows with the machine, the versions and the commit. */
-export function writeResults(name: string, rows: readonly Row[], stores: Record<string, string> = {}): string {
-  const packageVersion = (packageName: string) =>
-    JSON.parse(readFileSync(new URL(`../node_modules/${packageName}/package.json`, import.meta.url), 'utf8')).version
+/** Shows the current step on standard error: a terminal gets one changing line, a log gets a line for each step. */
+export function showProgress(step: string): void {
+  process.stderr.write(process.stderr.isTTY ? `\r\x1b[K${step}` : `${step}\n`)
+}
+
+export function clearProgress(): void {
+  if (process.stderr.isTTY) showProgress('')
+}
+
+export function printTable(rows: readonly Row[]): void {
+  clearProgress()
+  for (const row of rows) {
+    const columns = [
+      row.name.padEnd(62),
+      String(round(row.figure)).padStart(8),
+      describeTarget(row).padEnd(7),
+      describeVerdict(row).padEnd(8)
+    ]
+    process.stdout.write(`${columns.join('  ')}${JSON.stringify(row.raw)}\n`)
+  }
+}
+
+function describeTarget({ target }: Row): string {
+  if (target === undefined) return ''
+  return 'atLeast' in target ? `≥ ${target.atLeast}` : `≤ ${target.atMost}`
+}
+
+function describeVerdict(row: Row): string {
+  const isMet = meetsTarget(row)
+  if (isMet === undefined) return ''
+  return isMet ? 'met' : 'NOT MET'
+}
+
+function meetsTarget({ figure, target }: Row): boolean | undefined {
+  if (target === undefined) return undefined
+  return 'atLeast' in target ? figure >= target.atLeast : figure <= target.atMost
+}
+
+/**
+ * Writes a result file with the machine, the versions and the commit.
+ *
+ * @returns its path
+ */
+export function writeResults(name: string, rows: readonly Row[], storeVersions: Record<string, string> = {}): string {
   const packages = ['fastify', '@node-rs/argon2', 'ioredis', 'pg', 'autocannon']
-  const git = (...args: string[]) => execFileSync('git', args, { encoding: 'utf8' }).trim()
-  const result = {
+  const results: Results = {
     at: new Date().toISOString(),
     commit: git('rev-parse', 'HEAD'),
     changed: git('status', '--porcelain', 'src') !== '',
@@ -56,13 +97,24 @@ export function writeResults(name: string, rows: readonly Row[], stores: Record<
     },
     versions: {
       node: process.version,
-      ...stores,
+      ...storeVersions,
       ...Object.fromEntries(packages.map((packageName) => [packageName, packageVersion(packageName)]))
     },
-    rows: rows.map((row) => ({ ...row, met: met(row) }))
+    rows: rows.map((row) => {
+      const met = meetsTarget(row)
+      return { ...row, ...(met !== undefined && { met }) }
+    })
   }
   mkdirSync(resultsFolder, { recursive: true })
   const file = fileURLToPath(new URL(`${name}.json`, resultsFolder))
-  writeFileSync(file, `${JSON.stringify(result, null, 2)}\n`)
+  writeFileSync(file, `${JSON.stringify(results, null, 2)}\n`)
   return file
+}
+
+function git(...args: string[]): string {
+  return execFileSync('git', args, { encoding: 'utf8' }).trim()
+}
+
+function packageVersion(name: string): string {
+  return JSON.parse(readFileSync(new URL(`../node_modules/${name}/package.json`, import.meta.url), 'utf8')).version
 }

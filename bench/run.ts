@@ -1,57 +1,76 @@
-/*
- * npm run bench                      all benchmarks but metrics; results in bench/results/all.json
- * npm run bench -- NAME              one of them; results in bench/results/NAME.json
- * npm run bench -- limit --short     in less than a minute
- * npm run bench -- compare OLD NEW   two result files side by side
- */
+/* The commands of `npm run bench`: see `usage`. */
 import { compare } from './compare.js'
-import { Lab } from './lab.js'
-import { limit } from './limit.js'
+import { frameworkOverhead } from './framework-overhead.js'
+import { hashingLimit } from './hashing-limit.js'
+import { insertScale } from './insert-scale.js'
 import { login } from './login.js'
-import { metrics } from './metrics.js'
-import { overhead } from './overhead.js'
+import { metricsCost } from './metrics-cost.js'
 import { overload } from './overload.js'
-import { priority } from './priority.js'
-import { refusals } from './refusals.js'
+import { refusalLatency } from './refusal-latency.js'
+import { refusalThroughput } from './refusal-throughput.js'
 import { printTable, type Row, writeResults } from './report.js'
-import { scale } from './scale.js'
+import { SystemUnderTest } from './system-under-test.js'
 
-const benches: Record<string, (lab: Lab) => Promise<Row[]>> = {
-  limit,
-  priority,
-  overload,
-  overhead,
-  metrics,
-  refusals,
-  login,
-  scale
-}
+type Benchmark = (system: SystemUnderTest, options: { isShort: boolean }) => Promise<Row[]>
+
+const benchmarks = new Map<string, Benchmark>([
+  ['limit', hashingLimit],
+  ['priority', refusalLatency],
+  ['overload', overload],
+  ['overhead', frameworkOverhead],
+  ['metrics', metricsCost],
+  ['refusals', refusalThroughput],
+  ['login', login],
+  ['scale', insertScale]
+])
+
+const usage = `usage:
+  npm run bench                      all benchmarks but metrics, in about eleven minutes
+  npm run bench -- NAME              one benchmark: ${[...benchmarks.keys()].join(', ')}
+  npm run bench -- limit --short     limit in less than a minute, without a result file
+  npm run bench -- compare OLD NEW   two result files side by side
+The results are written to bench/results/NAME.json, those of all benchmarks to bench/results/all.json.
+`
 
 const [name = 'all', ...args] = process.argv.slice(2)
-const short = args.includes('--short')
+const isShort = args.includes('--short')
 
 if (name === 'compare') {
-  compare(args)
+  const [oldFile, newFile] = args
+  if (oldFile === undefined || newFile === undefined) exitWithUsage()
+  compare(oldFile, newFile)
 } else {
-  // In less than 12 minutes.
-  const all = Object.values(benches).filter((bench) => bench !== metrics)
-  const chosen = name === 'all' ? all : [benches[name]]
+  await runBenchmarks(chooseBenchmarks())
+}
+
+function chooseBenchmarks(): Benchmark[] {
+  // Metrics are measured apart, because P1 to P8 do not depend on them.
+  if (name === 'all') return [...benchmarks.values()].filter((benchmark) => benchmark !== metricsCost)
+  const benchmark = benchmarks.get(name)
+  return benchmark === undefined ? exitWithUsage() : [benchmark]
+}
+
+async function runBenchmarks(chosen: readonly Benchmark[]): Promise<void> {
   const rows: Row[] = []
   let storeVersions: Record<string, string> | undefined
   try {
-    for (const bench of chosen) {
-      if (bench === undefined) throw new Error(`no benchmark ${name}; there are ${Object.keys(benches).join(', ')}`)
-      const lab = await Lab.open()
+    for (const benchmark of chosen) {
+      const system = await SystemUnderTest.start()
       try {
-        rows.push(...(bench === limit ? await limit(lab, short) : await bench(lab)))
-        storeVersions ??= await lab.versions()
+        rows.push(...(await benchmark(system, { isShort })))
+        storeVersions ??= await system.storeVersions()
       } finally {
-        await lab.close()
+        await system.stop()
       }
     }
   } finally {
-    // What was measured before a benchmark failed is not lost.
+    // If a benchmark fails, the results of those before it are kept.
     printTable(rows)
-    if (!short && rows.length > 0) process.stdout.write(`\n${writeResults(name, rows, storeVersions)}\n`)
+    if (!isShort && rows.length > 0) process.stdout.write(`\n${writeResults(name, rows, storeVersions)}\n`)
   }
+}
+
+function exitWithUsage(): never {
+  process.stderr.write(usage)
+  process.exit(1)
 }

@@ -1,4 +1,4 @@
-/* The yardstick of a refusal: a Fastify route that returns a constant. Prints its URL. */
+/* The yardstick of a refusal: a Fastify route that returns a constant. Prints its URL when it listens. */
 import Fastify from 'fastify'
 
 const app = Fastify()

@@ -1,0 +1,92 @@
+/** The result of one offered load. The rates are per second. Without a refusal, the latencies of refusals are NaN. */
+export interface LoadPoint {
+  /** As a multiple of the capacity. */
+  load: number
+  offered: number
+  goodput: number
+  doneP50Ms: number
+  doneP99Ms: number
+  refusedP50Ms: number
+  refusedP99Ms: number
+}
+
+const [width, panelHeight] = [720, 300]
+
+/** The space between the edges of a panel and its plot. */
+const [left, right, top, bottom] = [60, 20, 40, 40]
+
+const plotHeight = panelHeight - top - bottom
+
+/** The decades of the latency axis, from 1 ms to 10 s. */
+const latencyDecades = 4
+
+interface Curve {
+  name: string
+  colour: string
+  value(point: LoadPoint): number
+  isDashed?: boolean
+}
+
+interface Panel {
+  title: string
+  curves: readonly Curve[]
+  ticks: readonly number[]
+  /** Returns the height of a value, as a fraction of the plot's height. */
+  scale(value: number): number
+}
+
+/** Returns an SVG with two panels over the offered load: goodput above, latency below. */
+export function drawOverloadChart(points: readonly LoadPoint[]): string {
+  const maxRate = Math.ceil(Math.max(...points.map(({ offered }) => offered)) / 100) * 100
+  const goodput: Panel = {
+    title: 'Sign-ups/s over the offered load (in parts of the capacity)',
+    curves: [
+      { name: 'completed', colour: '#1a7f37', value: ({ goodput }) => goodput },
+      { name: 'offered', colour: '#888', value: ({ offered }) => offered, isDashed: true }
+    ],
+    ticks: [0, maxRate / 2, maxRate],
+    scale: (rate) => rate / maxRate
+  }
+  const latency: Panel = {
+    title: 'Latency in milliseconds',
+    curves: [
+      { name: 'sign-ups, p50', colour: '#1a7f37', value: ({ doneP50Ms }) => doneP50Ms },
+      { name: 'sign-ups, p99', colour: '#7ac98d', value: ({ doneP99Ms }) => doneP99Ms },
+      { name: 'refusals, p50', colour: '#cf222e', value: ({ refusedP50Ms }) => refusedP50Ms },
+      { name: 'refusals, p99', colour: '#f0989d', value: ({ refusedP99Ms }) => refusedP99Ms }
+    ],
+    ticks: [1, 10, 100, 1_000, 10_000],
+    scale: (ms) => Math.log10(Math.max(ms, 1)) / latencyDecades
+  }
+  return (
+    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${2 * panelHeight}" font-family="sans-serif" font-size="12">` +
+    `<rect width="100%" height="100%" fill="#fff"/>${drawPanel(goodput, points, 0)}${drawPanel(latency, points, panelHeight)}</svg>\n`
+  )
+}
+
+function drawPanel({ title, curves, ticks, scale }: Panel, points: readonly LoadPoint[], offset: number): string {
+  const maxLoad = Math.max(...points.map(({ load }) => load))
+  const x = (load: number) => left + (load / maxLoad) * (width - left - right)
+  const y = (value: number) => panelHeight - bottom - scale(value) * plotHeight
+
+  const grid = ticks.map(
+    (tick) =>
+      `<path d="M${left} ${y(tick)}H${width - right}" stroke="#ddd"/>` +
+      `<text x="${left - 8}" y="${y(tick) + 4}" text-anchor="end">${tick}</text>`
+  )
+  const loads = points.map(
+    ({ load }) => `<text x="${x(load)}" y="${panelHeight - bottom + 18}" text-anchor="middle">${load}</text>`
+  )
+  const lines = curves.map(({ name, colour, value, isDashed = false }, index) => {
+    const positions = points
+      .filter((point) => Number.isFinite(value(point)))
+      .map((point) => ({ cx: x(point.load).toFixed(1), cy: y(value(point)).toFixed(1) }))
+    const path = positions.map(({ cx, cy }) => `${cx} ${cy}`).join('L')
+    const dash = isDashed ? ' stroke-dasharray="5 4"' : ''
+    const dots = isDashed ? [] : positions.map(({ cx, cy }) => `<circle cx="${cx}" cy="${cy}" r="3" fill="${colour}"/>`)
+    const label = `<text x="${left + 10 + index * 165}" y="${top - 6}" fill="${colour}">${name}</text>`
+    return `<path d="M${path}" fill="none" stroke="${colour}" stroke-width="2"${dash}/>${dots.join('')}${label}`
+  })
+  const body = [...grid, ...loads, ...lines].join('')
+  return `<g transform="translate(0 ${offset})"><text x="${left}" y="16" font-weight="bold">${title}</text>${body}</g>`
+}

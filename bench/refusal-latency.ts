@@ -1,0 +1,41 @@
+import { availableParallelism } from 'node:os'
+import { alternate } from './alternate.js'
+import { closedLoop, openLoop, requireStatus, warmUp } from './load.js'
+import type { Row } from './report.js'
+import { issueSignUps, unissuedSignUps } from './request-bodies.js'
+import { median, percentile, round } from './statistics.js'
+import type { SystemUnderTest } from './system-under-test.js'
+import { bareHashes } from './yardsticks/bare-hashes.js'
+
+const rounds = 5
+const seconds = 6
+const wrongCodesPerSecond = 300
+
+/** P3: the latency of wrong codes while sign-ups saturate the hash threads. A refusal never waits for a hash. */
+export async function refusalLatency(system: SystemUnderTest): Promise<Row[]> {
+  const { redis } = system.stores
+  const service = await system.startService()
+  await warmUp(service, redis)
+  const wrongCodes = unissuedSignUps(1_000)
+
+  async function measureWrongCodes() {
+    const bodies = await issueSignUps(redis, 500 * availableParallelism() * seconds)
+    const [signUps, refusals] = await Promise.all([
+      closedLoop(service, { seconds, bodies }),
+      openLoop(service, { perSecond: wrongCodesPerSecond, seconds, bodies: wrongCodes })
+    ])
+    requireStatus(refusals, 422, 'wrong codes')
+    const latencies = refusals.map(({ ms }) => ms)
+    return { p99Ms: percentile(latencies, 0.99), signUpsPerSecond: signUps.perSecond }
+  }
+
+  const results = await alternate(rounds, () => bareHashes({ seconds: 3 }), measureWrongCodes, 'priority')
+  return [
+    {
+      name: `P3: p99 of wrong codes, ${wrongCodesPerSecond}/s, under saturation ÷ a bare hash`,
+      figure: median(results.map(([{ hashMs }, { p99Ms }]) => p99Ms / hashMs)),
+      target: { atMost: 1 },
+      raw: results.map(([{ hashMs }, { p99Ms, signUpsPerSecond }]) => [p99Ms, hashMs, signUpsPerSecond].map(round))
+    }
+  ]
+}

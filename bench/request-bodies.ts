@@ -1,0 +1,46 @@
+import { randomInt } from 'node:crypto'
+import type { Redis } from 'ioredis'
+
+const code = '123456'
+
+/** Long enough for a whole benchmark. */
+const codeTtlSeconds = 3_600
+
+const codesPerPipeline = 1_000
+
+/** Mobiles count up from a random one, so that two runs do not share any. All are below those of `unissuedSignUps`. */
+let nextMobile = 13_000_000_000 + randomInt(5_000_000_000)
+
+const firstUnissuedMobile = 19_900_000_000
+
+/** The password of every sign-up and login that succeeds. */
+export const password = 'a bench password'
+
+const signUpBody = (mobile: string) => JSON.stringify({ mobile, sms_code: code, password, password2: password })
+
+export function newMobiles(count: number): string[] {
+  return Array.from({ length: count }, () => `${nextMobile++}`)
+}
+
+/** Writes a code for each of so many new mobiles to Redis, and returns the bodies of their sign-ups. */
+export async function issueSignUps(redis: Redis, count: number): Promise<string[]> {
+  const mobiles = newMobiles(count)
+  for (let from = 0; from < count; from += codesPerPipeline) {
+    const pipeline = redis.pipeline()
+    for (const mobile of mobiles.slice(from, from + codesPerPipeline)) {
+      pipeline.set(codeKey(mobile), code, 'EX', codeTtlSeconds)
+    }
+    await pipeline.exec()
+  }
+  return mobiles.map(signUpBody)
+}
+
+/** Returns valid sign-ups for which no code was issued: the service refuses them as a wrong code. */
+export function unissuedSignUps(count: number): string[] {
+  return Array.from({ length: count }, (_, n) => signUpBody(`${firstUnissuedMobile + n}`))
+}
+
+export const mobileOf = (body: string): string => JSON.parse(body).mobile
+
+/** The Redis key of a mobile's code. */
+export const codeKey = (mobile: string) => `sms_code_${mobile}`
