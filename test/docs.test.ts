@@ -1,41 +1,86 @@
-import type { AddressInfo } from 'node:net'
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import t from 'tap'
-import { visit } from './browser.js'
-import { brief, build, redis, signUpBody } from './helper.js'
+import { describeVariables } from '../src/config/config.js'
+import { outcomeNames, outcomes } from '../src/outcomes.js'
+import { checkGeneratedPart, markdownTable } from '../testkit/generated-docs.js'
 
-t.test('the page of the API: the journey is tried on it, with the session’s cookie', async (t) => {
-  const app = await build(t, { DOCS: 'true' })
-  await app.listen({ port: 0, host: '127.0.0.1' })
-  const { port } = app.server.address() as AddressInfo
-  const { page, faults } = await visit(t, `http://127.0.0.1:${port}`)
-  await page.goto('/docs')
+const root = fileURLToPath(new URL('..', import.meta.url))
+const read = (file: string) => readFileSync(join(root, file), 'utf8')
 
-  /** Opens an operation, sends its request with a body, and gives the status that the page shows. */
-  async function tryOut(operationId: string, body?: object): Promise<string> {
-    const operation = page.locator(`[id$="-${operationId}"]`)
-    await operation.locator('.opblock-summary').first().click()
-    if (body !== undefined) await operation.locator('textarea.body-param__text').fill(JSON.stringify(body))
-    await operation.locator('button.execute').click()
-    const status = operation.locator('.live-responses-table .response-col_status').nth(1)
-    return (await status.innerText()).trim().slice(0, 3)
+const pages = [root, join(root, 'docs'), join(root, 'examples')].flatMap((folder) =>
+  readdirSync(folder)
+    .filter((file) => file.endsWith('.md'))
+    .map((file) => join(folder, file).slice(root.length))
+)
+
+/** Returns the anchors of a page as GitHub makes them from its headings. */
+function anchorsOf(page: string): string[] {
+  const text = read(page).replace(/^```[\s\S]*?^```/gm, '')
+  return [...text.matchAll(/^#+ (.*)$/gm)].map(([, heading = '']) =>
+    heading
+      .toLowerCase()
+      .replace(/[^\p{L}\p{N} _-]/gu, '')
+      .replaceAll(' ', '-')
+  )
+}
+
+t.test('every internal link of every page leads to a file and a heading', async (t) => {
+  const links = pages.flatMap((page) =>
+    [...read(page).matchAll(/\]\(([^)\s]+)\)/g)].map(([, target = '']) => ({ page, target }))
+  )
+  const internalLinks = links.filter(({ target }) => !/^[a-z]+:/.test(target))
+  t.ok(internalLinks.length > 20)
+  for (const { page, target } of internalLinks) {
+    const [path = '', anchor] = target.split('#')
+    const file = path === '' ? page : join(dirname(page), path)
+    t.ok(existsSync(join(root, file)), `${page}: ${target}`)
+    if (anchor !== undefined && file.endsWith('.md'))
+      t.ok(anchorsOf(file).includes(anchor), `${page}: the heading of ${target}`)
   }
-  const shown = () => page.locator('.live-responses-table').last().innerText()
-
-  const { mobile, password } = await signUpBody()
-  t.equal(await tryOut('sendCode', { mobile }), '202')
-  const code = await redis.get(`sms_code_${mobile}`)
-  t.equal(await tryOut('signUp', { mobile, sms_code: code, password, password2: password }), '201')
-  t.equal(await tryOut('whoAmI'), '200')
-  t.match(await shown(), mobile, 'the cookie goes along')
-  t.equal(await tryOut('logOut'), '200')
-  t.equal(await tryOut('logIn', { mobile, password }), '201')
-  t.strictSame(faults, [], 'no error in the console, no request to another host')
 })
 
-t.test('without DOCS there is no page; the description stays', async (t) => {
-  const app = await build(t, { DOCS: 'false' })
-  for (const path of ['/docs', '/docs/', '/docs/static/index.html']) {
-    t.strictSame(brief(await app.inject(path)), [404, '4201'])
+t.test('no page and no source cites a document that is not in the repository', async (t) => {
+  const sources = ['src', 'test', 'testkit', 'bench', 'examples', 'deploy', 'scripts', '.ci'].flatMap((folder) =>
+    readdirSync(join(root, folder), { recursive: true, encoding: 'utf8' })
+      .map((file) => join(folder, file))
+      .filter((file) => /\.(ts|js|sh|yaml|html)$|\.ci\/run$/.test(file) && file !== 'test/docs.test.ts')
+  )
+  t.ok(sources.length > 80)
+  for (const file of [...pages, ...sources])
+    t.notMatch(read(file), /section \d+ of the design|the design's section/, file)
+})
+
+t.test('the README is an index: at most 150 lines, with both set-up commands', async (t) => {
+  const readme = read('README.md')
+  t.ok(readme.trimEnd().split('\n').length <= 150)
+  t.ok(readme.includes('npm ci && npm run setup && npm start'))
+  t.ok(readme.includes('npm ci && npm run setup:test && npm test'))
+  for (const page of pages.filter((page) => page.startsWith('docs/')))
+    t.ok(readme.includes(`(${page})`), `links ${page}`)
+})
+
+t.test('docs/configuration.md lists every variable with its default and meaning', async (t) => {
+  const rows = describeVariables().map(({ name, shownDefault, meaning }) => [`\`${name}\``, shownDefault, meaning])
+  checkGeneratedPart(t, 'docs/configuration.md', 'variables', markdownTable(['variable', 'default', 'meaning'], rows))
+})
+
+t.test('docs/api.md has every outcome with its status, errno and messages', async (t) => {
+  const page = read('docs/api.md')
+  for (const name of outcomeNames) {
+    const { status, errno, zh, en } = outcomes[name]
+    // The status of a bad request depends on what is wrong with it.
+    const cells = name === 'bad_request' ? [errno, zh, en] : [`${status}`, errno, zh, en]
+    const row = cells.join(' | ').replaceAll('{min}', '8').replaceAll('{max}', '128')
+    t.ok(page.includes(`| ${row} |`), name)
   }
-  t.equal((await app.inject('/openapi.json')).statusCode, 200)
+})
+
+t.test('every npm script that a page names exists', async (t) => {
+  const { scripts }: { scripts: Record<string, string> } = JSON.parse(read('package.json'))
+  for (const page of pages) {
+    for (const [, script = ''] of read(page).matchAll(/npm run (?:-s )?([a-z:]+)/g))
+      t.ok(script in scripts, `${page}: ${script}`)
+  }
 })

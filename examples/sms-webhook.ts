@@ -1,0 +1,141 @@
+/*
+ * Receives the messages of mobile-signup (SMS_WEBHOOK_URL) and hands each of them to an SMS provider.
+ *
+ * Answers 204 when the provider has accepted the message, 422 when it refuses this message, 502 when it fails.
+ * A request that is not from mobile-signup gets 400, 401, 405 or 413.
+ */
+import { createHmac, timingSafeEqual } from 'node:crypto'
+import { createServer, type IncomingMessage, type Server } from 'node:http'
+
+/** A code for a person. */
+export interface SmsMessage {
+  mobile: string
+  code: string
+  ttlSeconds: number
+  /** The same in every request for this message. */
+  id: string
+}
+
+/** The provider works but refuses this message, for example because the number does not exist. */
+export class MessageRefused extends Error {
+  override readonly name = 'MessageRefused'
+}
+
+export interface WebhookOptions {
+  /** The value of SMS_WEBHOOK_SECRET. */
+  secret: string
+  /**
+   * Resolves when the provider has accepted the message. Mobile-signup waits 5 s for the answer.
+   *
+   * @throws {MessageRefused} if the provider refuses this message; any other error counts as a failure of the provider
+   */
+  sendSms(message: SmsMessage): Promise<void>
+  /** Returns the time in ms since 1970. */
+  now?(): number
+}
+
+/** How far the time of a signature may be from the clock of this receiver. */
+const signatureToleranceMs = 300_000
+
+/** A signature may be 5 minutes ahead of the clock and is accepted until 5 minutes after its time. */
+const idLifeMs = 2 * signatureToleranceMs
+
+const bodyMaxBytes = 4_096
+
+const requestTimeoutMs = 10_000
+
+interface Delivery {
+  status: Promise<number>
+  expiresAt: number
+}
+
+/** Creates the receiver. Call `listen()` on it. It keeps the ids in memory, so run one process of it. */
+export function createWebhook({ secret, sendSms, now = Date.now }: WebhookOptions): Server {
+  /** The deliveries by message id, the oldest first. */
+  const deliveries = new Map<string, Delivery>()
+
+  async function statusFor(request: IncomingMessage): Promise<number> {
+    if (request.method !== 'POST') return 405
+    const body = await readBody(request)
+    if (body === undefined) return 413
+    if (!isAuthentic(body, request.headers['x-signature'], secret, now())) return 401
+    const message = parseMessage(body.toString())
+    return message === undefined ? 400 : deliverOnce(message)
+  }
+
+  /** Mobile-signup repeats a request if the connection fails. The person must not get two messages. */
+  function deliverOnce(message: SmsMessage): Promise<number> {
+    forgetExpired()
+    const earlier = deliveries.get(message.id)
+    if (earlier !== undefined) return earlier.status
+    const status = deliver(message)
+    deliveries.set(message.id, { status, expiresAt: now() + idLifeMs })
+    return status
+  }
+
+  async function deliver(message: SmsMessage): Promise<number> {
+    try {
+      await sendSms(message)
+      return 204
+    } catch (error) {
+      // Mobile-signup takes a 5xx for a failing gateway, and a 4xx for a refused number.
+      return error instanceof MessageRefused ? 422 : 502
+    }
+  }
+
+  function forgetExpired(): void {
+    for (const [id, { expiresAt }] of deliveries) {
+      if (expiresAt > now()) return
+      deliveries.delete(id)
+    }
+  }
+
+  return createServer({ requestTimeout: requestTimeoutMs }, (request, response) => {
+    statusFor(request).then(
+      (status) => response.writeHead(status).end(),
+      // The client disconnected before the body was complete.
+      () => response.destroy()
+    )
+  })
+}
+
+/** Returns the body, or undefined if it is too large. */
+async function readBody(request: IncomingMessage): Promise<Buffer | undefined> {
+  const chunks: Buffer[] = []
+  let bytes = 0
+  for await (const chunk of request) {
+    bytes += chunk.length
+    if (bytes <= bodyMaxBytes) chunks.push(chunk)
+  }
+  return bytes <= bodyMaxBytes ? Buffer.concat(chunks) : undefined
+}
+
+/** Checks `X-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256 of "<t>.<body>">`. */
+function isAuthentic(body: Buffer, signature: string | string[] | undefined, secret: string, nowMs: number): boolean {
+  if (typeof signature !== 'string') return false
+  const [, seconds, mac] = /^t=(\d{1,12}),v1=([0-9a-f]{64})$/.exec(signature) ?? []
+  if (seconds === undefined || mac === undefined) return false
+  const expected = createHmac('sha256', secret).update(`${seconds}.`).update(body).digest()
+  // In constant time, so that response times tell nothing about the expected MAC.
+  if (!timingSafeEqual(expected, Buffer.from(mac, 'hex'))) return false
+  return Math.abs(nowMs - Number(seconds) * 1_000) <= signatureToleranceMs
+}
+
+/** Returns the message of a body, or undefined if the body is not a message. */
+function parseMessage(body: string): SmsMessage | undefined {
+  const value = parseJson(body)
+  if (typeof value !== 'object' || value === null) return undefined
+  if (!('mobile' in value && 'code' in value && 'ttl_s' in value && 'id' in value)) return undefined
+  const { mobile, code, ttl_s, id } = value
+  if (typeof mobile !== 'string' || typeof code !== 'string' || typeof id !== 'string') return undefined
+  if (typeof ttl_s !== 'number') return undefined
+  return { mobile, code, ttlSeconds: ttl_s, id }
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return undefined
+  }
+}
