@@ -1,4 +1,4 @@
-# The tag is exact; a digest belongs here once an image has been pulled (dependabot keeps both).
+# An exact tag. Add the digest after the first pull; dependabot updates both.
 FROM node:24.12.0-bookworm-slim AS base
 WORKDIR /app
 
@@ -21,8 +21,8 @@ COPY package.json ./
 COPY sql sql
 USER node
 EXPOSE 3000
-# Live, not ready: a store that is away is no reason to replace the container. A start listens only once both answer.
+# Liveness, not readiness: replacing the container does not bring a store back. The service listens when both stores answer.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
   CMD ["node", "-e", "fetch('http://127.0.0.1:' + process.env.PORT + '/health/live').then(({ ok }) => process.exit(ok ? 0 : 1), () => process.exit(1))"]
-# node itself is process 1: npm would hand on no signals. server.ts listens for SIGTERM.
+# node itself is process 1, because npm forwards no signals. server.ts handles SIGTERM.
 CMD ["node", "dist/server.js"]

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what npm does not have: a Redis server and, with the argument `tests`, what only the tests need.
+# Installs what npm does not have: a Redis server and, with the argument `tests`, the programs that only tests use.
 set -eu
 
 as_root() {
@@ -8,12 +8,12 @@ as_root() {
   elif command -v sudo >/dev/null 2>&1; then
     sudo "$@"
   else
-    echo 'setup: neither root nor sudo' >&2
+    echo 'setup: needs root or sudo' >&2
     return 1
   fi
 }
 
-# Debian's redis-server would start a server of its own on port 6379, which this project does not use.
+# RUNLEVEL=1: otherwise Debian's package starts a server on port 6379, which this project does not use.
 install() {
   echo "setup: installing $1"
   if command -v apt-get >/dev/null 2>&1; then
@@ -26,30 +26,30 @@ install() {
   elif command -v brew >/dev/null 2>&1; then
     brew install --quiet "$1"
   else
-    echo 'setup: no apt-get, dnf, apk or brew here' >&2
+    echo 'setup: found none of apt-get, dnf, apk and brew' >&2
     return 1
   fi
 }
 
-# need PACKAGES PROGRAMS: unless one of the programs is on the PATH, installs the first package that there is.
+# need PACKAGES PROGRAMS: if none of the programs is on the PATH, installs the first package that exists.
 need() {
   for program in $2; do
     if command -v "$program" >/dev/null 2>&1; then
-      echo "setup: $program is there: $(command -v "$program"); nothing to install"
+      echo "setup: $program is installed: $(command -v "$program")"
       return
     fi
   done
   for package in $1; do
     if install "$package"; then return; fi
   done
-  echo "setup: install one of these yourself, so that it is on the PATH: $2" >&2
+  echo "setup: install one of these programs yourself: $2" >&2
   exit 1
 }
 
 if command -v apt-get >/dev/null 2>&1; then redis=redis-server; else redis='redis valkey'; fi
 need "$redis" 'redis-server valkey-server'
 if [ "${1:-}" = tests ]; then
-  # Those that test/browser.ts looks for.
+  # testkit/browser.ts looks for these.
   need chromium 'chromium chromium-browser google-chrome'
   need openssl openssl
 fi
