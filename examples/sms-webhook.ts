@@ -30,8 +30,6 @@ export interface WebhookOptions {
    * @throws {MessageRefused} if the provider refuses this message; any other error counts as a failure of the provider
    */
   sendSms(message: SmsMessage): Promise<void>
-  /** Returns the time in ms since 1970. */
-  now?(): number
 }
 
 /** How far the time of a signature may be from the clock of this receiver. */
@@ -50,7 +48,7 @@ interface Delivery {
 }
 
 /** Creates the receiver. Call `listen()` on it. It keeps the ids in memory, so run one process of it. */
-export function createWebhook({ secret, sendSms, now = Date.now }: WebhookOptions): Server {
+export function createWebhook({ secret, sendSms }: WebhookOptions): Server {
   /** The deliveries by message id, the oldest first. */
   const deliveries = new Map<string, Delivery>()
 
@@ -58,7 +56,7 @@ export function createWebhook({ secret, sendSms, now = Date.now }: WebhookOption
     if (request.method !== 'POST') return 405
     const body = await readBody(request)
     if (body === undefined) return 413
-    if (!isAuthentic(body, request.headers['x-signature'], secret, now())) return 401
+    if (!isAuthentic(body, request.headers['x-signature'], secret, Date.now())) return 401
     const message = parseMessage(body.toString())
     return message === undefined ? 400 : deliverOnce(message)
   }
@@ -69,7 +67,7 @@ export function createWebhook({ secret, sendSms, now = Date.now }: WebhookOption
     const earlier = deliveries.get(message.id)
     if (earlier !== undefined) return earlier.status
     const status = deliver(message)
-    deliveries.set(message.id, { status, expiresAt: now() + idLifeMs })
+    deliveries.set(message.id, { status, expiresAt: Date.now() + idLifeMs })
     return status
   }
 
@@ -85,7 +83,7 @@ export function createWebhook({ secret, sendSms, now = Date.now }: WebhookOption
 
   function forgetExpired(): void {
     for (const [id, { expiresAt }] of deliveries) {
-      if (expiresAt > now()) return
+      if (expiresAt > Date.now()) return
       deliveries.delete(id)
     }
   }

@@ -62,8 +62,9 @@ const capabilities = fp<CapabilityOptions>(async (fastify, { config, observer, o
   await fastify.register(users)
   await fastify.register(sessions, { config })
   await fastify.register(rateLimits)
-  await fastify.register(inFlight)
   if (config.sms) await fastify.register(sms, { config })
+  // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
+  await fastify.register(inFlight)
 })
 
 const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {

@@ -20,7 +20,7 @@ const files = readdirSync(src, { recursive: true, encoding: 'utf8' }).filter((fi
 /** Every import between files of src, by their paths in src. */
 const imports: Import[] = files.flatMap((from) => {
   const text = readFileSync(join(src, from), 'utf8')
-  return [...text.matchAll(/(?:from |(import\())'(\.[^']+)'/g)].map(([, dynamic, specifier = '']) => {
+  return [...text.matchAll(/(?:from |import |(import\())'(\.[^']+)'/g)].map(([, dynamic, specifier = '']) => {
     const path = relative(src, join(src, dirname(from), specifier))
     const to = files.includes(path) ? path : path.replace(/\.js$/, '.ts')
     return { from, to, isDynamic: dynamic !== undefined }

@@ -44,6 +44,10 @@ t.test('metrics are off by default, and are served on a port of their own', asyn
 
 t.test('counters match the requests, and no label identifies a user', async (t) => {
   const app = await build(t, { METRICS_PORT: '0', STORE_TIMEOUT_MS })
+  for (const series of ['hash_duration_seconds', 'hash_wait_seconds']) {
+    t.equal(sampleOf(await scrape(app), `mobile_signup_${series}_count`), 0, 'the start is not counted')
+  }
+  t.equal(sampleOf(await scrape(app), 'mobile_signup_store_round_trip_seconds_count{store="redis"}'), undefined)
   const bodies = await Promise.all(Array.from({ length: 20 }, () => signUpBody()))
   await Promise.all(bodies.map((body) => client(app).signUp(body)))
   await client(app).signUp(await signUpBody({ password: 'short', password2: 'short' }))

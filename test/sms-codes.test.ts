@@ -138,7 +138,7 @@ t.test('a resend within SMS_RESEND_S is 429 4201 with the exact Retry-After, and
   t.equal(await redis.get(`sms_code_${mobile}`), webhook.received[0]?.code, 'the code stays')
 })
 
-t.test('a throttle key of another service counts, whatever its value', async (t) => {
+t.test('a resend limit that another service has set counts, whatever its value', async (t) => {
   const { app } = await buildWithWebhook(t, { SMS_RESEND_S: '60' })
   const mobile = newMobile()
   const key = `send_sms_code_${mobile}`
@@ -265,7 +265,7 @@ t.test('a gateway that fails', async (t) => {
       t.equal(await redis.get(`sms_code_${mobile}`), formerCode, `${name}: the former code`)
       const ttlMs = await redis.pttl(`sms_code_${mobile}`)
       t.ok(ttlMs > 40_000 && ttlMs <= 100_000, `${name}: its TTL, ${ttlMs} ms`)
-      t.equal(await redis.exists(`send_sms_code_${mobile}`), 0, `${name}: the throttle key is deleted`)
+      t.equal(await redis.exists(`send_sms_code_${mobile}`), 0, `${name}: the resend limit is refunded`)
       if (answer === undefined) return
       answers.delete(mobile)
       t.equal((await client(app).sendCode(mobile)).statusCode, 202, `${name}: the next request is not limited`)

@@ -9,15 +9,15 @@ import { startStores } from './private-stores.js'
 import { ServerProcess } from './server-process.js'
 import { until } from './until.js'
 
-/** Cheap hashes and a quick start: one thread, and no page of the API. */
-const quickStart = { HASH_MEMORY_KIB: '64', HASH_PASSES: '1', HASH_THREADS: '1', DOCS: 'false' }
+/** Makes tests fast: cheap hashes, one hash thread, and no page /docs. */
+const fastSettings = { HASH_MEMORY_KIB: '64', HASH_PASSES: '1', HASH_THREADS: '1', DOCS: 'false' }
 
 export type Testbed = Awaited<ReturnType<typeof startTestbed>>
 export type SignUpBody = Awaited<ReturnType<Testbed['signUpBody']>>
 
 /**
- * Starts private stores for a test file, and stops them at its end. Then two promises are checked for everything that the
- * applications of the file have logged: no secret is in the log (G7), and OpenAPI describes every outcome.
+ * Starts private stores for a test file, and stops them at its end. Then it checks the log of every application that the file
+ * has built: it contains no secret (guarantee G7), and OpenAPI describes every outcome in it.
  */
 export async function startTestbed(t: Test) {
   const stores = await startStores()
@@ -54,10 +54,14 @@ export async function startTestbed(t: Test) {
   }
 
   function config(env: Environment = {}): Config {
-    return loadConfig({ ...stores.environment, ...quickStart, ...env })
+    return loadConfig({ ...stores.environment, ...fastSettings, ...env })
   }
 
-  /** Builds the service as production does, on the private stores, and closes it after the test. */
+  /**
+   * Builds the service on the private stores with the function that production uses, and closes it after the test.
+   *
+   * @param env is validated as in production; `changes` of the options replaces fields that no variable sets
+   */
   async function build(
     t: Test,
     env: Environment = {},
@@ -67,6 +71,7 @@ export async function startTestbed(t: Test) {
     t.after(() => app.close())
     for (const [path, operations] of Object.entries(app.swagger().paths ?? {})) {
       for (const [method, operation] of Object.entries(operations ?? {})) {
+        // An example is named after its outcome and begins with a summary.
         const names = JSON.stringify(operation).match(/(?<=")[a-z_]+(?=":\{"summary)/g)
         describedOutcomes.set(`${method.toUpperCase()} ${path}`, new Set(names))
       }
@@ -76,7 +81,7 @@ export async function startTestbed(t: Test) {
 
   /** Starts the built service as a process on the private stores, and kills it after the test. */
   function startService(t: Test, env: Environment = {}): ServerProcess {
-    const service = ServerProcess.start(undefined, { env: { ...quickStart, ...stores.environment, ...env } })
+    const service = ServerProcess.start(undefined, { env: { ...fastSettings, ...stores.environment, ...env } })
     t.teardown(() => service.dispose())
     return service
   }
@@ -94,14 +99,14 @@ export async function startTestbed(t: Test) {
     return mobile
   }
 
-  /** Writes a code as another SMS service does. It has letters, because a log contains six digits by chance. */
+  /** Stores a code as another SMS service does. It has letters, because six digits could be in the log by accident. */
   async function issueCode(mobile: string, code = `c${randomInt(2 ** 40).toString(36)}`): Promise<string> {
     secrets.add(code)
     await redis.set(`sms_code_${mobile}`, code, 'EX', 300)
     return code
   }
 
-  /** Returns the body of a sign-up that succeeds, with some changes. */
+  /** Stores a code for a new mobile, and returns the body of a sign-up with it. The changes may make the body invalid. */
   async function signUpBody(changes: Record<string, unknown> = {}) {
     const mobile = typeof changes.mobile === 'string' ? changes.mobile : newMobile()
     const password = `Tr0ub4dor&${randomInt(2 ** 40).toString(36)}`
@@ -109,7 +114,7 @@ export async function startTestbed(t: Test) {
     return { mobile, sms_code: await issueCode(mobile), password, password2: password, ...changes }
   }
 
-  /** Returns the name and the value of the session cookie of a reply. */
+  /** Returns the session cookie of a reply, as `name=value`. From then on its session id counts as a secret. */
   function cookieOf(reply: Pick<Reply, 'cookies'>): string {
     const [cookie] = reply.cookies
     if (cookie === undefined) throw new Error('the reply sets no cookie')
@@ -123,14 +128,14 @@ export async function startTestbed(t: Test) {
     return rows
   }
 
-  /** A barrier in front of the users table: holds every INSERT until it is released. */
+  /** A barrier in front of the users table: blocks every write until it is released. */
   async function holdInserts() {
     const connection = await postgres.connect()
     await connection.query('BEGIN; LOCK TABLE users IN EXCLUSIVE MODE')
     return {
-      /** Waits until so many INSERTs wait at the barrier. */
+      /** Waits until exactly so many writes are blocked. */
       arrived: (count: number) =>
-        until(`${count} INSERTs wait for the lock`, async () => {
+        until(`${count} writes are blocked`, async () => {
           const { rows } = await postgres.query(
             `SELECT count(*)::int FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted`
           )
@@ -143,13 +148,13 @@ export async function startTestbed(t: Test) {
     }
   }
 
-  /** Holds every write on Redis until it is released, as a server that does not answer. */
+  /** Blocks every write on Redis until it is released, for at most 60 s, like a server that hangs. */
   async function holdRedisWrites() {
     await redis.client('PAUSE', 60_000, 'WRITE')
     return { release: () => redis.client('UNPAUSE') }
   }
 
-  /** Waits until the codes of these mobiles have been claimed. */
+  /** Waits until the codes of these sign-ups have left Redis: they are claimed. */
   const untilClaimed = (...bodies: { mobile: string }[]) =>
     until('the codes are claimed', async () => {
       return (await redis.exists(...bodies.map(({ mobile }) => `sms_code_${mobile}`))) === 0
@@ -175,5 +180,5 @@ export async function startTestbed(t: Test) {
   }
 }
 
-/** The key of a mobile's claim record. */
+/** The key of a mobile's claim record. A copy, so that a test fails if the service changes it. */
 export const recordKey = (mobile: string) => `{sms_code_${mobile}}:attempt`

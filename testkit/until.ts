@@ -11,10 +11,16 @@ const intervalMs = 5
  * @param what completes the error "waited 60 s until …"
  */
 export async function until(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
-  const deadline = Date.now() + timeoutMs
-  while (!(await condition())) {
-    if (Date.now() > deadline) throw new Error(`waited ${timeoutMs / 1_000} s until ${what}`)
-    await sleep(intervalMs)
+  // A race, because a condition may never settle.
+  const timer = new AbortController()
+  const timeout = sleep(timeoutMs, undefined, { signal: timer.signal }).then(() => {
+    throw new Error(`waited ${timeoutMs / 1_000} s until ${what}`)
+  })
+  timeout.catch(() => undefined)
+  try {
+    while (!(await Promise.race([condition(), timeout]))) await Promise.race([sleep(intervalMs), timeout])
+  } finally {
+    timer.abort()
   }
 }
 

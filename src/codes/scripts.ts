@@ -118,18 +118,18 @@ else redis.call('DEL', KEYS[1]) end
 /**
  * Stores a new code. Its guesses start at zero, because the record counts those at another code.
  *
- * KEYS[1] is the code. ARGV: the new code, its TTL in ms. Returns the code that it replaces, or nil, and its TTL in ms.
+ * KEYS[1] is the code. ARGV: the new code, its TTL in ms. Returns the previous code, or nil, and its TTL in ms.
  */
 export const issueCode = `
-local former, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
+local previous, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return { former, ttl }
+return { previous, ttl }
 `
 
 /**
- * Withdraws a new code and puts the former one back, unless an even newer code has come.
+ * Withdraws a new code and puts the previous one back, unless an even newer code has come.
  *
- * ARGV: the code to withdraw, the former code or '', its TTL in ms.
+ * ARGV: the code to withdraw, the previous code or '', its TTL in ms.
  */
 export const withdrawCode = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end

@@ -3,6 +3,7 @@ import { availableParallelism } from 'node:os'
 import { languages } from '../outcomes.js'
 import {
   addressRanges,
+  anyText,
   hostName,
   integer,
   oneOf,
@@ -13,7 +14,6 @@ import {
   redisUrl,
   secretMinLength,
   secrets,
-  text,
   trueOrFalse,
   url
 } from './parsers.js'
@@ -108,7 +108,7 @@ function readVariables(read: Read, production: boolean) {
       'LEGACY_STATUS',
       trueOrFalse,
       false,
-      'Answers every outcome with status 200, as the Flask handler did.'
+      'Answers every outcome with status 200, as the Flask handler did. Probes keep their status.'
     ),
     defaultLanguage: read(
       'DEFAULT_LANGUAGE',
@@ -119,7 +119,7 @@ function readVariables(read: Read, production: boolean) {
     /** In code points. */
     passwordMin: read(
       'PASSWORD_MIN',
-      integer(1, passwordMax),
+      integer(production ? productionPasswordMin : 1, passwordMax),
       8,
       `Shortest password, in characters; at least ${productionPasswordMin} in production.`
     ),
@@ -133,7 +133,7 @@ function readVariables(read: Read, production: boolean) {
     ),
     smsWebhookSecret: read<string | undefined>(
       'SMS_WEBHOOK_SECRET',
-      text,
+      anyText,
       undefined,
       'Signs the requests to the webhook.'
     ),
@@ -287,8 +287,6 @@ function* storeFaults(env: Environment, production: boolean) {
 
 function* productionFaults(env: Environment, config: Config) {
   if (!env.SESSION_SECRET) yield `SESSION_SECRET: is unset; expected in production: ${secrets.expected}`
-  if (config.passwordMin < productionPasswordMin)
-    yield `PASSWORD_MIN: ${config.passwordMin} is too short; expected in production at least ${productionPasswordMin}`
   if (config.sms && !env.SMS_WEBHOOK_URL) yield 'SMS_WEBHOOK_URL: is unset; expected in production, unless SMS=off'
   const { hashMemoryKib, hashPasses } = config
   if (!owaspArgon2id.some(([kib, passes]) => hashMemoryKib >= kib && hashPasses >= passes)) {
@@ -304,7 +302,7 @@ export function usesEmbeddedStores(env: Environment): boolean {
 }
 
 /**
- * Reads the one variable of `npm run migrate`.
+ * Reads the variables of `npm run migrate`: DATABASE_URL and PGSSLROOTCERT.
  *
  * @throws {ConfigError}
  */

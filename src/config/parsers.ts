@@ -44,7 +44,7 @@ export const trueOrFalse = flag('true', 'false')
 export const onOrOff = flag('on', 'off')
 
 /** Any text, so it may hold a secret. */
-export const text: Parser<string> = { expected: 'a text', parse: (value) => value }
+export const anyText: Parser<string> = { expected: 'a text', parse: (value) => value }
 
 export const hostName: Parser<string> = {
   expected: 'an IP address or a host name',

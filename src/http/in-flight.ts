@@ -30,8 +30,7 @@ export const inFlight = fp(
   async (fastify) => {
     const requests = new InFlight()
     fastify.decorate('inFlight', requests)
-    // onClose hooks run last to first, so this one runs before those that close what the requests use.
     fastify.addHook('onClose', () => requests.drain())
   },
-  { fastify: '5.x', name: 'in-flight', dependencies: ['postgres', 'redis', 'passwords'] }
+  { fastify: '5.x', name: 'in-flight' }
 )

@@ -17,34 +17,14 @@ export const bodyMaxBytes = 4 * 1_024
 export const patternOutcomeKeyword = 'x-pattern-outcome'
 
 /** A required text. Absent, null and "" are the same fault. Half of a surrogate pair is malformed. */
-const required = { minLength: 1, format: 'well-formed' }
+export const requiredText = { minLength: 1, format: 'well-formed' }
 
 /** A string that must match a pattern, and the outcome if it does not. */
 const patternField = (pattern: string, outcome: OutcomeName, example: string) =>
-  Type.String({ ...required, pattern, [patternOutcomeKeyword]: outcome, examples: [example] })
+  Type.String({ ...requiredText, pattern, [patternOutcomeKeyword]: outcome, examples: [example] })
 
+/** The one field that every feature has. */
 export const mobileField = patternField('^1[3-9]\\d{9}$', 'invalid_mobile', '13812345678')
-export const codeField = Type.String({ ...required, maxLength: 16, examples: ['123456'] })
-/** The password policy checks its length, which counts code points and has an outcome of its own. */
-export const passwordField = Type.String({ ...required, examples: ['correct horse'] })
-
-const userFields = {
-  user_id: Type.String({ description: 'A 64-bit integer', examples: ['1'] }),
-  name: Type.String({ description: 'The mobile at first', examples: ['13812345678'] }),
-  mobile: Type.String({ examples: ['13812345678'] })
-}
-
-/** The user of a session. */
-export const SessionUserData = Type.Object(userFields)
-
-/** The answer to a request that starts a session. */
-export const LoggedInData = Type.Object({
-  ...userFields,
-  session: Type.Boolean({
-    description: 'False if the user is stored but the session could not be: the client then logs in.',
-    examples: [true]
-  })
-})
 
 /** The outcomes of every route that uses a store. */
 export const storeOutcomes = ['storage_unavailable', 'busy', 'internal_error'] as const satisfies readonly OutcomeName[]

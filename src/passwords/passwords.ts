@@ -46,11 +46,13 @@ export const passwords = fp<{ config: Config; observer?: Observer | undefined }>
   async (fastify, { config: { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }, observer }) => {
     // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
     const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
-    const pool = new HashPool(hashThreads, parameters, observer?.onHash.bind(observer))
+    const pool = new HashPool(hashThreads, parameters)
     fastify.addHook('onClose', () => pool.close())
     await pool.ready()
     /** The hash of an unknown password, for users that do not exist. */
     const decoyPhc = await pool.hash(randomUUID())
+    // Hashes of the start are not observed.
+    pool.onJob = observer?.onHash.bind(observer)
     /** `$argon2id$v=19$m=…,t=…,p=1$`: what all hashes with the configured parameters begin with. */
     const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
 

@@ -1,6 +1,11 @@
+import { Type } from '@sinclair/typebox'
 import { dictionary } from '@zxcvbn-ts/language-common'
 import { passwordMax } from '../config/config.js'
+import { requiredText } from '../http/schemas.js'
 import type { OutcomeName } from '../outcomes.js'
+
+/** A password in a body. Its length is an outcome of its own and counts code points, so the schema has no bounds. */
+export const passwordField = Type.String({ ...requiredText, examples: ['correct horse'] })
 
 /**
  * The 49,233 common passwords of @zxcvbn-ts/language-common, from published breaches, in lower case. Those shorter than 8

@@ -1,15 +1,9 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import {
-  bodyMaxBytes,
-  bodyOutcomes,
-  LoggedInData,
-  repliesWith,
-  SessionUserData,
-  storeOutcomes
-} from '../http/schemas.js'
+import { bodyMaxBytes, bodyOutcomes, repliesWith, storeOutcomes } from '../http/schemas.js'
 import { loadSession } from './load-session.js'
 import { LoginBody, type LoginRequest, logInHandler } from './log-in.js'
+import { LoggedInData, SessionUserData } from './schemas.js'
 
 const LogOutQuery = Type.Object({
   everywhere: Type.Optional(

@@ -80,9 +80,7 @@ return oldest
  */
 export const sessions = fp<{ config: Config }>(
   async (fastify, { config: { sessionSecrets, cookieSecure } }) => {
-    await fastify.withRedis(async (redis) => {
-      redis.defineCommand('indexSession', { numberOfKeys: 1, lua: indexSession })
-    })
+    fastify.defineRedisScripts({ indexSession: { numberOfKeys: 1, lua: indexSession } })
 
     // With __Host- browsers refuse the cookie from a subdomain or over plain HTTP (RFC 6265bis, section 4.1.3.2).
     const cookieName = cookieSecure ? '__Host-sid' : 'sid'

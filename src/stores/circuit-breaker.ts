@@ -3,9 +3,9 @@ import { BrokenCircuitError, CircuitState, ConsecutiveBreaker, circuitBreaker, h
 export interface CircuitBreakerOptions {
   /** Failures in a row that open it. */
   failuresToOpen: number
-  /** How long it stays open before one trial call. */
-  pauseMs: number
-  /** Which errors are failures of the other side. Every other error is an answer, so it counts as a success. */
+  /** How long it stays open before one trial call. By default any call while it is open is a trial call. */
+  pauseMs?: number
+  /** Which errors are failures of the other side. Any other error is an answer: it closes the breaker after a trial call. */
   isFailure(error: unknown): boolean
 }
 
@@ -16,7 +16,8 @@ export class CircuitBreaker {
   constructor({ failuresToOpen, pauseMs, isFailure }: CircuitBreakerOptions) {
     this.policy = circuitBreaker(handleWhen(isFailure), {
       breaker: new ConsecutiveBreaker(failuresToOpen),
-      halfOpenAfter: pauseMs
+      // Minus infinity is no pause, also if the clock is set back. 0 would be a pause then.
+      halfOpenAfter: pauseMs ?? Number.NEGATIVE_INFINITY
     })
   }
 

@@ -63,7 +63,6 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     // SQL error) a separate connection probes Postgres. If the probe fails, too, statements fail at once until one succeeds.
     const breaker = new CircuitBreaker({
       failuresToOpen: 1,
-      pauseMs: 0,
       // An SQL error, such as too many connections, is an answer.
       isFailure: (error) => !(error instanceof pg.DatabaseError)
     })
@@ -115,7 +114,7 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
 /** @throws if Postgres does not answer on a new connection */
 async function probe(connection: ClientConfig): Promise<void> {
   const client = new pg.Client(connection)
-  // Errors after the probe concern nobody.
+  // Without this listener, an error after the probe ends the process.
   client.on('error', () => undefined)
   try {
     await client.connect()

@@ -1,5 +1,5 @@
 import fp from 'fastify-plugin'
-import { Cluster, type Result } from 'ioredis'
+import type { Result } from 'ioredis'
 
 /** A number of units in a window that begins with the first unit. */
 export interface Limit {
@@ -65,16 +65,11 @@ end
 /** Limits that all instances share, counted in Redis. */
 export const rateLimits = fp(
   async (fastify) => {
-    let isCluster = false
-    await fastify.withRedis(async (redis) => {
-      isCluster = redis instanceof Cluster
-      redis.defineCommand('consumeLimits', { lua: consumeLimits })
-      redis.defineCommand('refundLimits', { lua: refundLimits })
-    })
+    fastify.defineRedisScripts({ consumeLimits: { lua: consumeLimits }, refundLimits: { lua: refundLimits } })
 
     // In a Cluster the counters are on several nodes, and a script runs on one. There each limit is consumed by itself and
     // refunded if another is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
-    const groupsOf = (limits: readonly Limit[]) => (isCluster ? limits.map((limit) => [limit]) : [limits])
+    const groupsOf = (limits: readonly Limit[]) => (fastify.isRedisCluster ? limits.map((limit) => [limit]) : [limits])
     const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
 
     /** Returns 0, or, with nothing consumed, the ms until every limit of the group has a unit. */

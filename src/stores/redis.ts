@@ -1,3 +1,4 @@
+import type { Socket } from 'node:net'
 import fastifyRedis from '@fastify/redis'
 import fp from 'fastify-plugin'
 import { Cluster, Redis } from 'ioredis'
@@ -13,40 +14,57 @@ declare module 'fastify' {
     /**
      * Runs commands on Redis.
      *
-     * @throws {Refusal} `storage_unavailable` if Redis fails or does not answer within `STORE_TIMEOUT_MS`
+     * @throws {Refusal} `storage_unavailable` for any error of `run`: Redis fails, or does not answer within
+     * `STORE_TIMEOUT_MS`
      */
     withRedis<T>(run: (redis: Redis | Cluster) => Promise<T>): Promise<T>
+    /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
+    defineRedisScripts(scripts: Record<string, { lua: string; numberOfKeys?: number }>): void
+    /** Whether the keys are on several nodes. */
+    isRedisCluster: boolean
   }
 }
 
-/** A name of its own, because a host application may have registered @fastify/redis, too. */
+/** A separate namespace, because an application that registers the `signUp` plugin may use @fastify/redis, too. */
 const namespace = 'mobileSignup'
 
-/** The longest pause between two attempts to reconnect. */
-const reconnectIntervalMaxMs = 1_000
+/** The longest delay before the next attempt to reconnect. */
+const reconnectDelayMaxMs = 1_000
+
+/** How often a Cluster client asks for the nodes and their slots. So it detects a dead node even if no command is sent to it. */
+const slotsRefreshIntervalMs = 1_000
 
 export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
   async (fastify, { config: { redisUrl, storeTimeoutMs, otlpEndpoint }, observer }) => {
-    // With tracing, all commands of an automatic pipeline would be spans of one request.
-    const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, otlpEndpoint === undefined)
+    // Automatic pipelines send commands of different requests together. A trace would show them all in one request.
+    const isTraced = otlpEndpoint !== undefined
+    const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, { enableAutoPipelining: !isTraced })
     let lastError: Error | undefined
     const logError = (err: Error) => {
       lastError = err
       fastify.log.warn({ err }, 'the connection to Redis failed')
     }
     client.on('error', logError)
+    // Only a Cluster has this event.
     client.on('node error', logError)
-    // Instead of @fastify/redis's `closeClient`: its QUIT fails the shutdown while Redis does not answer.
+    // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
     fastify.addHook('onClose', () => client.disconnect())
     await waitForStore('Redis', async () => {
       if (client.status !== 'ready') throw lastError ?? new Error('not connected yet')
-      // A Cluster connects to a node with the first command for it, and refuses commands until then.
-      if (client instanceof Cluster) await Promise.all(client.nodes('master').map((node) => node.ping()))
-      // If ioredis cannot select the database of the URL, it only warns and uses database 0.
-      else await client.select(client.options.db ?? 0)
+      if (client instanceof Cluster) {
+        // A Cluster client connects to a node when the first command for it arrives, and refuses commands while it connects.
+        await Promise.all(client.nodes('master').map((node) => node.ping()))
+      } else {
+        // If ioredis cannot select the database of the URL, it only warns and uses database 0. Here it fails the start.
+        await client.select(client.options.db ?? 0)
+      }
     })
     await fastify.register(fastifyRedis, { client, namespace })
 
+    fastify.decorate('isRedisCluster', client instanceof Cluster)
+    fastify.decorate('defineRedisScripts', (scripts) => {
+      for (const [name, script] of Object.entries(scripts)) client.defineCommand(name, script)
+    })
     fastify.decorate('withRedis', async <T>(run: (redis: Redis | Cluster) => Promise<T>) => {
       try {
         return await observeRoundTrip(observer, 'redis', run(client))
@@ -59,11 +77,16 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
 )
 
 /**
- * Connects without ioredis's patience: by default it queues commands while Redis is away and resends unanswered ones. A
- * sign-up must fail fast instead, and a GETDEL must never run twice.
+ * Connects with ioredis's queueing, retries and resending turned off. By default it queues commands while Redis is away and
+ * resends unanswered ones. A sign-up must fail fast instead, and the claim of a code must never run twice.
  */
-function connect(target: RedisTarget, storeTimeoutMs: number, enableAutoPipelining: boolean): Redis | Cluster {
-  const retryStrategy = (attempt: number) => Math.random() * Math.min(reconnectIntervalMaxMs, 50 * 2 ** attempt)
+function connect(
+  target: RedisTarget,
+  storeTimeoutMs: number,
+  { enableAutoPipelining }: { enableAutoPipelining: boolean }
+): Redis | Cluster {
+  // Exponential backoff with full jitter.
+  const retryStrategy = (attempt: number) => Math.random() * Math.min(reconnectDelayMaxMs, 50 * 2 ** attempt)
   const redisOptions = {
     ...target.options,
     connectTimeout: storeTimeoutMs,
@@ -72,22 +95,23 @@ function connect(target: RedisTarget, storeTimeoutMs: number, enableAutoPipelini
     autoResendUnfulfilledCommands: false
   }
   if (target.topology === 'cluster') {
-    // Without automatic pipelines: ioredis routes a script by its second argument, so to the wrong node.
+    // Without automatic pipelines: they choose the node by the second argument of EVALSHA, which is not a key.
     const cluster = new Cluster([...target.nodes], {
       redisOptions,
       enableOfflineQueue: false,
       clusterRetryStrategy: retryStrategy,
       slotsRefreshTimeout: storeTimeoutMs,
-      // Finds a dead node also when no command is sent to it.
-      slotsRefreshInterval: reconnectIntervalMaxMs,
-      // A command that a node refused because the slot has moved is redirected. One that may have run is not resent.
+      slotsRefreshInterval: slotsRefreshIntervalMs,
+      // Follows MOVED and ASK: the node has not run the command.
       maxRedirections: 5,
+      // 0 turns resending off: a command on a closed connection may have run.
       retryDelayOnFailover: 0,
       retryDelayOnClusterDown: 0,
-      // Keeps the host names, which certificates are checked against.
+      // Keeps the host names: TLS checks the certificate against the name.
       dnsLookup: (address, callback) => callback(null, address)
     })
-    return cluster.on('+node', dropOnTimeout)
+    cluster.on('+node', dropOnTimeout)
+    return cluster
   }
   const options = { ...redisOptions, enableOfflineQueue: false, enableAutoPipelining, retryStrategy }
   const client =
@@ -101,8 +125,8 @@ function connect(target: RedisTarget, storeTimeoutMs: number, enableAutoPipelini
           ...(target.options.tls && { sentinelTLS: target.options.tls }),
           sentinelCommandTimeout: storeTimeoutMs,
           sentinelRetryStrategy: retryStrategy,
-          // Leaves a master that a failover has made a replica. ioredis's `failoverDetector` ends the client for good if it
-          // hears of a failover while it connects.
+          // After a failover the connected server may be a replica, which answers READONLY. Reconnecting finds the new master.
+          // `failoverDetector` is no alternative: if a failover happens while it connects, it ends the client permanently.
           reconnectOnError: ({ message }: Error) => message.startsWith('READONLY')
         })
   dropOnTimeout(client)
@@ -110,15 +134,19 @@ function connect(target: RedisTarget, storeTimeoutMs: number, enableAutoPipelini
 }
 
 /**
- * Drops a connection on which a command has timed out, so that no later command is sent on it. ioredis's own
- * `socketTimeout` does not: any reply on the socket clears it, also one to another command.
+ * Drops a connection on which a command has timed out, because later commands would wait behind it. `socketTimeout` of
+ * ioredis is not enough: any reply resets it, even the reply to another command.
+ *
+ * Wraps `sendCommand` to remember the socket of each command: after a reconnect the connection has another one. ioredis
+ * has no class for the error, so the message tells (test/stores.test.ts).
  */
 function dropOnTimeout(connection: Redis): void {
   const sendCommand = connection.sendCommand.bind(connection)
   connection.sendCommand = (command, stream) => {
-    const { stream: socket } = connection
+    // A node of a Cluster queues its first command, and has no socket before it connects. The command comes here again then.
+    const socket: Socket | undefined = connection.stream
     command.promise.catch(({ message }: Error) => {
-      if (message === 'Command timed out') socket.destroy()
+      if (message === 'Command timed out') socket?.destroy(new Error('a command has timed out'))
     })
     return sendCommand(command, stream)
   }

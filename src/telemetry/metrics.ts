@@ -103,7 +103,7 @@ export class Metrics implements Observer {
     })
     new Gauge({
       name: 'mobile_signup_hash_expected_wait_seconds',
-      help: 'How long a sign-up that came now would wait for a thread; above HASH_MAX_WAIT_MS it is refused',
+      help: 'How long a new sign-up would wait for a thread; above HASH_MAX_WAIT_MS it is refused',
       registers,
       collect() {
         this.set(hashExpectedWaitMs() / 1_000)

@@ -2,24 +2,27 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import type { Claim, CodePurpose, CompletedClaim } from '../codes/codes.js'
 import type { Config } from '../config/config.js'
-import { codeField, mobileField, passwordField } from '../http/schemas.js'
+import { mobileField, requiredText } from '../http/schemas.js'
 import type { OutcomeName } from '../outcomes.js'
-import { passwordFault } from '../passwords/policy.js'
+import { passwordFault, passwordField } from '../passwords/policy.js'
 import type { SessionUser } from '../sessions/sessions.js'
 
 export const NewPasswordBody = Type.Object({
   mobile: mobileField,
-  sms_code: codeField,
+  sms_code: Type.String({ ...requiredText, maxLength: 16, examples: ['123456'] }),
   password: passwordField,
   password2: passwordField
 })
 
 export type NewPasswordRequest = FastifyRequest<{ Body: Static<typeof NewPasswordBody> }>
 
-/** How a sign-up and a password reset differ. */
+/** The parts of the flow that differ between a sign-up and a password reset. */
 interface Redemption {
   purpose: CodePurpose
-  /** Writes the hash. Returns undefined, with the code discarded, if the mobile has a row already, or has none. */
+  /**
+   * Writes the hash to Postgres. If the row cannot be written, it discards the code and returns undefined: a sign-up of a
+   * mobile that belongs to another user, or a reset of a mobile without a user.
+   */
   write(
     request: NewPasswordRequest,
     reply: FastifyReply,
@@ -27,18 +30,22 @@ interface Redemption {
     passwordHash: string
   ): Promise<SessionUser | undefined>
   success: OutcomeName
+  /** The outcome if there is no user. It must not tell strangers more than they have proved. */
   failure: OutcomeName
 }
 
-/** Returns the handlers of POST /users and PUT /users/password: redeem a code for a user with a new password. */
+/**
+ * Returns the handlers of POST /users and PUT /users/password. Both use up a code and set a password: a sign-up creates the
+ * user, a reset changes an existing one.
+ */
 export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Config) {
-  const signUp: Redemption = {
+  const signUpRedemption: Redemption = {
     purpose: 'sign-up',
     write: insertUser,
     success: 'registered',
     failure: 'mobile_registered'
   }
-  const passwordReset: Redemption = {
+  const resetRedemption: Redemption = {
     purpose: 'password',
     write: replacePassword,
     success: 'password_reset',
@@ -52,19 +59,19 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     const fault = passwordFault(request.body, passwordMin)
     if (fault !== undefined) return reply.outcome(fault)
 
-    // Admit, before the code is touched. With Postgres away, the code would be claimed and a password hashed for nothing.
+    // Refuse before the code is claimed, if Postgres is down or the hash queue is too long.
     fastify.postgres.assertAvailable()
     const retryAfterSeconds = fastify.passwords.admissionDelaySeconds()
     if (retryAfterSeconds > 0) return reply.outcome('busy', { retryAfterSeconds })
 
-    // Claim the code.
     const claim = await fastify.codes.claim(mobile, sms_code, redemption.purpose)
     if (claim.state === 'wrong') return reply.outcome('wrong_code')
     if (claim.state === 'in_progress') return reply.outcome('busy')
     if (claim.state === 'done') return replay(request, reply, claim, redemption)
 
-    // Hash, then write. A failure, or a client that disconnects before the hash starts, restores the code.
+    // Hash, then write. If one of them fails, or the client disconnects before the hash starts, put the code back.
     let user: SessionUser | undefined
+    // An earlier request that claimed this code may have written the row.
     let mayBeCommitted = claim.isReclaim
     try {
       const passwordHash = await fastify.passwords.hash(password, reply.raw)
@@ -77,12 +84,13 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     }
     if (user === undefined) return reply.outcome(redemption.failure)
 
-    // Start a session and complete the claim, in one round trip. If the claim stays pending, a retry waits for the end of
-    // the lease and then finds the row.
+    // Both in one round trip. If the claim cannot be completed, retries are answered `busy` until the lease expires. The next
+    // retry claims the code again and finds the row.
     const [sessionId] = await Promise.all([
       fastify.sessions.start(request, reply, user),
       fastify.codes.complete(claim, user.user_id).catch((err) => logUnendedClaim(request, err))
     ])
+    // Without a session the request has still succeeded: the row is committed, and the client can log in.
     return reply.outcome(redemption.success, { data: { ...user, session: sessionId !== undefined } })
   }
 
@@ -90,13 +98,15 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     const { mobile, password } = request.body
     const userId = await fastify.users.insert(mobile, passwordHash)
     if (userId !== undefined) return { user_id: userId, name: mobile, mobile }
-    // The mobile has a row. It is this request's own success if another request has held the same code: an earlier one whose
-    // outcome is unknown, or a later one after this lease expired. Then the hash of the row decides.
-    const isOnlyClaim = await discard(claim, request)
-    if (isOnlyClaim && !claim.isReclaim) return undefined
+    // The mobile is registered. If another request has held the same code, it was probably a retry of the same client, and it
+    // created this user: it came before this request (a reclaim), or it took the code over after this lease had expired.
+    // Then the request succeeds if its password is that of the row. Otherwise the mobile belongs to another user.
+    const wasTakenOver = await discard(claim, request)
+    if (!claim.isReclaim && !wasTakenOver) return undefined
     return findVerifiedUser(mobile, password, reply)
   }
 
+  /** Needs no case for a reclaim: the UPDATE can be repeated. */
   async function replacePassword(
     request: NewPasswordRequest,
     _reply: FastifyReply,
@@ -114,17 +124,21 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     return { user_id: row.id, name: row.name, mobile }
   }
 
-  /** Discards the code. Returns whether no other request has claimed it since, or true if Redis does not answer. */
+  /**
+   * Discards the code. Returns whether another request has taken the claim over. If Redis does not answer, the answer is
+   * false: without evidence of another claim, the mobile counts as another user's.
+   */
   async function discard(claim: Claim, request: FastifyRequest): Promise<boolean> {
     try {
-      return await fastify.codes.discard(claim)
+      const { wasTakenOver } = await fastify.codes.discard(claim)
+      return wasTakenOver
     } catch (err) {
       logUnendedClaim(request, err)
-      return true
+      return false
     }
   }
 
-  /** Answers the repeated request of a completed claim. */
+  /** Answers a request that repeats an already successful one. */
   async function replay(
     request: NewPasswordRequest,
     reply: FastifyReply,
@@ -132,25 +146,29 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     { success, failure }: Redemption
   ) {
     const { mobile, password } = request.body
-    const endReplay = (passwordWasWrong: boolean) =>
-      fastify.codes.endReplay(completed, passwordWasWrong).catch((err) => logUnendedClaim(request, err))
+    const endReplay = (options: { passwordWasWrong: boolean }) =>
+      fastify.codes.endReplay(completed, options).catch((err) => logUnendedClaim(request, err))
     let user: SessionUser | undefined
     try {
       user = await findVerifiedUser(mobile, password, reply)
     } catch (error) {
-      await endReplay(false)
+      await endReplay({ passwordWasWrong: false })
       throw error
     }
+    // Another password, or another user since.
     if (user?.user_id !== completed.userId) {
-      await endReplay(true)
+      await endReplay({ passwordWasWrong: true })
       return reply.outcome(failure)
     }
-    const [sessionId] = await Promise.all([fastify.sessions.start(request, reply, user), endReplay(false)])
+    const [sessionId] = await Promise.all([
+      fastify.sessions.start(request, reply, user),
+      endReplay({ passwordWasWrong: false })
+    ])
     reply.header('idempotent-replayed', 'true')
     return reply.outcome(success, { data: { ...user, session: sessionId !== undefined } })
   }
 
-  /** Returns the user of a mobile if the password is theirs. */
+  /** Returns the user of a mobile if the password is theirs. Its duration is no secret: the caller has proved the code. */
   async function findVerifiedUser(
     mobile: string,
     password: string,
@@ -163,12 +181,12 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
   }
 
   return {
-    signUp: (request: NewPasswordRequest, reply: FastifyReply) => redeemCode(request, reply, signUp),
-    resetPassword: (request: NewPasswordRequest, reply: FastifyReply) => redeemCode(request, reply, passwordReset)
+    signUp: (request: NewPasswordRequest, reply: FastifyReply) => redeemCode(request, reply, signUpRedemption),
+    resetPassword: (request: NewPasswordRequest, reply: FastifyReply) => redeemCode(request, reply, resetRedemption)
   }
 }
 
-/** The claim record stays as it was, and its lease expires. */
+/** Logs that Redis could not record the end of a claim or a replay. Until the lease expires, retries are answered `busy`. */
 function logUnendedClaim({ log, id }: FastifyRequest, err: unknown): void {
   log.error({ reqId: id, err }, 'a claim could not be ended in Redis')
 }

@@ -1,6 +1,7 @@
 import type { FastifyPluginAsync, FastifyReply } from 'fastify'
 import type { Config } from '../config/config.js'
-import { bodyMaxBytes, bodyOutcomes, LoggedInData, repliesWith } from '../http/schemas.js'
+import { bodyMaxBytes, bodyOutcomes, repliesWith } from '../http/schemas.js'
+import { LoggedInData } from '../sessions/schemas.js'
 import { NewPasswordBody, type NewPasswordRequest, redeemCodeHandlers } from './redeem-code.js'
 
 const schema = { tags: ['sign-up'], body: NewPasswordBody, response: repliesWith(LoggedInData) }

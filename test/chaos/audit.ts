@@ -3,7 +3,7 @@ import type { Pool } from 'pg'
 import { about, type Person } from './people.js'
 import type { Report } from './report.js'
 
-/** Compares what people were told with the rows. */
+/** Compares the answers that people got with the rows. */
 export async function auditRows(postgres: Pool, people: readonly Person[], report: Report): Promise<void> {
   const { rows } = await postgres.query<{ id: string; mobile: string; password_hash: string }>('SELECT * FROM users')
   const rowOf = new Map(rows.map((row) => [row.mobile, row]))
@@ -15,7 +15,7 @@ export async function auditRows(postgres: Pool, people: readonly Person[], repor
     else if (row.id !== person.userId) report.violate(about(person, 'the row has another id'))
     else if (!(await verify(row.password_hash, person.password))) {
       report.violate(about(person, 'the row has another password'))
-    } else report.count('clients whose row has the id that they were told, and their password')
+    } else report.count('clients whose row has the id of their answer, and their password')
   }
-  for (const mobile of rowOf.keys()) report.violate(`a row of nobody: ${mobile.slice(-6)}`)
+  for (const mobile of rowOf.keys()) report.violate(`a row without a client: ${mobile.slice(-6)}`)
 }

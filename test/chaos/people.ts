@@ -15,7 +15,7 @@ export interface Person {
   password: string
   /** What each of their requests was answered. */
   answers: string[]
-  /** The id that they were told. */
+  /** The id in their answer. */
   userId?: string
 }
 
@@ -65,7 +65,7 @@ async function signUp(person: Person, options: PeopleOptions): Promise<void> {
       // Some repeat a request that has succeeded, as a gateway does whose own client has disconnected.
       if (person.answers.length > 1 || random.next() < 0.9) return
     } else if (answer.startsWith('4')) {
-      return report.violate(about(person, 'refused with a code that had signed nobody up'))
+      return report.violate(about(person, 'refused, although the code had not been used'))
     }
     await sleep(random.between(10, 200))
   }
