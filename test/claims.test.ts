@@ -42,7 +42,7 @@ function leaseMsOf(env: Record<string, string>): number {
 }
 
 /** No round trip times out, and no lease expires, however busy the machine is. */
-const patient = { STORE_TIMEOUT_MS: '30000', HASH_THREADS: '1' }
+const patient = { STORE_TIMEOUT_MS: '30000' }
 
 /** Replaces the hash pool by one that calls a function before each hash. The function may wait or throw. */
 const passwordsThatHashAfter = (beforeHash: () => Promise<unknown>) =>

@@ -58,12 +58,14 @@ async function signUpRequest(): Promise<string> {
   return `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
 }
 
-// Started here, because it takes ten seconds: the other tests run meanwhile.
-const waiting = await listen(t)
-const timedOutReply = exchange(waiting.app, waiting.port, incompleteSignUp)
+const { app, port } = await listen(t)
+
+// Starts here because it takes ten seconds: the other tests run meanwhile.
+const timedOutRequest = once(app.server, 'request')
+const timedOutReply = exchange(app, port, incompleteSignUp)
+await timedOutRequest
 
 t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4201', async (t) => {
-  const { app, port } = await listen(t)
   for (const [name, status, head, body] of [
     ['not HTTP', 400, 'GARBAGE\r\n\r\n'],
     ['an unknown method', 400, `FOO / HTTP/1.1\r\n${host}\r\n`],
@@ -93,7 +95,6 @@ t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4
 })
 
 t.test('a body that is too large or absent is refused in the envelope', async (t) => {
-  const { app, port } = await listen(t)
   const chunk = `${(5_000).toString(16)}\r\n${' '.repeat(5_000)}\r\n`
   for (const [name, status, head, body] of [
     ['a length over 4 KiB', 413, `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Length: 5000\r\n\r\n`],
@@ -156,7 +157,6 @@ t.test('shutdown does not wait for a request that never arrives completely', asy
 })
 
 t.test('garbage after a sign-up is never answered in its place', async (t) => {
-  const { app, port } = await listen(t)
   t.notMatch(await exchange(app, port, `${await signUpRequest()}GARBAGE\r\n\r\n`), '4201')
 })
 

@@ -71,3 +71,22 @@ t.test('G7: no full mobile and no code reaches the log of a host that prints eve
   t.match(log, 'WRONGTYPE')
   for (const secret of [body.mobile, body.sms_code]) t.notMatch(log, secret)
 })
+
+t.test('every route logs at the level of the host, whatever LOG_LEVEL is', async (t) => {
+  const lines: string[] = []
+  const host = Fastify({ logger: { stream: { write: (line) => void lines.push(line) } } })
+  t.after(() => host.close())
+  await host.register(library.signUp, { prefix: '/auth', config: config({ LOG_LEVEL: 'silent' }) })
+  for (const [method, url] of [
+    ['POST', '/auth/sms_codes'],
+    ['POST', '/auth/users'],
+    ['PUT', '/auth/users/password'],
+    ['POST', '/auth/sessions'],
+    ['GET', '/auth/session'],
+    ['DELETE', '/auth/session']
+  ] as const) {
+    lines.length = 0
+    await host.inject({ method, url, ...(method === 'POST' || method === 'PUT' ? { payload: {} } : {}) })
+    t.equal(lines.filter((line) => line.includes('request completed')).length, 1, `${method} ${url}`)
+  }
+})

@@ -1,4 +1,3 @@
-import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import { client } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
@@ -6,37 +5,38 @@ import { retried } from '../testkit/until.js'
 
 const { build, cookieOf, issueCode, openProxy, redis, signUpBody, userRows } = await startTestbed(t)
 
+const app = await build(t)
+const api = client(app)
+
 /** Signs a user up. Returns the body of the sign-up, and a body that resets the password with a new code. */
-async function registerUser(app: FastifyInstance) {
+async function registerUser() {
   const signUp = await signUpBody()
-  const reply = await client(app).signUp(signUp)
+  const reply = await api.signUp(signUp)
   const reset = await signUpBody({ mobile: signUp.mobile })
   return { signUp, reset, userId: reply.json().data.user_id, cookie: cookieOf(reply) }
 }
 
 t.test('200: only the new password logs in, and all other sessions end', async (t) => {
-  const app = await build(t)
-  const { signUp, reset, userId, cookie } = await registerUser(app)
+  const { signUp, reset, userId, cookie } = await registerUser()
   const { mobile } = reset
-  const reply = await client(app).resetPassword(reset)
+  const reply = await api.resetPassword(reset)
   t.equal(reply.statusCode, 200)
   t.strictSame(reply.json(), {
     errno: '0',
     errmsg: '密码已重置',
     data: { user_id: userId, name: mobile, mobile, session: true }
   })
-  t.equal((await client(app).whoAmI(cookie)).statusCode, 401)
-  t.equal((await client(app).whoAmI(cookieOf(reply))).statusCode, 200)
-  t.equal((await client(app).logIn({ mobile, password: signUp.password })).statusCode, 401)
-  t.equal((await client(app).logIn({ mobile, password: reset.password })).statusCode, 201)
+  t.equal((await api.whoAmI(cookie)).statusCode, 401)
+  t.equal((await api.whoAmI(cookieOf(reply))).statusCode, 200)
+  t.equal((await api.logIn({ mobile, password: signUp.password })).statusCode, 401)
+  t.equal((await api.logIn({ mobile, password: reset.password })).statusCode, 201)
 })
 
 t.test('422 4004: a wrong code and an unknown mobile get the same reply, and use the code up', async (t) => {
-  const app = await build(t)
-  const { reset } = await registerUser(app)
+  const { reset } = await registerUser()
   const unknown = await signUpBody()
   for (const body of [{ ...reset, sms_code: 'wrong' }, reset, unknown, unknown]) {
-    const reply = await client(app).resetPassword(body)
+    const reply = await api.resetPassword(body)
     t.strictSame([reply.statusCode, reply.json()], [422, { errno: '4004', errmsg: '短信验证码错误' }])
   }
   t.strictSame(await userRows(unknown.mobile), [])
@@ -44,15 +44,14 @@ t.test('422 4004: a wrong code and an unknown mobile get the same reply, and use
 })
 
 t.test('400: a new password has the same rules as the first, and a refusal keeps the code', async (t) => {
-  const app = await build(t)
-  const { reset } = await registerUser(app)
+  const { reset } = await registerUser()
   for (const [changes, errmsg] of [
     [{ password2: undefined }, '参数不完整'],
     [{ password2: 'another one' }, '两次密码不一致'],
     [{ password: 'short', password2: 'short' }, '密码须为8至128个字符'],
     [{ password: 'password', password2: 'password' }, '密码过于常见']
   ] as const) {
-    const reply = await client(app).resetPassword({ ...reset, ...changes })
+    const reply = await api.resetPassword({ ...reset, ...changes })
     t.strictSame([reply.statusCode, reply.json().errmsg], [400, errmsg])
   }
   t.equal(await redis.get(`sms_code_${reset.mobile}`), reset.sms_code)
@@ -61,7 +60,7 @@ t.test('400: a new password has the same rules as the first, and a refusal keeps
 t.test('a server-side failure restores the code, and a retry is safe before and after the success', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
   const app = await build(t, { DATABASE_URL: proxy.url })
-  const { reset, userId } = await registerUser(app)
+  const { reset, userId } = await registerUser()
   const codeKey = `sms_code_${reset.mobile}`
   await redis.pexpire(codeKey, 200_000)
   proxy.strike('set_password', { kind: 'drop reply' })
@@ -80,12 +79,11 @@ t.test('a server-side failure restores the code, and a retry is safe before and 
 })
 
 t.test('a code that was used for a sign-up resets no password, and the reverse', async (t) => {
-  const app = await build(t)
-  const { signUp, reset } = await registerUser(app)
+  const { signUp, reset } = await registerUser()
   const { password, password2 } = reset
-  t.equal((await client(app).resetPassword({ ...signUp, password, password2 })).statusCode, 422)
-  t.equal((await client(app).resetPassword(reset)).statusCode, 422, 'the wrong guess has used the new code up')
+  t.equal((await api.resetPassword({ ...signUp, password, password2 })).statusCode, 422)
+  t.equal((await api.resetPassword(reset)).statusCode, 422, 'the wrong guess has used the new code up')
   await issueCode(reset.mobile, reset.sms_code)
-  t.equal((await client(app).resetPassword(reset)).statusCode, 200)
-  t.equal((await client(app).signUp(reset)).statusCode, 422)
+  t.equal((await api.resetPassword(reset)).statusCode, 200)
+  t.equal((await api.signUp(reset)).statusCode, 422)
 })

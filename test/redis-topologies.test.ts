@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
-import { Cluster, Redis } from 'ioredis'
+import { Cluster, type Redis } from 'ioredis'
 import t, { type Test } from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { masterName, password, type RedisServer, startCluster, startSentinels } from '../testkit/redis-topologies.js'
@@ -8,6 +8,9 @@ import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 const { build, newMobile, signUpBody, cookieOf, userRows } = await startTestbed(t)
+
+// Cluster and Sentinel at the same time.
+t.jobs = 2
 
 const credentials = `:${encodeURIComponent(password)}@`
 
@@ -19,10 +22,13 @@ const impatient = { ...unlimited, STORE_TIMEOUT_MS: '1000', HASH_MAX_WAIT_MS: '5
 
 const addressesOf = (servers: readonly RedisServer[]) => servers.map(({ port }) => `127.0.0.1:${port}`)
 
+const storeCode = (redis: Redis | Cluster, { mobile, sms_code }: SignUpBody) =>
+  redis.set(`sms_code_${mobile}`, sms_code, 'EX', 300)
+
 /** Returns the body of a sign-up whose code is in this Redis. */
 async function bodyIn(redis: Redis | Cluster, mobile = newMobile()): Promise<SignUpBody> {
   const body = await signUpBody({ mobile })
-  await redis.set(`sms_code_${mobile}`, body.sms_code, 'EX', 300)
+  await storeCode(redis, body)
   return body
 }
 
@@ -72,15 +78,21 @@ async function checkContract(t: Test, app: FastifyInstance, redis: Redis | Clust
  * Signs up from eight clients that retry on 503. The fault begins after the first third of the sign-ups, with others in
  * flight. The last third begins after the fault is complete.
  *
- * @returns the number of replies that were not a success
+ * @param fault gets a function that waits until a sign-up has failed
  */
-async function signUpDuring(t: Test, app: FastifyInstance, bodies: readonly SignUpBody[], fault: () => Promise<void>) {
+async function signUpDuring(
+  t: Test,
+  app: FastifyInstance,
+  bodies: readonly SignUpBody[],
+  fault: (untilFailure: () => Promise<void>) => Promise<void>
+) {
   const failures: [number, string][] = []
+  const untilFailure = () => until('a sign-up fails', () => failures.length > 0)
   const remaining = bodies.entries()
   let faultCompleted: Promise<void> | undefined
   async function signUpInTurn() {
     for (const [index, body] of remaining) {
-      if (index >= bodies.length / 3) faultCompleted ??= fault()
+      if (index >= bodies.length / 3) faultCompleted ??= fault(untilFailure)
       if (index >= (2 * bodies.length) / 3) await faultCompleted
       await until('a sign-up succeeds', async () => {
         const reply = await client(app).signUp(body)
@@ -96,27 +108,25 @@ async function signUpDuring(t: Test, app: FastifyInstance, bodies: readonly Sign
   const unexpected = failures.filter(([status, errno]) => status !== 503 || !['4001', '4500'].includes(errno))
   t.strictSame(unexpected, [], 'every failure is a 503')
   for (const { mobile } of bodies) t.equal((await userRows(mobile)).length, 1)
-  return failures.length
 }
 
 t.test('Redis Cluster', async (t) => {
-  const { servers, enableFailover } = await startCluster(t)
-  const redis = new Cluster(
-    servers.slice(0, 3).map(({ port }) => ({ host: '127.0.0.1', port })),
-    { redisOptions: { password } }
-  )
-  redis.on('error', () => undefined)
-  t.teardown(() => redis.disconnect())
+  const { servers, failOver } = await startCluster(t)
   const REDIS_URL = `redis://${credentials}${addressesOf(servers).join()}`
   const app = await build(t, { ...patient, REDIS_URL })
   const [master, otherMaster] = servers
   if (master === undefined || otherMaster === undefined) throw new Error('no masters')
 
-  await t.test('the contract holds', (t) => checkContract(t, app, redis))
+  await t.test('the contract holds', async (t) => {
+    const nodes = servers.map(({ port }) => ({ host: '127.0.0.1', port }))
+    const redis = new Cluster(nodes, { redisOptions: { password } })
+    t.teardown(() => redis.disconnect())
+    await checkContract(t, app, redis)
+  })
 
   await t.test('scripts are sent again after the nodes have lost them', async (t) => {
     for (const { admin } of servers) await admin.script('FLUSH')
-    t.equal((await client(app).signUp(await bodyIn(redis))).statusCode, 201)
+    for (const body of await bodiesOn(master, 1)) t.equal((await client(app).signUp(body)).statusCode, 201)
   })
 
   await t.test('a code whose slot is moving is a 503, and works after the move', async (t) => {
@@ -144,10 +154,12 @@ t.test('Redis Cluster', async (t) => {
   await t.test('after the kill of a master every failure is a 503, and every code works', async (t) => {
     const impatientApp = await build(t, { ...impatient, REDIS_URL })
     const bodies = shuffled([...(await bodiesOn(master, 40)), ...(await bodiesOn(otherMaster, 20))])
-    await until('the replica has the codes', async () => (await master.admin.wait(1, 1_000)) >= 1)
-    await enableFailover()
-    const failureCount = await signUpDuring(t, impatientApp, bodies, () => master.kill())
-    t.ok(failureCount > 0, 'requests met the dead master')
+    await untilReplicated(master, 1)
+    await signUpDuring(t, impatientApp, bodies, async (untilFailure) => {
+      await master.kill()
+      await untilFailure()
+      await failOver()
+    })
   })
 
   /** Returns bodies whose codes are on one master. */
@@ -155,8 +167,8 @@ t.test('Redis Cluster', async (t) => {
     const bodies: SignUpBody[] = []
     while (bodies.length < count) {
       const body = await signUpBody()
-      // Written on this connection, because WAIT waits for the writes of its own connection. Other nodes refuse the key.
-      const isStored = await admin.set(`sms_code_${body.mobile}`, body.sms_code, 'EX', 300).then(
+      // Other masters refuse the key.
+      const isStored = await storeCode(admin, body).then(
         () => true,
         () => false
       )
@@ -167,56 +179,41 @@ t.test('Redis Cluster', async (t) => {
 })
 
 t.test('Redis Sentinel', async (t) => {
-  const { servers, sentinels, enableFailover } = await startSentinels(t)
-  const addresses = sentinels.map(({ port }) => ({ host: '127.0.0.1', port }))
-  const redis = new Redis({ sentinels: addresses, name: masterName, password })
-  redis.on('error', () => undefined)
-  t.teardown(() => redis.disconnect())
+  const { sentinels, master, failOver } = await startSentinels(t)
   const REDIS_URL = `redis+sentinel://${credentials}${addressesOf(sentinels).join()}/${masterName}/0`
+  const app = await build(t, { ...patient, REDIS_URL })
   const impatientApp = await build(t, { ...impatient, REDIS_URL })
 
-  await t.test('the contract holds', async (t) => checkContract(t, await build(t, { ...patient, REDIS_URL }), redis))
+  await t.test('the contract holds', async (t) => checkContract(t, app, (await master()).admin))
 
   await t.test('after the kill of a master every failure is a 503, and every code works', async (t) => {
-    const [master] = servers
-    if (master === undefined) throw new Error('no master')
-    const bodies = await replicatedBodies(2)
-    await enableFailover()
-    const failureCount = await signUpDuring(t, impatientApp, bodies, () => master.kill())
-    t.ok(failureCount > 0, 'requests met the dead master')
-  })
-
-  await t.test('the service leaves a master that becomes a replica', async (t) => {
-    const bodies = await replicatedBodies(1)
-    const formerAddress = await masterAddress()
-    await signUpDuring(t, impatientApp, bodies, async () => {
-      // A sentinel refuses while it still works on the former failover.
-      await until(
-        'a sentinel starts the failover',
-        () =>
-          sentinels[0]?.admin.call('SENTINEL', 'FAILOVER', masterName).then(
-            () => true,
-            () => false
-          ) ?? false
-      )
-      await until('there is another master', async () => (await masterAddress()) !== formerAddress)
+    const killed = await master()
+    const bodies = await bodiesOn(killed, 40)
+    await untilReplicated(killed, 2)
+    await signUpDuring(t, impatientApp, bodies, async (untilFailure) => {
+      await killed.kill()
+      await untilFailure()
+      await failOver()
     })
   })
 
-  async function masterAddress(): Promise<string> {
-    return `${await sentinels[0]?.admin.call('SENTINEL', 'GET-MASTER-ADDR-BY-NAME', masterName)}`
-  }
+  await t.test('the service leaves a master that becomes a replica', async (t) => {
+    const formerMaster = await master()
+    const bodies = await bodiesOn(formerMaster, 40)
+    await untilReplicated(formerMaster, 1)
+    await signUpDuring(t, impatientApp, bodies, failOver)
+  })
 
-  /** Returns bodies whose codes so many replicas have. */
-  async function replicatedBodies(replicaCount: number): Promise<SignUpBody[]> {
-    const bodies = await Promise.all(Array.from({ length: 40 }, () => bodyIn(redis)))
-    await until(
-      `${replicaCount} replicas have the codes`,
-      async () => (await redis.wait(replicaCount, 1_000)) >= replicaCount
-    )
+  async function bodiesOn({ admin }: RedisServer, count: number): Promise<SignUpBody[]> {
+    const bodies = await Promise.all(Array.from({ length: count }, () => signUpBody()))
+    await Promise.all(bodies.map((body) => storeCode(admin, body)))
     return bodies
   }
 })
+
+/** Waits until so many replicas have the codes that were stored on the connection of their master. */
+const untilReplicated = ({ admin }: RedisServer, replicaCount: number) =>
+  until(`${replicaCount} replicas have the codes`, async () => (await admin.wait(replicaCount, 1_000)) >= replicaCount)
 
 function shuffled<T>(list: T[]): T[] {
   return list

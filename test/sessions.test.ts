@@ -5,6 +5,9 @@ import { startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, holdRedisWrites, redis, signUpBody, stores } = await startTestbed(t)
 
+const app = await build(t)
+const api = client(app)
+
 const notLoggedIn = { errno: '4101', errmsg: '用户未登录' }
 const session = '/api/v1.0/session'
 const production = { NODE_ENV: 'production', SMS: 'off', HASH_MEMORY_KIB: '7168', HASH_PASSES: '5' }
@@ -14,8 +17,7 @@ const sessionSecret = `${stores.environment.SESSION_SECRET}`
 const sessionKeyOf = (cookie: string) => `session:${cookie.split(/[=.]/)[1]}`
 
 t.test('the cookie is sid with HttpOnly, SameSite=Lax, Path=/ and Max-Age=86400', async (t) => {
-  const app = await build(t)
-  const reply = await client(app).signUp(await signUpBody())
+  const reply = await api.signUp(await signUpBody())
   cookieOf(reply)
   t.match(reply.cookies, [{ name: 'sid', httpOnly: true, sameSite: 'Lax', path: '/', maxAge: 86_400 }])
   t.notMatch(`${reply.headers['set-cookie']}`, 'Secure')
@@ -41,18 +43,16 @@ t.test('COOKIE_SECURE=false sets sid without Secure in production', async (t) =>
 })
 
 t.test('GET /session returns who is logged in', async (t) => {
-  const app = await build(t)
-  const signedUp = await client(app).signUp(await signUpBody())
+  const signedUp = await api.signUp(await signUpBody())
   const { user_id, name, mobile } = signedUp.json().data
-  const reply = await client(app).whoAmI(cookieOf(signedUp))
+  const reply = await api.whoAmI(cookieOf(signedUp))
   t.equal(reply.statusCode, 200)
   t.strictSame(reply.json(), { errno: '0', errmsg: '成功', data: { user_id, name, mobile } })
   t.equal(reply.headers['set-cookie'], undefined)
 })
 
 t.test('an invalid cookie is not logged in, and does not prevent a sign-up', async (t) => {
-  const app = await build(t)
-  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
+  const cookie = cookieOf(await api.signUp(await signUpBody()))
   const [id = '', signature = ''] = cookie.slice('sid='.length).split('.')
   const signedWithOtherSecret = new Signer('another secret of at least thirty-two characters').sign(id)
   const unknown = new Signer(sessionSecret).sign('an-id-that-redis-does-not-have')
@@ -71,9 +71,9 @@ t.test('an invalid cookie is not logged in, and does not prevent a sign-up', asy
     signedWithOtherSecret,
     unknown
   ]) {
-    const reply = await client(app).whoAmI(`sid=${value}`)
+    const reply = await api.whoAmI(`sid=${value}`)
     t.strictSame([reply.statusCode, reply.json()], [401, notLoggedIn], value.slice(0, 20))
-    const signedUp = await client(app).signUp(await signUpBody(), { headers: { cookie: `sid=${value}` } })
+    const signedUp = await api.signUp(await signUpBody(), { headers: { cookie: `sid=${value}` } })
     t.equal(signedUp.statusCode, 201)
     t.equal(signedUp.cookies.length, 1, 'the sign-up sets one cookie')
   }
@@ -81,8 +81,7 @@ t.test('an invalid cookie is not logged in, and does not prevent a sign-up', asy
 })
 
 t.test('a session that another service has overwritten with something else is not logged in', async (t) => {
-  const app = await build(t)
-  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
+  const cookie = cookieOf(await api.signUp(await signUpBody()))
   for (const value of [
     '',
     'garbage',
@@ -98,14 +97,13 @@ t.test('a session that another service has overwritten with something else is no
     '{"user_id":"1","name":"n","mobile":false}'
   ]) {
     await redis.set(sessionKeyOf(cookie), value)
-    const reply = await client(app).whoAmI(cookie)
+    const reply = await api.whoAmI(cookie)
     t.strictSame([reply.statusCode, reply.json()], [401, notLoggedIn], value)
   }
 })
 
 t.test('fields of a stored session other than its user are ignored', async (t) => {
-  const app = await build(t)
-  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
+  const cookie = cookieOf(await api.signUp(await signUpBody()))
   const key = sessionKeyOf(cookie)
   for (const extra of [
     '"__proto__":{"user_id":"2"}',
@@ -114,10 +112,10 @@ t.test('fields of a stored session other than its user are ignored', async (t) =
     '"cookie":{"expires":"never"}'
   ]) {
     await redis.set(key, `{${extra},"user_id":"1","name":"n","mobile":"m"}`)
-    const reply = await client(app).whoAmI(cookie)
+    const reply = await api.whoAmI(cookie)
     t.strictSame([reply.statusCode, reply.json().data], [200, { user_id: '1', name: 'n', mobile: 'm' }], extra)
   }
-  const reply = await client(app).logOut(cookie)
+  const reply = await api.logOut(cookie)
   t.strictSame([reply.statusCode, await redis.exists(key)], [200, 0])
 })
 
@@ -136,37 +134,34 @@ t.test('DELETE /session ends the session and clears the cookie, also when nobody
 })
 
 t.test('a sign-up starts a session with a new id, and destroys the session that it came with', async (t) => {
-  const app = await build(t)
-  const former = cookieOf(await client(app).signUp(await signUpBody()))
-  const reply = await client(app).signUp(await signUpBody(), { headers: { cookie: former } })
+  const former = cookieOf(await api.signUp(await signUpBody()))
+  const reply = await api.signUp(await signUpBody(), { headers: { cookie: former } })
   t.equal(reply.cookies.length, 1)
   t.not(cookieOf(reply), former)
-  t.equal((await client(app).whoAmI(former)).statusCode, 401)
-  t.equal((await client(app).whoAmI(cookieOf(reply))).json().data.mobile, reply.json().data.mobile)
+  t.equal((await api.whoAmI(former)).statusCode, 401)
+  t.equal((await api.whoAmI(cookieOf(reply))).json().data.mobile, reply.json().data.mobile)
 })
 
 t.test('a refused sign-up keeps the session that it came with', async (t) => {
-  const app = await build(t)
-  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
-  const reply = await client(app).signUp({ ...(await signUpBody()), sms_code: 'wrong' }, { headers: { cookie } })
+  const cookie = cookieOf(await api.signUp(await signUpBody()))
+  const reply = await api.signUp({ ...(await signUpBody()), sms_code: 'wrong' }, { headers: { cookie } })
   t.strictSame([reply.statusCode, reply.headers['set-cookie']], [422, undefined])
-  t.equal((await client(app).whoAmI(cookie)).statusCode, 200)
+  t.equal((await api.whoAmI(cookie)).statusCode, 200)
 })
 
 t.test('of several secrets the first signs, all verify, and no valid cookie is cleared', async (t) => {
   const newSecret = 'a newer secret of at least thirty-two characters'
-  const before = client(await build(t))
   const after = client(await build(t, { SESSION_SECRET: `${newSecret},${sessionSecret}` }))
-  const oldCookie = cookieOf(await before.signUp(await signUpBody()))
+  const oldCookie = cookieOf(await api.signUp(await signUpBody()))
   const newCookie = cookieOf(await after.signUp(await signUpBody()))
 
   for (const cookie of [oldCookie, newCookie]) {
     const reply = await after.whoAmI(cookie)
     t.strictSame([reply.statusCode, reply.headers['set-cookie']], [200, undefined])
   }
-  t.equal((await before.whoAmI(newCookie)).statusCode, 401, 'the first secret has signed')
+  t.equal((await api.whoAmI(newCookie)).statusCode, 401, 'the first secret has signed')
   t.equal((await after.logOut(oldCookie)).statusCode, 200)
-  t.equal((await before.whoAmI(oldCookie)).statusCode, 401, 'the session has ended for both')
+  t.equal((await api.whoAmI(oldCookie)).statusCode, 401, 'the session has ended for both')
 })
 
 t.test('503 4001: a session cannot be ended while Redis does not answer', async (t) => {
@@ -179,7 +174,6 @@ t.test('503 4001: a session cannot be ended while Redis does not answer', async 
 })
 
 t.test('a request target in absolute form keeps its session', async (t) => {
-  const app = await build(t)
   const reply = await app.inject({
     method: 'POST',
     url: 'http://gateway.internal/api/v1.0/users',

@@ -54,44 +54,48 @@ async function startServer(t: Test, options: ServerOptions): Promise<RedisServer
     await server.stop()
     await rm(directory, { recursive: true })
   })
+  // A sentinel closes all connections of a server that it makes a master.
+  admin.options.retryStrategy = () => 50
   const pid = Number(/process_id:(\d+)/.exec(await admin.info('server'))?.[1])
   return {
     port,
     admin,
     async kill() {
+      admin.disconnect()
       process.kill(pid, 'SIGKILL')
       await server.stop()
     }
   }
 }
 
-/** Redis as several servers, of which one at a time may fail. */
+/** Redis as several servers, one of which may fail. Only a test causes a failover, never a busy machine. */
 export interface Topology {
   /** The servers that hold keys. Masters come first. */
   readonly servers: readonly RedisServer[]
-  /** From now on a server that does not answer for one second is replaced. Before, a busy machine causes no failover. */
-  enableFailover(): Promise<void>
+  /** Makes a replica the master, also of a master that is dead. Resolves when the others know. */
+  failOver(): Promise<void>
 }
 
-/** Neither a busy machine nor a test takes as long. */
+/** How long a server must be silent for an automatic failover. */
 const noFailoverMs = 600_000
 
-const failoverMs = 1_000
+/** Nodes exchange what they know more often with a short timeout, so it is short until the Cluster is complete. */
+const clusterStartTimeoutMs = 1_000
 
 const slotCount = 16_384
 
-/** Starts a Cluster of three masters with a replica each. */
+/** Starts a Cluster of three masters with a replica each. The failover is of the first master. */
 export async function startCluster(t: Test): Promise<Topology> {
   const nodes = await Promise.all(
     Array.from({ length: 6 }, async () => {
       const busPort = await freePort()
-      // Nodes exchange what they know more often with a short timeout, so it is short until the Cluster is complete.
-      const lines = ['cluster-enabled yes', `cluster-node-timeout ${failoverMs}`, `cluster-port ${busPort}`]
-      return { busPort, ...(await startRedis(t, lines)) }
+      const timeout = `cluster-node-timeout ${clusterStartTimeoutMs}`
+      return { busPort, ...(await startRedis(t, ['cluster-enabled yes', timeout, `cluster-port ${busPort}`])) }
     })
   )
   const [first, ...others] = nodes
-  if (first === undefined) throw new Error('no nodes')
+  const firstReplica = nodes[3]
+  if (first === undefined || firstReplica === undefined) throw new Error('no nodes')
   for (const { admin } of others) await admin.call('CLUSTER', 'MEET', '127.0.0.1', `${first.port}`, `${first.busPort}`)
   const [masters, replicas] = [nodes.slice(0, 3), nodes.slice(3)]
   for (const [index, { admin }] of masters.entries()) {
@@ -109,13 +113,16 @@ export async function startCluster(t: Test): Promise<Topology> {
     'the Cluster is complete',
     async () => (await infos()).every((info) => info.includes('cluster_state:ok')) && (await areInSync(replicas))
   )
-  const setTimeoutMs = (ms: number) =>
-    Promise.all(nodes.map(({ admin }) => admin.config('SET', 'cluster-node-timeout', ms)))
-  await setTimeoutMs(noFailoverMs)
+  await Promise.all(nodes.map(({ admin }) => admin.config('SET', 'cluster-node-timeout', noFailoverMs)))
   return {
     servers: nodes,
-    async enableFailover() {
-      await setTimeoutMs(failoverMs)
+    async failOver() {
+      await firstReplica.admin.cluster('FAILOVER', 'TAKEOVER')
+      const replicaId = `${await firstReplica.admin.cluster('MYID')}`
+      await until('the other masters know the new one', async () => {
+        const views = await Promise.all(masters.slice(1).map(({ admin }) => admin.cluster('NODES')))
+        return views.every((view) => new RegExp(`^${replicaId} .*master .* 0-`, 'm').test(`${view}`))
+      })
     }
   }
 }
@@ -126,13 +133,20 @@ async function areInSync(replicas: readonly RedisServer[]): Promise<boolean> {
   return infos.every((info) => info.includes('master_link_status:up'))
 }
 
+interface SentinelTopology extends Topology {
+  readonly sentinels: readonly RedisServer[]
+  /** Returns the server that the sentinels call the master. */
+  master(): Promise<RedisServer>
+}
+
 /** Starts a master with two replicas, and three sentinels that monitor them. */
-export async function startSentinels(t: Test): Promise<Topology & { sentinels: readonly RedisServer[] }> {
-  const master = await startRedis(t)
-  const replicas = await Promise.all([1, 2].map(() => startRedis(t, [`replicaof 127.0.0.1 ${master.port}`])))
+export async function startSentinels(t: Test): Promise<SentinelTopology> {
+  const firstMaster = await startRedis(t)
+  const replicas = await Promise.all([1, 2].map(() => startRedis(t, [`replicaof 127.0.0.1 ${firstMaster.port}`])))
+  const servers = [firstMaster, ...replicas]
   await until('the replicas are in sync', () => areInSync(replicas))
   const lines = [
-    `sentinel monitor ${masterName} 127.0.0.1 ${master.port} 2`,
+    `sentinel monitor ${masterName} 127.0.0.1 ${firstMaster.port} 2`,
     `sentinel auth-pass ${masterName} "${password}"`,
     `sentinel down-after-milliseconds ${masterName} ${noFailoverMs}`,
     `sentinel failover-timeout ${masterName} 3000`
@@ -142,12 +156,39 @@ export async function startSentinels(t: Test): Promise<Topology & { sentinels: r
     const views = await Promise.all(sentinels.map(({ admin }) => admin.info('sentinel')))
     return views.every((view) => view.includes('status=ok') && view.includes('slaves=2,sentinels=3'))
   })
+
+  /** Returns the port of the master in the view of each sentinel. */
+  const masterPorts = () =>
+    Promise.all(
+      sentinels.map(async ({ admin }) => {
+        const address = await admin.call('SENTINEL', 'GET-MASTER-ADDR-BY-NAME', masterName)
+        return Array.isArray(address) ? Number(address[1]) : undefined
+      })
+    )
+  async function master(): Promise<RedisServer> {
+    const [masterPort] = await masterPorts()
+    const server = servers.find(({ port }) => port === masterPort)
+    if (server === undefined) throw new Error('the sentinels know no master')
+    return server
+  }
   return {
-    servers: [master, ...replicas],
+    servers,
     sentinels,
-    async enableFailover() {
-      const change = ['SET', masterName, 'down-after-milliseconds', `${failoverMs}`]
-      await Promise.all(sentinels.map(({ admin }) => admin.call('SENTINEL', ...change)))
+    master,
+    async failOver() {
+      const { port: formerPort } = await master()
+      const start = () => sentinels[0]?.admin.call('SENTINEL', 'FAILOVER', masterName)
+      // A sentinel refuses while it still works on an earlier failover.
+      await until('a sentinel starts the failover', async () => {
+        try {
+          return (await start()) === 'OK'
+        } catch {
+          return false
+        }
+      })
+      await until('all sentinels know the new master', async () =>
+        (await masterPorts()).every((port) => port !== formerPort)
+      )
     }
   }
 }
