@@ -119,7 +119,8 @@ t.test('Redis Cluster', async (t) => {
 
   await t.test('the contract holds', async (t) => {
     const nodes = servers.map(({ port }) => ({ host: '127.0.0.1', port }))
-    const redis = new Cluster(nodes, { redisOptions: { password } })
+    // Without refreshes: one that is in flight at the disconnect would start the next one for ever (ioredis 6.0.0).
+    const redis = new Cluster(nodes, { redisOptions: { password }, slotsRefreshInterval: 0 })
     t.teardown(() => redis.disconnect())
     await checkContract(t, app, redis)
   })
@@ -127,6 +128,13 @@ t.test('Redis Cluster', async (t) => {
   await t.test('scripts are sent again after the nodes have lost them', async (t) => {
     for (const { admin } of servers) await admin.script('FLUSH')
     for (const body of await bodiesOn(master, 1)) t.equal((await client(app).signUp(body)).statusCode, 201)
+  })
+
+  await t.test('a start waits for a master that hangs', async (t) => {
+    // Longer than STORE_TIMEOUT_MS: the first command for this master times out before it has a connection.
+    await otherMaster.admin.client('PAUSE', 3_000, 'ALL')
+    const startedApp = await build(t, { ...impatient, REDIS_URL })
+    t.equal((await startedApp.inject('/health/ready')).statusCode, 200)
   })
 
   await t.test('a code whose slot is moving is a 503, and works after the move', async (t) => {

@@ -220,7 +220,7 @@ t.test('limits count the client address behind TRUST_PROXY, and an IPv6 /64 as o
 t.test('a gateway that fails', async (t) => {
   t.jobs = 2
 
-  t.test('each failure is 503 4301, and the former code and the limits are restored', async (t) => {
+  t.test('each failure is 503 4301, and the previous code and the limits are restored', async (t) => {
     const webhook = await startWebhook(t)
     const closedUrl = `http://127.0.0.1:${await freePort()}/`
     const [first, second, withoutGateway] = await Promise.all(
@@ -251,7 +251,7 @@ t.test('a gateway that fails', async (t) => {
       if (app === undefined) throw new Error(`no service for ${name}`)
       const mobile = newMobile()
       if (answer) answers.set(mobile, answer)
-      const formerCode = await issueCode(mobile)
+      const previousCode = await issueCode(mobile)
       await redis.pexpire(`sms_code_${mobile}`, 100_000)
       const startedAt = Date.now()
       const reply = await client(app).sendCode(mobile)
@@ -262,7 +262,7 @@ t.test('a gateway that fails', async (t) => {
       const received = webhook.received.filter((message) => message.mobile === mobile)
       t.equal(received.length, requests, `${name}: ${requests} requests`)
       t.equal(new Set(received.map(({ id }) => id)).size, Math.min(requests, 1), `${name}: one message id`)
-      t.equal(await redis.get(`sms_code_${mobile}`), formerCode, `${name}: the former code`)
+      t.equal(await redis.get(`sms_code_${mobile}`), previousCode, `${name}: the previous code`)
       const ttlMs = await redis.pttl(`sms_code_${mobile}`)
       t.ok(ttlMs > 40_000 && ttlMs <= 100_000, `${name}: its TTL, ${ttlMs} ms`)
       t.equal(await redis.exists(`send_sms_code_${mobile}`), 0, `${name}: the resend limit is refunded`)

@@ -48,7 +48,11 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     // Only a Cluster has this event.
     client.on('node error', logError)
     // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
-    fastify.addHook('onClose', () => client.disconnect())
+    fastify.addHook('onClose', () => {
+      client.disconnect()
+      // ioredis 6.0.0 refreshes the slots for ever if it is closed during a refresh. The process would not end.
+      if (client instanceof Cluster) client.refreshSlotsCache = () => undefined
+    })
     await waitForStore('Redis', async () => {
       if (client.status !== 'ready') throw lastError ?? new Error('not connected yet')
       if (client instanceof Cluster) {
