@@ -4,7 +4,7 @@ import type { FastifyInstance } from 'fastify'
 import fp from 'fastify-plugin'
 import t from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { recordKey, startTestbed } from '../testkit/testbed.js'
+import { leaseMsOf, recordKey, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
 /*
@@ -13,33 +13,7 @@ import { retried, until } from '../testkit/until.js'
 
 const testbed = await startTestbed(t)
 const { build, config, cookieOf, holdInserts, issueCode, newMobile, openProxy, postgres, redis } = testbed
-const { signUpBody, untilClaimed, userRows } = testbed
-
-interface ClaimRecord {
-  state?: 'pending' | 'unknown' | 'done'
-  mac: string
-  /** When the code was claimed, in µs of Redis's clock. */
-  at: string
-}
-
-async function readRecord(mobile: string): Promise<ClaimRecord> {
-  const record = await redis.get(recordKey(mobile))
-  if (record === null) throw new Error('the mobile has no claim record')
-  return JSON.parse(record)
-}
-
-/** Makes a pending claim older. A lease then expires without a wait. */
-async function ageClaim(mobile: string, ms: number): Promise<void> {
-  const record = await readRecord(mobile)
-  const aged = { ...record, at: `${Number(record.at) - ms * 1_000}` }
-  await redis.set(recordKey(mobile), JSON.stringify(aged), 'KEEPTTL')
-}
-
-/** Returns the lease of the claims of an application with these variables. */
-function leaseMsOf(env: Record<string, string>): number {
-  const { hashMaxWaitMs, storeTimeoutMs } = config(env)
-  return hashMaxWaitMs + 3 * storeTimeoutMs
-}
+const { ageClaim, readClaimRecord, signUpBody, untilClaimed, userRows } = testbed
 
 /** No round trip times out, and no lease expires, however busy the machine is. */
 const patient = { STORE_TIMEOUT_MS: '30000' }
@@ -134,7 +108,7 @@ t.test('the claim record has a keyed MAC of the code, and no trace of the code o
   const otherSecret = await build(t, { ...patient, SESSION_SECRET: 'another secret of at least 32 characters' })
   const body = await signUpBody()
   await signUp(body)
-  const record = await readRecord(body.mobile)
+  const record = await readClaimRecord(body.mobile)
   t.strictSame(Object.keys(record).sort(), ['at', 'mac', 'state', 'user_id'])
   t.equal(Buffer.from(record.mac, 'base64url').length, 32)
   t.notMatch(JSON.stringify(record), body.sms_code)
@@ -142,14 +116,14 @@ t.test('the claim record has a keyed MAC of the code, and no trace of the code o
   await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
   await issueCode(body.mobile, body.sms_code)
   await client(otherSecret).signUp(body)
-  t.not((await readRecord(body.mobile)).mac, record.mac, 'another secret gives another MAC of the same code')
+  t.not((await readClaimRecord(body.mobile)).mac, record.mac, 'another secret gives another MAC of the same code')
 
   const otherMobile = await signUpBody({ mobile: newMobile() })
   await issueCode(otherMobile.mobile, body.sms_code)
   await client(otherSecret).signUp({ ...otherMobile, sms_code: body.sms_code })
   t.not(
-    (await readRecord(otherMobile.mobile)).mac,
-    (await readRecord(body.mobile)).mac,
+    (await readClaimRecord(otherMobile.mobile)).mac,
+    (await readClaimRecord(body.mobile)).mac,
     'the same code of two mobiles has two MACs'
   )
 })
@@ -204,11 +178,11 @@ t.test(
     proxy.strike(recordKey(body.mobile), { kind: 'cut', bytes: 3 })
     t.strictSame(statusAndErrno(await dying.signUp(body)), [503, '4001'])
     t.equal(await redis.exists(`sms_code_${body.mobile}`), 0)
-    t.equal((await readRecord(body.mobile)).state, 'pending')
+    t.equal((await readClaimRecord(body.mobile)).state, 'pending')
 
     t.strictSame(statusAndErrno(await other.signUp(body)), [503, '4500'])
     const remainingMs = 60_000
-    await ageClaim(body.mobile, leaseMsOf(env) - remainingMs)
+    await ageClaim(body.mobile, leaseMsOf(config(env)) - remainingMs)
     t.strictSame(statusAndErrno(await other.signUp(body)), [503, '4500'], 'until the end of the lease')
     await ageClaim(body.mobile, remainingMs)
     t.strictSame(statusAndErrno(await other.signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
@@ -224,10 +198,10 @@ t.test('a lease expires by the clock of Redis', async (t) => {
   const body = await signUpBody()
   proxy.strike(recordKey(body.mobile), { kind: 'cut', bytes: 3 })
   t.strictSame(statusAndErrno(await dying.signUp(body)), [503, '4001'])
-  const first = await readRecord(body.mobile)
+  const first = await readClaimRecord(body.mobile)
   t.equal((await retried(() => other.signUp(body))).statusCode, 201)
-  const second = await readRecord(body.mobile)
-  t.ok(Number(second.at) - Number(first.at) >= leaseMsOf(env) * 1_000, 'the second claim is a lease younger')
+  const second = await readClaimRecord(body.mobile)
+  t.ok(Number(second.at) - Number(first.at) >= leaseMsOf(config(env)) * 1_000, 'the second claim is a lease younger')
 })
 
 t.test('after an INSERT of unknown outcome, the code is restored, and the hash of the row decides', async (t) => {
@@ -242,7 +216,7 @@ t.test('after an INSERT of unknown outcome, the code is restored, and the hash o
     t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
     const ttlMs = await redis.pttl(`sms_code_${body.mobile}`)
     t.ok(ttlMs > 70_000 && ttlMs <= 100_000, 'the code has its remaining TTL')
-    t.equal((await readRecord(body.mobile)).state, 'unknown')
+    t.equal((await readClaimRecord(body.mobile)).state, 'unknown')
 
     await until('the row is committed', async () => (await userRows(body.mobile)).length === 1)
     if (!isSamePassword) {
@@ -295,7 +269,7 @@ t.test('G5: a slow request whose claim was taken over gets the same success, not
   const body = await signUpBody()
   const first = client(slow).signUp(body)
   await untilClaimed(body)
-  await ageClaim(body.mobile, leaseMsOf(patient))
+  await ageClaim(body.mobile, leaseMsOf(config(patient)))
   t.equal((await signUp(body)).statusCode, 201)
   await until('the slow request is at the barrier', () => barrier.listenerCount('open') === 1)
   barrier.emit('open')
@@ -375,10 +349,10 @@ t.test('G4: if a full Redis refuses the restore, the code can be claimed again a
   t.teardown(emptyRedis)
   const body = await signUpBody()
   t.strictSame(statusAndErrno(await client(filling).signUp(body)), [500, '4500'])
-  t.equal((await readRecord(body.mobile)).state, 'pending')
+  t.equal((await readClaimRecord(body.mobile)).state, 'pending')
   await emptyRedis()
   t.strictSame(statusAndErrno(await signUp(body)), [503, '4500'])
-  await ageClaim(body.mobile, leaseMsOf(patient))
+  await ageClaim(body.mobile, leaseMsOf(config(patient)))
   t.equal((await signUp(body)).statusCode, 201)
 })
 

@@ -2,9 +2,8 @@ import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
-import { describeVariables } from '../src/config/config.js'
 import { outcomeNames, outcomes } from '../src/outcomes.js'
-import { checkGeneratedPart, markdownTable } from '../testkit/generated-docs.js'
+import { checkGeneratedPart, describeVariables, markdownTable } from '../testkit/generated-docs.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const read = (file: string) => readFileSync(join(root, file), 'utf8')

@@ -1,9 +1,8 @@
 import { createHmac } from 'node:crypto'
-import { once } from 'node:events'
-import type { AddressInfo } from 'node:net'
 import t, { type Test } from 'tap'
 import { createWebhook, MessageRefused, type SmsMessage } from '../examples/sms-webhook.js'
 import { client, statusAndErrno } from '../testkit/client.js'
+import { listen } from '../testkit/listen.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 const { build, newMobile, redis } = await startTestbed(t)
@@ -13,13 +12,7 @@ const secret = 'the secret of the webhook'
 /** Starts the example with a provider that does what the test says. */
 async function startWebhook(t: Test, sendSms: (message: SmsMessage) => Promise<void>): Promise<string> {
   const server = createWebhook({ secret, sendSms })
-  await once(server.listen(0, '127.0.0.1'), 'listening')
-  t.teardown(() => {
-    server.closeAllConnections()
-    server.close()
-  })
-  const { port } = server.address() as AddressInfo
-  return `http://127.0.0.1:${port}/`
+  return `${await listen(t, server)}/`
 }
 
 t.test('the example of a webhook delivers the codes of the service', async (t) => {

@@ -4,7 +4,7 @@ import t, { type Test } from 'tap'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import type { Fault, FaultProxy } from '../testkit/fault-proxy.js'
 import { checkGeneratedPart, markdownTable } from '../testkit/generated-docs.js'
-import { recordKey, type SignUpBody, startTestbed } from '../testkit/testbed.js'
+import { type ClaimRecord, leaseMsOf, recordKey, type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 /*
@@ -12,7 +12,7 @@ import { until } from '../testkit/until.js'
  * this file compares the two, and `npm run docs` writes the matrix.
  */
 
-const { build, cookieOf, openProxy, redis, signUpBody, userRows } = await startTestbed(t)
+const { ageClaim, build, cookieOf, openProxy, redis, signUpBody, userRows } = await startTestbed(t)
 
 interface NamedFault {
   name: string
@@ -45,7 +45,7 @@ const answerMaxMs = 30_000
 /** The promise is 2 s: the longest pause between two attempts to connect is 1 s. The rest is for a busy machine. */
 const recoveryMaxMs = 20_000
 
-/** So long that no lease expires during a test. `expireLease` ends it. */
+/** So long that no lease expires during a test. `ageClaim` ends it. */
 const hashMaxWaitMs = 600_000
 
 /** The TTL of each code when it is claimed. It differs from that of a new code. */
@@ -150,7 +150,7 @@ async function buildInstance(t: Test, isTimeout: boolean): Promise<Instance> {
   return {
     ...client(app),
     proxies: { redis: redisProxy, postgres: postgresProxy },
-    leaseMs: hashMaxWaitMs + 3 * storeTimeoutMs
+    leaseMs: leaseMsOf({ hashMaxWaitMs, storeTimeoutMs })
   }
 }
 
@@ -162,20 +162,6 @@ const untilUsable = ({ signUp }: Instance) =>
     await sleep(50)
     return false
   })
-
-interface ClaimRecord {
-  state?: string
-  at: string
-  checking?: string
-}
-
-/** Lets the lease of a claim or of a replay expire without a wait: makes its start older. */
-async function expireLease({ mobile }: SignUpBody, leaseMs: number): Promise<void> {
-  const claim: ClaimRecord = JSON.parse((await redis.get(recordKey(mobile))) ?? '{}')
-  const start = claim.state === 'done' ? 'checking' : 'at'
-  const aged = { ...claim, [start]: `${Number(claim[start]) - leaseMs * 1_000}` }
-  await redis.set(recordKey(mobile), JSON.stringify(aged), 'KEEPTTL')
-}
 
 /** Describes the code and its claim record in Redis. */
 async function describeCode({ mobile, sms_code }: SignUpBody): Promise<string> {
@@ -219,7 +205,7 @@ async function causeFault(t: Test, instance: Instance, trip: RoundTrip, { name, 
   let retries = describeReply(retry)
   if (retry.statusCode === 503) {
     t.strictSame([...statusAndErrno(retry), retry.headers['retry-after']], [503, '4500', '1'], 'the code is claimed')
-    await expireLease(body, instance.leaseMs)
+    await ageClaim(body.mobile, instance.leaseMs)
     retry = await signUp(body)
     retries += `; after the lease ${describeReply(retry)}`
   }

@@ -1,5 +1,4 @@
 import { createHmac } from 'node:crypto'
-import { once } from 'node:events'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
@@ -7,6 +6,7 @@ import type { Environment } from '../src/config/config.js'
 import { freePort } from '../src/dev/embedded-stores.js'
 import { networkOf } from '../src/http/network.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
+import { listen } from '../testkit/listen.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
@@ -39,13 +39,7 @@ async function startWebhook(t: Test) {
     webhook.received.push(message)
     webhook.answer(request, response, message)
   })
-  const port = await freePort()
-  await once(server.listen(port, '127.0.0.1'), 'listening')
-  t.teardown(() => {
-    server.closeAllConnections()
-    server.close()
-  })
-  webhook.url = `http://127.0.0.1:${port}/sms`
+  webhook.url = `${await listen(t, server)}/sms`
   return webhook
 }
 

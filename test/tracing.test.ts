@@ -1,8 +1,7 @@
-import { once } from 'node:events'
 import { createServer } from 'node:http'
 import t, { type Test } from 'tap'
-import { freePort } from '../src/dev/embedded-stores.js'
 import { client } from '../testkit/client.js'
+import { listen } from '../testkit/listen.js'
 import { recordKey, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
@@ -41,13 +40,7 @@ async function startCollector(t: Test) {
     }
     response.setHeader('content-type', 'application/json').end('{}')
   })
-  const port = await freePort()
-  await once(server.listen(port, '127.0.0.1'), 'listening')
-  t.teardown(() => {
-    server.closeAllConnections()
-    server.close()
-  })
-  collector.url = `http://127.0.0.1:${port}`
+  collector.url = await listen(t, server)
   return collector
 }
 

@@ -160,6 +160,20 @@ export async function startTestbed(t: Test) {
       return (await redis.exists(...bodies.map(({ mobile }) => `sms_code_${mobile}`))) === 0
     })
 
+  async function readClaimRecord(mobile: string): Promise<ClaimRecord> {
+    const record = await redis.get(recordKey(mobile))
+    if (record === null) throw new Error('the mobile has no claim record')
+    return JSON.parse(record)
+  }
+
+  /** Makes a claim, or a running replay, older. So a lease expires without a wait. */
+  async function ageClaim(mobile: string, ms: number): Promise<void> {
+    const record = await readClaimRecord(mobile)
+    const start = record.state === 'done' ? 'checking' : 'at'
+    const aged = { ...record, [start]: `${Number(record[start]) - ms * 1_000}` }
+    await redis.set(recordKey(mobile), JSON.stringify(aged), 'KEEPTTL')
+  }
+
   return {
     stores,
     postgres,
@@ -176,9 +190,25 @@ export async function startTestbed(t: Test) {
     userRows,
     holdInserts,
     holdRedisWrites,
-    untilClaimed
+    untilClaimed,
+    readClaimRecord,
+    ageClaim
   }
 }
+
+/** What tests read of a claim record. */
+export interface ClaimRecord {
+  state?: 'pending' | 'unknown' | 'done'
+  mac: string
+  /** When the code was claimed, in µs of Redis's clock. */
+  at: string
+  /** When the running replay began, in µs of Redis's clock. */
+  checking?: string
+}
+
+/** Returns the lease of the claims of an application. */
+export const leaseMsOf = ({ hashMaxWaitMs, storeTimeoutMs }: Pick<Config, 'hashMaxWaitMs' | 'storeTimeoutMs'>) =>
+  hashMaxWaitMs + 3 * storeTimeoutMs
 
 /** The key of a mobile's claim record. A copy, so that a test fails if the service changes it. */
 export const recordKey = (mobile: string) => `{sms_code_${mobile}}:attempt`

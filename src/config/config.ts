@@ -36,7 +36,7 @@ const productionPasswordMin = 8
 
 /**
  * The argon2id settings of equal strength in OWASP's Password Storage Cheat Sheet, as [KiB, passes] with one lane.
- * A setting is strong enough if both of its numbers reach those of one entry.
+ * A setting is strong enough if its memory and its passes are at least those of one entry.
  */
 export const owaspArgon2id = [
   [47_104, 1],
@@ -58,24 +58,11 @@ const day = 86_400
 type Read = <T>(name: string, parser: Parser<T>, whenAbsent: T, meaning: string, shownDefault?: string) => T
 
 /** Every variable but NODE_ENV: its field, name, parser, default and meaning. docs/configuration.md lists the same. */
-function readVariables(read: Read, production: boolean) {
+export function readVariables(read: Read, production: boolean) {
   return {
     port: read('PORT', integer(0, 65_535), 3000, 'Port to listen on; 0 takes a free one.'),
     host: read('HOST', hostName, '127.0.0.1', 'Address to listen on.'),
-    databaseUrl: withRootCertificate(
-      read(
-        'DATABASE_URL',
-        databaseUrlParser,
-        '',
-        'Postgres, `postgresql://…`. Required in production. See [stores](#stores).'
-      ),
-      read(
-        'PGSSLROOTCERT',
-        readableFile,
-        '',
-        'File of the CA that signed the certificate of Postgres, for a `DATABASE_URL` with an `sslmode`. Default: the public CAs.'
-      )
-    ),
+    databaseUrl: readDatabaseUrl(read),
     redisUrl: read(
       'REDIS_URL',
       redisUrl,
@@ -223,8 +210,20 @@ function readVariables(read: Read, production: boolean) {
 
 const databaseUrlParser = url('postgres:', 'postgresql:')
 
-/** Adds the CA of libpq's PGSSLROOTCERT, a variable that node-postgres does not read. */
-function withRootCertificate(databaseUrl: string, rootCertificate: string): string {
+/** Reads `DATABASE_URL`, and adds the CA of libpq's `PGSSLROOTCERT`, a variable that node-postgres does not read. */
+function readDatabaseUrl(read: Read): string {
+  const databaseUrl = read(
+    'DATABASE_URL',
+    databaseUrlParser,
+    '',
+    'Postgres, `postgresql://…`. Required in production. See [stores](#stores).'
+  )
+  const rootCertificate = read(
+    'PGSSLROOTCERT',
+    readableFile,
+    '',
+    'File of the CA that signed the certificate of Postgres, for a `DATABASE_URL` with an `sslmode`. Default: the public CAs.'
+  )
   if (!databaseUrl || !rootCertificate) return databaseUrl
   const withCertificate = new URL(databaseUrl)
   const { searchParams } = withCertificate
@@ -308,39 +307,8 @@ export function usesEmbeddedStores(env: Environment): boolean {
  */
 export function loadDatabaseUrl(env: Environment): string {
   const faults: string[] = []
-  const { databaseUrl } = readVariables(environmentReader(env, faults), false)
-  const databaseFaults = faults.filter((fault) => /^(DATABASE_URL|PGSSLROOTCERT):/.test(fault))
-  if (!env.DATABASE_URL) databaseFaults.push(`DATABASE_URL: is unset; expected ${databaseUrlParser.expected}`)
-  if (databaseFaults.length > 0) throw new ConfigError(databaseFaults)
+  const databaseUrl = readDatabaseUrl(environmentReader(env, faults))
+  if (!env.DATABASE_URL) faults.push(`DATABASE_URL: is unset; expected ${databaseUrlParser.expected}`)
+  if (faults.length > 0) throw new ConfigError(faults)
   return databaseUrl
-}
-
-/** A variable as docs/configuration.md lists it. */
-export interface VariableDescription {
-  readonly name: string
-  readonly shownDefault: string
-  readonly meaning: string
-}
-
-/** Describes every variable that {@link loadConfig} reads. */
-export function describeVariables(): VariableDescription[] {
-  const [development, production] = [false, true].map((isProduction) => {
-    const descriptions: VariableDescription[] = []
-    readVariables((name, _parser, whenAbsent, meaning, shownDefault = `${whenAbsent ?? ''}`) => {
-      descriptions.push({ name, shownDefault, meaning })
-      return whenAbsent
-    }, isProduction)
-    return descriptions
-  })
-  const descriptions = (development ?? []).map((description, index) => {
-    const inProduction = production?.[index]?.shownDefault ?? description.shownDefault
-    const { shownDefault } = description
-    return inProduction === shownDefault
-      ? description
-      : { ...description, shownDefault: `${shownDefault}; in production ${inProduction}` }
-  })
-  return [
-    { name: 'NODE_ENV', shownDefault: '', meaning: '`production` turns the checks of production on.' },
-    ...descriptions
-  ]
 }

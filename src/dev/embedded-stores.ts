@@ -86,7 +86,7 @@ export class EmbeddedStores {
     })
   }
 
-  /** Initializes another folder and renames it, so that a killed attempt leaves no incomplete database. */
+  /** Initializes a temporary folder, then renames it. So a start that is killed leaves no incomplete database. */
   private async initializePostgres(data: string): Promise<void> {
     const unfinished = `${data}.unfinished`
     await rm(unfinished, { recursive: true, force: true })

@@ -49,7 +49,7 @@ export const passwords = fp<{ config: Config; observer?: Observer | undefined }>
     const pool = new HashPool(hashThreads, parameters)
     fastify.addHook('onClose', () => pool.close())
     await pool.ready()
-    /** The hash of an unknown password, for users that do not exist. */
+    /** A hash of a random password. A login of an unknown user verifies it, so that it takes as long as any other. */
     const decoyPhc = await pool.hash(randomUUID())
     // Hashes of the start are not observed.
     pool.onJob = observer?.onHash.bind(observer)

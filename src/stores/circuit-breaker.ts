@@ -21,7 +21,7 @@ export class CircuitBreaker {
     })
   }
 
-  /** True until a trial call has succeeded. */
+  /** True from the failure that has opened it until a trial call succeeds. */
   get isOpen(): boolean {
     return this.policy.state !== CircuitState.Closed
   }

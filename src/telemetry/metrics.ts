@@ -4,7 +4,7 @@ import { monitorEventLoopDelay } from 'node:perf_hooks'
 import fp from 'fastify-plugin'
 import { Counter, Gauge, Histogram, Registry } from 'prom-client'
 import type { Config } from '../config/config.js'
-import type { Observer } from './observer.js'
+import type { Observer, StoreName } from './observer.js'
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -80,7 +80,7 @@ export class Metrics implements Observer {
     this.requests.observe(labels, durationMs / 1_000)
   }
 
-  onRoundTrip(store: 'postgres' | 'redis', durationMs: number, hasFailed: boolean): void {
+  onRoundTrip(store: StoreName, durationMs: number, hasFailed: boolean): void {
     this.roundTrips.observe({ store }, durationMs / 1_000)
     if (hasFailed) this.storeErrors.inc({ store })
   }

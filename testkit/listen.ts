@@ -1,0 +1,15 @@
+import { once } from 'node:events'
+import type { Server } from 'node:http'
+import type { Test } from 'tap'
+import { freePort } from '../src/dev/embedded-stores.js'
+
+/** Lets a server of a test listen on loopback, and closes it after the test. @returns its URL, without a slash at the end */
+export async function listen(t: Test, server: Server): Promise<string> {
+  const port = await freePort()
+  await once(server.listen(port, '127.0.0.1'), 'listening')
+  t.teardown(() => {
+    server.closeAllConnections()
+    server.close()
+  })
+  return `http://127.0.0.1:${port}`
+}
