@@ -3,7 +3,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 /** Long enough for a machine that is busy with other work. */
 const timeoutMs = 60_000
 
-const intervalMs = 5
+/** The first pause between two polls. It doubles up to the longest, so that a long wait takes little CPU time. */
+const firstPauseMs = 2
+const longestPauseMs = 50
 
 /**
  * Polls until a condition holds.
@@ -18,7 +20,11 @@ export async function until(what: string, condition: () => boolean | Promise<boo
   })
   timeout.catch(() => undefined)
   try {
-    while (!(await Promise.race([condition(), timeout]))) await Promise.race([sleep(intervalMs), timeout])
+    let pauseMs = firstPauseMs
+    while (!(await Promise.race([condition(), timeout]))) {
+      await Promise.race([sleep(pauseMs), timeout])
+      pauseMs = Math.min(2 * pauseMs, longestPauseMs)
+    }
   } finally {
     timer.abort()
   }

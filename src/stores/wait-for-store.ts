@@ -3,7 +3,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 /** How long a start waits for a store that does not answer. */
 const timeoutMs = 10_000
 
-const retryIntervalMs = 50
+/** The first pause between two attempts. It doubles up to the longest, so that a store in trouble is not flooded. */
+const firstPauseMs = 50
+const longestPauseMs = 800
 
 /**
  * Waits until a store answers: it may be starting at the same time as this service.
@@ -12,13 +14,13 @@ const retryIntervalMs = 50
  */
 export async function waitForStore(name: string, connect: () => Promise<unknown>): Promise<void> {
   const deadline = Date.now() + timeoutMs
-  for (;;) {
+  for (let pauseMs = firstPauseMs; ; pauseMs = Math.min(2 * pauseMs, longestPauseMs)) {
     try {
       await connect()
       return
     } catch (cause) {
       if (Date.now() >= deadline) throw new Error(`${name} does not answer`, { cause })
-      await sleep(retryIntervalMs)
+      await sleep(pauseMs)
     }
   }
 }
