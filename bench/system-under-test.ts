@@ -31,7 +31,7 @@ export class SystemUnderTest {
   /** Starts a server of `yardsticks/`. It prints its URL when it listens. */
   startYardstick(file: string): Promise<Server> {
     const path = fileURLToPath(new URL(`./yardsticks/${file}`, import.meta.url))
-    const args = ['--import', import.meta.resolve('tsx'), path]
+    const args = ['--import', import.meta.resolve('tsx/esm'), path]
     return this.waitForUrl(ServerProcess.start(args, { env: this.stores.environment, announcement: /^(http:\S+)\n/ }))
   }
 

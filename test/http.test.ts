@@ -2,7 +2,7 @@ import { once } from 'node:events'
 import { connect, type Socket } from 'node:net'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
-import type { Environment } from '../src/config/config.js'
+import type { Environment } from '../dist/config/config.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 const { build, holdInserts, signUpBody } = await startTestbed(t)

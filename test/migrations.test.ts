@@ -3,7 +3,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import pg from 'pg'
 import t from 'tap'
-import { migrate } from '../src/stores/migrations.js'
+import { migrate } from '../dist/stores/migrations.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 const { stores, postgres } = await startTestbed(t)

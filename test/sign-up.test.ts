@@ -1,9 +1,9 @@
 import { verify } from '@node-rs/argon2'
 import fp from 'fastify-plugin'
 import t from 'tap'
-import type { Config } from '../src/config/config.js'
-import { outcomes } from '../src/outcomes.js'
-import { passwords } from '../src/passwords/passwords.js'
+import type { Config } from '../dist/config/config.js'
+import { outcomes } from '../dist/outcomes.js'
+import { passwords } from '../dist/passwords/passwords.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { recordKey, startTestbed } from '../testkit/testbed.js'
 

@@ -17,7 +17,7 @@ run_file() {
   local file=$1 passed=0 started=$SECONDS log
   for run in $(seq "$RUNS"); do
     log="$LOGS/$(basename "$file" .test.ts)-$run.log"
-    if TAP_TIMEOUT=300 node --import=tsx "$file" >"$log" 2>&1; then
+    if TAP_TIMEOUT=300 node --import=tsx/esm "$file" >"$log" 2>&1; then
       passed=$((passed + 1))
       rm "$log"
     else

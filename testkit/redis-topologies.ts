@@ -3,8 +3,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Redis } from 'ioredis'
 import type { Test } from 'tap'
-import { freePort, redisBinary } from '../src/dev/embedded-stores.js'
-import { GuardedServer } from '../src/dev/guarded-server.js'
+import { freePort, redisBinary } from '../dist/dev/embedded-stores.js'
+import { GuardedServer } from '../dist/dev/guarded-server.js'
 import { until } from './until.js'
 
 /** The password of every server but the sentinels. It needs percent-encoding in a URL. */

@@ -7,7 +7,7 @@ import { once } from 'node:events'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import { insertUser } from '../../src/users/users.js'
+import { insertUser } from '../../dist/users/users.js'
 
 const redis = new Redis(process.env.REDIS_URL ?? '')
 const pool = new pg.Pool({ connectionString: process.env.DATABASE_URL ?? '', max: 10 })
