@@ -6,11 +6,12 @@ import { codeRoutes } from './codes/routes.js'
 import { sms } from './codes/sms.js'
 import type { Config } from './config/config.js'
 import { badRequests } from './http/bad-requests.js'
+import { forwardedFor } from './http/forwarded-for.js'
 import { healthRoutes } from './http/health.js'
 import { inFlight } from './http/in-flight.js'
 import { openapi } from './http/openapi.js'
 import { replies } from './http/replies.js'
-import { requestIds } from './http/request-ids.js'
+import { replyHeaders } from './http/reply-headers.js'
 import { serverOptions } from './http/server-options.js'
 import { shutdown } from './http/shutdown.js'
 import { strictJson } from './http/strict-json.js'
@@ -78,7 +79,8 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
   const metrics = config.metricsPort === undefined ? undefined : new Metrics()
 
   const app = Fastify(serverOptions(config, options.logStream))
-  await app.register(requestIds)
+  await app.register(replyHeaders)
+  await app.register(forwardedFor)
   await app.register(replies, { config })
   await app.register(strictJson)
   await app.register(shutdown)

@@ -156,8 +156,50 @@ t.test('shutdown does not wait for a request that never arrives completely', asy
   await closed
 })
 
-t.test('garbage after a sign-up is never answered in its place', async (t) => {
-  t.notMatch(await exchange(app, port, `${await signUpRequest()}GARBAGE\r\n\r\n`), '4201')
+t.test('good requests before garbage on a connection are answered first, in order', async (t) => {
+  const { app, port } = await listen(t, { STORE_TIMEOUT_MS: '60000' })
+  for (const [name, garbage, status] of [
+    ['not HTTP', 'GARBAGE\r\n\r\n', 400],
+    ['a chunk without a valid size', `POST / HTTP/1.1\r\n${json}Transfer-Encoding: chunked\r\n\r\nzz\r\n`, 400],
+    ['CONNECT', `CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 400],
+    ['an unknown expectation', `POST / HTTP/1.1\r\n${json}Expect: a wonder\r\nContent-Length: 2\r\n\r\n{}`, 417]
+  ] as const) {
+    const socket = await openConnection(app, port)
+    const closed = untilClosed(socket)
+    let replies = ''
+    socket.on('data', (text) => {
+      replies += text
+    })
+    const inserts = await holdInserts()
+    socket.write(`${await signUpRequest()}GET /api/v1.0/session HTTP/1.1\r\n${host}\r\n${garbage}`)
+    await inserts.arrived(1)
+    await inserts.release()
+    await closed
+    const statuses = [...replies.matchAll(/HTTP\/1\.1 (\d+)/g)].map(([, code]) => Number(code))
+    t.strictSame(statuses, [201, 401, status], name)
+    t.equal(replies.split('\r\n\r\n').at(-1), '{"errno":"4201","errmsg":"非法请求"}', name)
+  }
+})
+
+t.test('every reply has Cache-Control: no-store and X-Request-Id', async (t) => {
+  const { app, port } = await listen(t, { DOCS: 'true' })
+  const get = (path: string) => `GET ${path} HTTP/1.1\r\n${host}Connection: close\r\n\r\n`
+  for (const request of [
+    get('/api/v1.0/session'),
+    get('/nowhere'),
+    get('/health/live'),
+    get('/openapi.json'),
+    get('/docs/'),
+    get('/docs/static/index.css'),
+    get('/api/v1.0/%zz'),
+    'GARBAGE\r\n\r\n',
+    `CONNECT service:1 HTTP/1.1\r\n${host}\r\n`,
+    `POST / HTTP/1.1\r\n${json}Expect: a wonder\r\nContent-Length: 2\r\n\r\n{}`
+  ]) {
+    const reply = await exchange(app, port, request)
+    t.match(reply, /\r\ncache-control: no-store\r\n/i, request.slice(0, 40))
+    t.match(reply, /\r\nx-request-id: [0-9a-f-]{36}\r\n/i)
+  }
 })
 
 t.test('a request that does not arrive within ten seconds gets 408', async (t) => {

@@ -33,7 +33,17 @@ t.test('a request is one log line at level info, with what operators need', asyn
 t.test('X-Request-Id is logged and returned, and replaced if it is not safe to log', async (t) => {
   const { app, lines } = await buildWithLog(t)
   const safeIds = ['a', 'x'.repeat(128), '4bf92f3577b34da6:00f067aa0ba902b7-01']
-  const unsafeIds = ['', ' ', 'a b', 'x'.repeat(129), '{"a":1}', '号', newMobile(), `m=${newMobile()}`]
+  const unsafeIds = [
+    '',
+    ' ',
+    'a b',
+    'x'.repeat(129),
+    '{"a":1}',
+    '号',
+    newMobile(),
+    `m=${newMobile()}`,
+    `86${newMobile()}`
+  ]
   for (const id of [...safeIds, ...unsafeIds]) {
     const reply = await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
     const reqId = lines.at(-1)?.reqId
@@ -96,4 +106,15 @@ t.test('the cause of a server-side failure is logged once at level error, and a 
     { level: 30, reqId: 'r1', outcome: 'storage_unavailable' }
   ])
   t.equal(lines.filter(({ level }) => level === 50).length, 1)
+})
+
+t.test('an X-Forwarded-For of a peer that TRUST_PROXY does not name is logged, at most once a minute', async (t) => {
+  const { app, lines } = await buildWithLog(t, { TRUST_PROXY: '10.0.0.0/8' })
+  const send = (remoteAddress: string) =>
+    app.inject({ url: '/api/v1.0/session', remoteAddress, headers: { 'x-forwarded-for': '192.0.2.1' } })
+  const warnings = () => lines.filter(({ msg }) => `${msg}`.startsWith('X-Forwarded-For is ignored'))
+  await send('10.0.0.1')
+  t.equal(warnings().length, 0)
+  for (let n = 0; n < 3; n++) await send('198.51.100.1')
+  t.equal(warnings().length, 1)
 })

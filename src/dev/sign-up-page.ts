@@ -23,7 +23,6 @@ const signUpPage: FastifyPluginAsync<{ config: Config }> = async (fastify, { con
     reply
       .type('text/html; charset=utf-8')
       .header('content-security-policy', contentSecurityPolicy)
-      .header('cache-control', 'no-store')
       .header('x-content-type-options', 'nosniff')
       .send(page)
   )

@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { STATUS_CODES } from 'node:http'
 import type { Socket } from 'node:net'
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
@@ -5,8 +6,7 @@ import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
 import { type Language, outcomes } from '../outcomes.js'
 import type { RequestLog } from '../telemetry/log.js'
-
-const jsonType = 'application/json; charset=utf-8'
+import { headersOfReply } from './reply-headers.js'
 
 /** The envelope where no reply can be decorated, in the default language. */
 function badRequestBody(language: Language): string {
@@ -14,20 +14,31 @@ function badRequestBody(language: Language): string {
   return JSON.stringify({ errno, errmsg })
 }
 
+/** The headers of a reply with that envelope. */
+const badRequestHeaders = (requestId: string, body: string) => ({
+  'content-type': 'application/json; charset=utf-8',
+  'content-length': Buffer.byteLength(body),
+  ...headersOfReply(requestId)
+})
+
 /** The two handlers of Fastify's options that answer what never becomes a request. */
 export function badRequestHandlers({ defaultLanguage }: Config, requestLog: RequestLog) {
   const body = badRequestBody(defaultLanguage)
   return {
     /** Answers bytes that Node cannot parse as HTTP. Fastify calls it with the instance as `this`. */
-    clientErrorHandler(this: FastifyInstance | undefined, error: NodeJS.ErrnoException, socket: Socket) {
-      // An earlier request on this socket is unanswered; bytes written now would be read as its response.
-      if (this?.shutdown.hasUnansweredRequest(socket)) socket.destroy()
-      else refuseSocket(socket, statusOf(error), body)
+    async clientErrorHandler(
+      this: FastifyInstance | undefined,
+      error: NodeJS.ErrnoException,
+      socket: Socket
+    ): Promise<void> {
+      // Bytes that are written before would be read as the response of an earlier request.
+      await this?.shutdown.untilAnswered(socket)
+      refuseSocket(socket, statusOf(error), body)
     },
     /** Answers a URL that cannot be decoded. Fastify neither decorates this reply nor logs the request. */
     frameworkErrors(_error: unknown, request: FastifyRequest, reply: FastifyReply) {
       reply.outcomeName = 'bad_request'
-      reply.header('x-request-id', request.id).code(400).type(jsonType).send(body)
+      reply.headers(badRequestHeaders(request.id, body)).code(400).send(body)
       requestLog.requestCompleted(null, request, reply)
     }
   }
@@ -37,23 +48,27 @@ export function badRequestHandlers({ defaultLanguage }: Config, requestLog: Requ
 export const badRequests = fp<{ config: Config }>(
   async (fastify, { config }) => {
     const body = badRequestBody(config.defaultLanguage)
-    fastify.server.on('checkExpectation', (_request, response) => refuseSocket(response.socket, 417, body))
-    fastify.server.on('connect', (_request, socket: Socket) => refuseSocket(socket, 400, body))
+    fastify.server.on('checkExpectation', (_request, response) => {
+      response.writeHead(417, { ...badRequestHeaders(randomUUID(), body), connection: 'close' }).end(body)
+    })
+    fastify.server.on('connect', async (_request, socket: Socket) => {
+      await fastify.shutdown.untilAnswered(socket)
+      refuseSocket(socket, 400, body)
+    })
     fastify.addHook('onRequest', async (request, reply) => {
       // RFC 9112, section 3.2. Node's own check is off (`requireHostHeader`).
       if (request.headers.host === undefined && request.raw.httpVersion === '1.1') return reply.outcome('bad_request')
     })
     fastify.setNotFoundHandler((_request, reply) => reply.outcome('no_such_route'))
   },
-  { fastify: '5.x', name: 'bad-requests', dependencies: ['replies'] }
+  { fastify: '5.x', name: 'bad-requests', dependencies: ['replies', 'shutdown'] }
 )
 
-function refuseSocket(socket: Socket | null, status: number, body: string): void {
-  if (socket === null || !socket.writable) return
-  socket.end(
-    `HTTP/1.1 ${status} ${STATUS_CODES[status]}\r\nContent-Type: ${jsonType}\r\n` +
-      `Content-Length: ${Buffer.byteLength(body)}\r\nConnection: close\r\n\r\n${body}`
-  )
+function refuseSocket(socket: Socket, status: number, body: string): void {
+  if (!socket.writable) return
+  const headers = Object.entries({ ...badRequestHeaders(randomUUID(), body), connection: 'close' })
+  const head = [`HTTP/1.1 ${status} ${STATUS_CODES[status]}`, ...headers.map(([name, value]) => `${name}: ${value}`)]
+  socket.end(`${head.join('\r\n')}\r\n\r\n${body}`)
 }
 
 function statusOf({ code }: NodeJS.ErrnoException): number {

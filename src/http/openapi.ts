@@ -65,13 +65,19 @@ export const openapi = fp<{ config: Config }>(
 
     if (config.docs) {
       const { default: swaggerUi } = await import('@fastify/swagger-ui')
-      await fastify.register(swaggerUi, {
-        routePrefix: '/docs',
-        staticCSP: true,
-        // swagger-ui's own policy loads a badge from another host and upgrades plain HTTP.
-        transformStaticCSP: () =>
-          "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'",
-        uiConfig: { tryItOutEnabled: true, displayRequestDuration: true, validatorUrl: null }
+      await fastify.register(async (scope) => {
+        // The page's files come with a Cache-Control of their own.
+        scope.addHook('onSend', async (_request, reply) => {
+          reply.header('cache-control', 'no-store')
+        })
+        await scope.register(swaggerUi, {
+          routePrefix: '/docs',
+          staticCSP: true,
+          // swagger-ui's own policy loads a badge from another host and upgrades plain HTTP.
+          transformStaticCSP: () =>
+            "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'",
+          uiConfig: { tryItOutEnabled: true, displayRequestDuration: true, validatorUrl: null }
+        })
       })
     }
   },

@@ -4,7 +4,7 @@ import type { DestinationStream } from 'pino'
 import type { Config } from '../config/config.js'
 import { loggerOptions, RequestLog } from '../telemetry/log.js'
 import { badRequestHandlers } from './bad-requests.js'
-import { requestIdOf } from './request-ids.js'
+import { requestIdOf } from './reply-headers.js'
 import { bodyMaxBytes } from './schemas.js'
 
 /** How long a request may take to arrive. A gateway sends its few KiB at once. */

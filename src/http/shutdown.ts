@@ -1,4 +1,4 @@
-import type { IncomingMessage } from 'node:http'
+import type { IncomingMessage, ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import fp from 'fastify-plugin'
 
@@ -7,8 +7,8 @@ interface Shutdown {
   readonly isAnnounced: boolean
   /** Makes the readiness probe fail, so that balancers stop sending requests before the server closes. */
   announce(): void
-  /** Whether a request that arrived completely on this connection is still unanswered. */
-  hasUnansweredRequest(socket: Socket): boolean
+  /** Waits until every request that has arrived completely on this connection is answered. */
+  untilAnswered(socket: Socket): Promise<void>
 }
 
 declare module 'fastify' {
@@ -35,13 +35,13 @@ export const shutdown = fp(
 
     // Node's closeIdleConnections() does not close connections without any request, and a closing server's timeouts
     // stop.
-    const openRequests = new Map<Socket, Set<IncomingMessage>>()
+    const openRequests = new Map<Socket, Map<IncomingMessage, ServerResponse>>()
     server.on('connection', (socket: Socket) => {
-      openRequests.set(socket, new Set())
+      openRequests.set(socket, new Map())
       socket.once('close', () => openRequests.delete(socket))
     })
     server.on('request', (request, response) => {
-      const requests = openRequests.get(request.socket)?.add(request)
+      const requests = openRequests.get(request.socket)?.set(request, response)
       response.once('close', () => requests?.delete(request))
     })
 
@@ -52,7 +52,11 @@ export const shutdown = fp(
       announce() {
         isAnnounced = true
       },
-      hasUnansweredRequest: (socket) => [...(openRequests.get(socket) ?? [])].some(({ complete }) => complete)
+      async untilAnswered(socket) {
+        for (const [request, response] of openRequests.get(socket) ?? []) {
+          if (request.complete) await new Promise((resolve) => response.once('close', resolve))
+        }
+      }
     } satisfies Shutdown)
 
     fastify.addHook('preClose', async () => {
@@ -60,7 +64,7 @@ export const shutdown = fp(
       const graceEndsAt = Date.now() + partialRequestGraceMs
       function closeIdleConnections(): void {
         for (const [socket, requests] of openRequests) {
-          const isInUse = [...requests].some(({ complete }) => complete || Date.now() < graceEndsAt)
+          const isInUse = [...requests.keys()].some(({ complete }) => complete || Date.now() < graceEndsAt)
           if (!isInUse) socket.destroy()
         }
       }

@@ -2,8 +2,8 @@ import { randomUUID } from 'node:crypto'
 import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
 
-/** The ids of gateways and tracers, but none that contains a mobile number: the id is logged. */
-const acceptedId = /^(?!.*(?<!\d)1[3-9]\d{9}(?!\d))[\w.:/+=-]{1,128}$/
+/** The ids of gateways and tracers, but none that contains a mobile number, also after a country code: the id is logged. */
+const acceptedId = /^(?!.*1[3-9]\d{9})[\w.:/+=-]{1,128}$/
 
 /** Returns the gateway's `X-Request-Id` if it is safe to log, else a new id. */
 export function requestIdOf({ headers }: Pick<IncomingMessage, 'headers'>): string {
@@ -11,13 +11,16 @@ export function requestIdOf({ headers }: Pick<IncomingMessage, 'headers'>): stri
   return typeof id === 'string' && acceptedId.test(id) ? id : randomUUID()
 }
 
-/** Sends `X-Request-Id` with every reply. */
-export const requestIds = fp(
+/** The headers of every reply. */
+export const headersOfReply = (requestId: string) => ({ 'x-request-id': requestId, 'cache-control': 'no-store' })
+
+/** Sends the headers of every reply. */
+export const replyHeaders = fp(
   async (fastify) => {
     fastify.addHook('onRequest', (request, reply, done) => {
-      reply.header('x-request-id', request.id)
+      reply.headers(headersOfReply(request.id))
       done()
     })
   },
-  { fastify: '5.x', name: 'request-ids' }
+  { fastify: '5.x', name: 'reply-headers' }
 )

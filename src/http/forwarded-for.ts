@@ -1,0 +1,22 @@
+import fp from 'fastify-plugin'
+
+/** How often at most the same warning is logged. */
+const intervalMs = 60_000
+
+/** Warns of a proxy that `TRUST_PROXY` does not name: all its clients share the limits of its address. */
+export const forwardedFor = fp(
+  async (fastify) => {
+    let lastWarningAt = Number.NEGATIVE_INFINITY
+    fastify.addHook('onRequest', (request, _reply, done) => {
+      // `ips` has the address of the peer alone if the peer is not trusted, and is absent if nobody is.
+      const isIgnored = request.headers['x-forwarded-for'] !== undefined && (request.ips?.length ?? 1) === 1
+      if (isIgnored && performance.now() - lastWarningAt >= intervalMs) {
+        lastWarningAt = performance.now()
+        const peer = request.socket.remoteAddress
+        request.log.warn({ reqId: request.id, peer }, 'X-Forwarded-For is ignored: TRUST_PROXY does not name this peer')
+      }
+      done()
+    })
+  },
+  { fastify: '5.x', name: 'forwarded-for' }
+)
