@@ -3,6 +3,7 @@
  *
  * Answers 204 when the provider has accepted the message, 422 when it refuses this message, 502 when it fails.
  * A request that is not from mobile-signup gets 400, 401, 405 or 413.
+ * After a 4xx mobile-signup knows that no message was sent. After a 5xx the message may have been delivered.
  */
 import { createHmac, timingSafeEqual } from 'node:crypto'
 import { createServer, type IncomingMessage, type Server } from 'node:http'
@@ -76,7 +77,7 @@ export function createWebhook({ secret, sendSms }: WebhookOptions): Server {
       await sendSms(message)
       return 204
     } catch (error) {
-      // Mobile-signup takes a 5xx for a failing gateway, and a 4xx for a refused number.
+      // Mobile-signup takes a 4xx for a refused number, and a 5xx for a failing gateway: it stops sending after several.
       return error instanceof MessageRefused ? 422 : 502
     }
   }

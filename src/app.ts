@@ -58,19 +58,19 @@ export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { 
 const capabilities = fp<CapabilityOptions>(async (fastify, { config, observer, overrides }) => {
   await fastify.register(postgres, { config, observer })
   await fastify.register(redis, { config, observer })
-  await fastify.register(codes, { config })
+  await fastify.register(rateLimits, { observer })
+  await fastify.register(codes, { config, observer })
   await fastify.register(overrides?.passwords ?? passwords, { config, observer })
   await fastify.register(users)
   await fastify.register(sessions, { config })
-  await fastify.register(rateLimits)
-  if (config.sms) await fastify.register(sms, { config })
+  if (config.sms) await fastify.register(sms, { config, observer })
   // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
   await fastify.register(inFlight)
 })
 
 const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
   await fastify.register(userRoutes, { config })
-  await fastify.register(sessionRoutes)
+  await fastify.register(sessionRoutes, { config })
   if (config.sms) await fastify.register(codeRoutes, { config })
 }
 

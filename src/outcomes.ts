@@ -91,7 +91,8 @@ export class Refusal extends Error {
 
   constructor(
     readonly outcome: OutcomeName,
-    cause?: unknown
+    cause?: unknown,
+    readonly details: OutcomeDetails = {}
   ) {
     super(outcome, { cause })
   }

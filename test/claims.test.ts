@@ -8,7 +8,7 @@ import { leaseMsOf, recordKey, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
 /*
- * What a retry and a guess find in the claim record. docs/guarantees.md explains the protocol.
+ * What a retry finds in the claim record. docs/guarantees.md explains the protocol.
  */
 
 const testbed = await startTestbed(t)
@@ -44,8 +44,6 @@ async function failToHash(): Promise<void> {
 const instance = client(await build(t, patient))
 const { signUp } = instance
 const failing = client(await build(t, patient, { overrides: { passwords: passwordsThatHashAfter(failToHash) } }))
-const withThreeGuesses = { ...patient, SMS_CODE_ATTEMPTS: '3' }
-const threeGuesses = client(await build(t, withThreeGuesses))
 
 const fillRedis = () => redis.config('SET', 'maxmemory', '1')
 const emptyRedis = () => redis.config('SET', 'maxmemory', '0')
@@ -141,7 +139,6 @@ t.test('G5: a retry is a replay also after a rotation of SESSION_SECRET', async 
 })
 
 t.test('while a code is claimed, the same code gets 503 4500 and a wrong one 422', async (t) => {
-  const { signUp } = threeGuesses
   const body = await signUpBody()
   const inserts = await holdInserts()
   const first = signUp(body)
@@ -149,27 +146,15 @@ t.test('while a code is claimed, the same code gets 503 4500 and a wrong one 422
   const second = await signUp(body)
   t.strictSame([...statusAndErrno(second), second.headers['retry-after']], [503, '4500', '1'])
   t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
-  t.strictSame(statusAndErrno(await signUp(body)), [503, '4500'], 'one of three guesses is not the last')
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4500'])
   await inserts.release()
   t.equal((await first).statusCode, 201)
-})
-
-t.test('the last wrong guess deletes the record of a pending claim, and the claim still succeeds', async (t) => {
-  const body = await signUpBody()
-  const inserts = await holdInserts()
-  const first = signUp(body)
-  await inserts.arrived(1)
-  t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
-  t.equal(await redis.exists(recordKey(body.mobile)), 0)
-  await inserts.release()
-  t.equal((await first).statusCode, 201)
-  t.equal((await signUp(body)).headers['idempotent-replayed'], 'true', 'and its retry is safe')
 })
 
 t.test(
   'G4: the code of an instance that died can be claimed again after the lease, by the same code only',
   async (t) => {
-    const env = { ...patient, HASH_MAX_WAIT_MS: '600000', SMS_CODE_ATTEMPTS: '2' }
+    const env = { ...patient, HASH_MAX_WAIT_MS: '600000' }
     const proxy = await openProxy(t, 'REDIS_URL')
     const dying = client(await build(t, { ...env, REDIS_URL: proxy.url }))
     const other = client(await build(t, env))
@@ -276,50 +261,6 @@ t.test('G5: a slow request whose claim was taken over gets the same success, not
   const reply = await first
   t.equal(reply.statusCode, 201)
   t.equal((await userRows(body.mobile))[0].id, reply.json().data.user_id)
-})
-
-t.test('fewer than SMS_CODE_ATTEMPTS wrong guesses keep the code, and the count expires with it', async (t) => {
-  const { signUp } = threeGuesses
-  const body = await signUpBody()
-  await redis.pexpire(`sms_code_${body.mobile}`, 100_000)
-  for (const _ of [1, 2]) t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
-  for (const key of [`sms_code_${body.mobile}`, recordKey(body.mobile)]) {
-    const ttlMs = await redis.pttl(key)
-    t.ok(ttlMs > 70_000 && ttlMs <= 100_000, `${key.includes('{') ? 'the record' : 'the code'} has the remaining TTL`)
-  }
-  t.equal((await signUp(body)).statusCode, 201)
-})
-
-t.test('SMS_CODE_ATTEMPTS wrong guesses discard the code', async (t) => {
-  const { signUp } = threeGuesses
-  const body = await signUpBody()
-  for (const _ of [1, 2, 3]) t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
-  t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'])
-})
-
-t.test('a new code starts without wrong guesses', async (t) => {
-  const { signUp } = threeGuesses
-  for (const guessesLeft of [1, 0]) {
-    const body = await signUpBody()
-    const guess = async () => t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
-    for (const _ of [1, 2]) await guess()
-    const newBody = { ...body, sms_code: await issueCode(body.mobile) }
-    for (let wrong = guessesLeft; wrong < 3; wrong++) await guess()
-    const expected = guessesLeft > 0 ? [201, '0'] : [422, '4004']
-    t.strictSame(statusAndErrno(await signUp(newBody)), expected, `${guessesLeft} guesses left`)
-  }
-})
-
-t.test('a restored code keeps its wrong guesses', async (t) => {
-  const { signUp } = threeGuesses
-  const failing = await build(t, withThreeGuesses, { overrides: { passwords: passwordsThatHashAfter(failToHash) } })
-  const body = await signUpBody()
-  const guess = async () => t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
-  for (const _ of [1, 2]) await guess()
-  t.strictSame(statusAndErrno(await client(failing).signUp(body)), [500, '4500'])
-  t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
-  await guess()
-  t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'], 'the third guess was the last')
 })
 
 t.test('a code without a TTL is restored without one', async (t) => {

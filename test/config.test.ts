@@ -37,13 +37,15 @@ t.test('an environment with only the stores gives the documented defaults', asyn
     defaultLanguage: 'zh',
     passwordMin: 8,
     sms: true,
-    smsCodeAttempts: 1,
+    smsCodeAttempts: 5,
+    smsGuessDailyMax: 50,
+    loginIpHourlyMax: 100,
     smsCodeTtlS: 300,
     smsResendS: 60,
     smsDailyMax: 10,
     smsIpHourlyMax: 20,
     smsPrefixHourlyMax: 200,
-    smsHourlyMax: 0,
+    smsHourlyMax: 5_000,
     smsWebhookUrl: undefined,
     smsWebhookSecret: undefined,
     hashMemoryKib: 19_456,
@@ -81,6 +83,8 @@ t.test('every variable sets its field', async (t) => {
     PASSWORD_MIN: '12',
     SMS: 'on',
     SMS_CODE_ATTEMPTS: '3',
+    SMS_GUESS_DAILY_MAX: '13',
+    LOGIN_IP_HOURLY_MAX: '15',
     SMS_CODE_TTL_S: '120',
     SMS_RESEND_S: '30',
     SMS_DAILY_MAX: '5',
@@ -116,6 +120,8 @@ t.test('every variable sets its field', async (t) => {
     passwordMin: 12,
     sms: true,
     smsCodeAttempts: 3,
+    smsGuessDailyMax: 13,
+    loginIpHourlyMax: 15,
     smsCodeTtlS: 120,
     smsResendS: 30,
     smsDailyMax: 5,
@@ -189,6 +195,8 @@ t.test('an invalid value of any variable is a fault that names the variable', as
     ['METRICS_PORT', '-1', '65536', 'on'],
     ['SHUTDOWN_TIMEOUT_MS', '0', '600001'],
     ['SMS_CODE_ATTEMPTS', '0', '1001'],
+    ['SMS_GUESS_DAILY_MAX', '-1', '1000001'],
+    ['LOGIN_IP_HOURLY_MAX', '-1'],
     ['SMS_CODE_TTL_S', '0', '86401'],
     ['SMS_RESEND_S', '-1', '86401'],
     ['SMS_DAILY_MAX', '-1', 'none'],
@@ -230,10 +238,12 @@ t.test('production requires the stores, a secret, a webhook and a strong hash; i
     /^DATABASE_URL: /,
     /^REDIS_URL: /,
     /^SESSION_SECRET: /,
+    /^TRUST_PROXY: /,
     /^SMS_WEBHOOK_URL: /
   ])
-  const env = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret, SMS: 'off' }
+  const env = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret, SMS: 'off', TRUST_PROXY: 'none' }
   t.equal(loadConfig(env).cookieSecure, true)
+  t.strictSame(loadConfig(env).trustProxy, [])
   t.equal(loadConfig(env).docs, false)
   t.match(faultsOf({ ...env, PASSWORD_MIN: '7' }), [/^PASSWORD_MIN: /])
   for (const [kib, passes, accepted] of [

@@ -1,9 +1,6 @@
 import { hash, verify } from '@node-rs/argon2'
-import fp from 'fastify-plugin'
 import t from 'tap'
-import type { Config } from '../dist/config/config.js'
-import { passwords } from '../dist/passwords/passwords.js'
-import { client, type Reply, statusAndErrno } from '../testkit/client.js'
+import { client, statusAndErrno } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
@@ -110,6 +107,69 @@ t.test('429: 100 failures in an hour refuse a mobile from all addresses', async 
   t.ok(Number(reply.headers['retry-after']) > 3_500)
 })
 
+t.test(
+  '429: LOGIN_IP_HOURLY_MAX failures refuse a network for all mobiles, and a success takes its own back',
+  async (t) => {
+    const api = client(await build(t, { LOGIN_IP_HOURLY_MAX: '3' }))
+    const { mobile, password } = await registerUser()
+    const fail = async (from: string) =>
+      (await api.logIn({ mobile: newMobile(), password: 'spring2026' }, { from })).statusCode
+    const succeed = async (from: string) => (await api.logIn({ mobile, password }, { from })).statusCode
+    for (const expected of [401, 401]) t.equal(await fail('192.0.2.50'), expected)
+    for (let n = 0; n < 5; n++) t.equal(await succeed('192.0.2.50'), 201)
+    t.strictSame([await fail('192.0.2.50'), await fail('192.0.2.50')], [401, 429])
+    t.equal(await succeed('192.0.2.50'), 429)
+    t.equal(await succeed('192.0.2.51'), 201)
+    for (let n = 0; n < 12; n++) t.equal(await fail(`2001:db8:0:${n}::1`), 401)
+    t.equal(await fail('2001:db8:0:99::1'), 429, 'a /48 has four times the number')
+
+    const unlimited = client(await build(t, { LOGIN_IP_HOURLY_MAX: '0' }))
+    t.equal((await unlimited.logIn({ mobile, password }, { from: '192.0.2.50' })).statusCode, 201)
+  }
+)
+
+t.test('429: a /48 has 20 failures for a mobile in ten minutes', async (t) => {
+  const mobile = newMobile()
+  const fail = async (subnet: number) =>
+    (await api.logIn({ mobile, password: 'wrong' }, { from: `2001:db8:77:${subnet}::1` })).statusCode
+  for (let n = 0; n < 20; n++) t.equal(await fail(n), 401)
+  t.equal(await fail(20), 429)
+})
+
+t.test(
+  '503 4500: a login joins the hash queue only if its wait is within HASH_MAX_WAIT_MS at that moment',
+  async (t) => {
+    const slow = { HASH_THREADS: '1', HASH_MEMORY_KIB: '65536', HASH_MAX_WAIT_MS: '300', STORE_TIMEOUT_MS: '60000' }
+    const app = await build(t, { ...slow, PG_POOL_MAX: '1' })
+    // All logins pass the first check, because their users are read after all of them have arrived.
+    const connection = await postgres.connect()
+    await connection.query('BEGIN; LOCK TABLE users IN ACCESS EXCLUSIVE MODE')
+    const mobiles = Array.from({ length: 50 }, newMobile)
+    const replies = mobiles.map((mobile, n) =>
+      client(app).logIn({ mobile, password: 'wrong' }, { from: `198.18.1.${n}` })
+    )
+    await until('all logins have consumed their limits', async () => {
+      return (await redis.exists(...mobiles.map((mobile) => `login_failures:{${mobile}}`))) === 50
+    })
+    let longestWaitMs = 0
+    const { verify } = app.passwords
+    app.passwords.verify = (...args) => {
+      longestWaitMs = Math.max(longestWaitMs, app.passwords.expectedWaitMs)
+      return verify(...args)
+    }
+    await connection.query('COMMIT')
+    connection.release()
+    const statuses = (await Promise.all(replies)).map(statusAndErrno)
+    const refused = statuses.filter(([status, errno]) => status === 503 && errno === '4500')
+    const verified = statuses.filter(([status]) => status === 401)
+    t.equal(refused.length + verified.length, 50)
+    t.ok(refused.length > 0, `${refused.length} are refused`)
+    t.ok(longestWaitMs <= 300, `none joins at a wait of more than 300 ms, but at ${longestWaitMs} ms`)
+    const counted = await redis.exists(...mobiles.map((mobile) => `login_failures:{${mobile}}`))
+    t.equal(counted, verified.length, 'a refused login is no failed one')
+  }
+)
+
 t.test('503 4500: under overload a login is refused by admission, before its limits are touched', async (t) => {
   const app = await build(t, { HASH_THREADS: '1', HASH_MAX_WAIT_MS: '0' })
   // The event loop gives the thread one job at a time, so this queue is much longer than the login takes.
@@ -162,31 +222,6 @@ t.test('a login replaces a hash that has outdated parameters, but never a newer 
   connection.release()
   await untilRehashes(0, 'run')
   t.equal(await phcOf(raced.mobile), newerPhc)
-})
-
-t.test('a login whose password is reset meanwhile leaves no session', async (t) => {
-  let betweenVerificationAndSession = async (): Promise<unknown> => undefined
-  const interruptedPasswords: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
-    await fastify.register(passwords, options)
-    const { verify } = fastify.passwords
-    fastify.passwords.verify = async (...args) => {
-      const matches = await verify(...args)
-      await betweenVerificationAndSession()
-      return matches
-    }
-  })
-  const app = await build(t, {}, { overrides: { passwords: interruptedPasswords } })
-  const { mobile, password, userId } = await registerUser()
-  const resetBody = await signUpBody({ mobile })
-  let reset: Reply | undefined
-  betweenVerificationAndSession = async () => {
-    reset ??= await client(app).resetPassword(resetBody)
-  }
-  const login = await client(app).logIn({ mobile, password })
-  t.equal(reset?.statusCode, 200)
-  t.strictSame(statusAndErrno(login), [401, '4102'])
-  t.match(login.headers['set-cookie'], /Max-Age=0|Expires=Thu, 01 Jan 1970/)
-  t.equal(await redis.zcard(`sessions_of:${userId}`), 1, 'only the session of the reset is left')
 })
 
 t.test('DELETE /session?everywhere=true ends all sessions of the user and no others', async (t) => {

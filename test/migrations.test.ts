@@ -19,7 +19,7 @@ async function createDatabase(name: string): Promise<string> {
 t.test('parallel migrations of an empty database do not collide', async (t) => {
   const url = await createDatabase('parallel')
   const applied = await Promise.all(Array.from({ length: 8 }, () => migrate(url)))
-  t.strictSame(applied.flat(), ['0001_users'], 'each migration is applied once')
+  t.strictSame(applied.flat(), ['0001_users', '0002_session_epoch'], 'each migration is applied once')
 
   const client = new pg.Client(url)
   await client.connect()
@@ -35,7 +35,8 @@ t.test('parallel migrations of an empty database do not collide', async (t) => {
       'name text NO',
       'mobile text NO',
       'password_hash text NO',
-      'created_at timestamp with time zone NO'
+      'created_at timestamp with time zone NO',
+      'session_epoch integer NO'
     ]
   )
 })
@@ -49,7 +50,7 @@ t.test('the migrate command applies pending migrations and prints their names', 
   const command = fileURLToPath(new URL('../dist/migrate.js', import.meta.url))
   const run = (env: Record<string, string>) => promisify(execFile)(process.execPath, [command], { env })
 
-  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users\n')
+  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users, 0002_session_epoch\n')
   t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: nothing was pending\n')
   await t.rejects(run({}), {
     code: 1,

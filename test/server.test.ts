@@ -106,6 +106,7 @@ t.test('production loads nothing of src/dev', async (t) => {
   const production = startService(t, {
     NODE_ENV: 'production',
     SMS: 'off',
+    TRUST_PROXY: 'none',
     HASH_MEMORY_KIB: '7168',
     HASH_PASSES: '5',
     STORE_TIMEOUT_MS: '20000',

@@ -10,7 +10,13 @@ const api = client(app)
 
 const notLoggedIn = { errno: '4101', errmsg: '用户未登录' }
 const session = '/api/v1.0/session'
-const production = { NODE_ENV: 'production', SMS: 'off', HASH_MEMORY_KIB: '7168', HASH_PASSES: '5' }
+const production = {
+  NODE_ENV: 'production',
+  SMS: 'off',
+  TRUST_PROXY: 'none',
+  HASH_MEMORY_KIB: '7168',
+  HASH_PASSES: '5'
+}
 const sessionSecret = `${stores.environment.SESSION_SECRET}`
 
 /** Returns the Redis key of the session of a cookie. */

@@ -16,7 +16,7 @@ export interface Envelope {
   errno: string
   errmsg: string
   /** Absent in replies without data. */
-  data: { user_id: string; name: string; mobile: string; session: boolean }
+  data: { user_id: string; name: string; mobile: string; session: boolean; ticket: string }
 }
 
 export interface RequestOptions {
@@ -38,7 +38,8 @@ export function client(target: Target) {
       ? fetchReply(`${target}${apiPrefix}${path}`, method, body, options)
       : inject(target, `${apiPrefix}${path}`, method, body, options)
   return {
-    sendCode: (mobile: unknown, options?: RequestOptions) => send('POST', '/sms_codes', { mobile }, options),
+    sendCode: (mobile: unknown, { purpose, ...options }: RequestOptions & { purpose?: unknown } = {}) =>
+      send('POST', '/sms_codes', { mobile, purpose }, options),
     signUp: (body: unknown, options?: RequestOptions) => send('POST', '/users', body, options),
     resetPassword: (body: unknown, options?: RequestOptions) => send('PUT', '/users/password', body, options),
     logIn: (body: unknown, options?: RequestOptions) => send('POST', '/sessions', body, options),

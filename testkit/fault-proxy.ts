@@ -6,6 +6,8 @@ import { setTimeout as sleep } from 'node:timers/promises'
 export type Fault =
   /** The request is forwarded late. */
   | { kind: 'delay'; ms: number }
+  /** The request, and what comes after it on its connection, is forwarded when the promise resolves. */
+  | { kind: 'hold'; until: Promise<unknown> }
   /** From this request on, nothing is forwarded on any connection. */
   | { kind: 'stall' }
   /** All connections are closed, the request is not forwarded, and new connections are refused. */
@@ -132,6 +134,11 @@ export class FaultProxy {
     switch (fault?.kind) {
       case 'delay':
         await sleep(fault.ms)
+        break
+      case 'hold':
+        connection.client.pause()
+        await fault.until
+        connection.client.resume()
         break
       case 'stall':
       case 'refuse':

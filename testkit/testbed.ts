@@ -36,7 +36,8 @@ export async function startTestbed(t: Test) {
   t.teardown(async () => {
     await stores.stop()
     const leaked = [...secrets].filter((secret) => log.includes(secret))
-    if (leaked.length > 0) throw new Error(`G7: a password, code, session id or full mobile is in the log: ${leaked}`)
+    if (leaked.length > 0)
+      throw new Error(`G7: a password, code, ticket, session id or full mobile is in the log: ${leaked}`)
     const undescribed = loggedOutcomes().filter(
       ([operation, outcome]) => !describedOutcomes.get(operation)?.has(outcome)
     )
@@ -69,6 +70,12 @@ export async function startTestbed(t: Test) {
   ): Promise<FastifyInstance> {
     const app = await buildApp({ ...config(env), ...changes }, { logStream, ...options })
     t.after(() => app.close())
+    const { createTicket } = app.codes
+    app.codes.createTicket = (mobile) => {
+      const ticket = createTicket(mobile)
+      secrets.add(ticket)
+      return ticket
+    }
     for (const [path, operations] of Object.entries(app.swagger().paths ?? {})) {
       for (const [method, operation] of Object.entries(operations ?? {})) {
         // An example is named after its outcome and begins with a summary.

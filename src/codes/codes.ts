@@ -2,7 +2,11 @@ import { createHmac, hkdfSync, randomInt } from 'node:crypto'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
+import { networksOf } from '../http/network.js'
+import type { Observer } from '../telemetry/observer.js'
+import { guessBudgets, unusedCodeLimits } from './limits.js'
 import * as scripts from './scripts.js'
+import { Tickets } from './tickets.js'
 
 /*
  * The life of a code. docs/guarantees.md explains the protocol and its failures.
@@ -15,7 +19,13 @@ import * as scripts from './scripts.js'
  */
 
 /** What a code is used for. After a claim for one purpose, the other purpose can neither replay nor reclaim the code. */
-export type CodePurpose = 'sign-up' | 'password'
+export type CodePurpose = 'sign_up' | 'password'
+
+/** Who presents a code: a wrong one costs the holder of a valid ticket, or else the network. */
+export interface Guesser {
+  ticket: string | undefined
+  address: string
+}
 
 /** One request's claim of a code. It is exclusive until the lease expires. */
 export interface Claim {
@@ -29,6 +39,16 @@ export interface Claim {
   readonly claimId: string
   /** Whether an earlier request claimed the code and did not end the claim. It may have committed its row. */
   readonly isReclaim: boolean
+  /** The issue of the code, as JSON without the code; `{}` if another service wrote the code. */
+  readonly issue: string
+  /** When the code was claimed, by `performance.now()`. */
+  readonly claimedAt: number
+}
+
+/** What a claim reads of the issue of a code. */
+interface Issue {
+  /** `at` is a time of Redis in µs. Absent if another service wrote the code. */
+  sends?: { at: string; network: string }[]
 }
 
 /** A claim that succeeded earlier. The present request repeats its request. */
@@ -44,25 +64,41 @@ export type ClaimResult =
   | ({ readonly state: 'done' } & CompletedClaim)
   /** Another request holds the code, a replay of it is running, or an instance died with it and the lease still runs. */
   | { readonly state: 'in_progress' }
-  /** The code is absent, expired, used or wrong. */
+  /** The code is absent, expired, used, for another purpose, or wrong. */
   | { readonly state: 'wrong' }
+  /** The guesser may present no code for a while, not even the right one. */
+  | { readonly state: 'spent'; readonly retryAfterSeconds: number }
 
-/** A code that this service has created, and the code that it replaced. */
+/** A code to send. */
 export interface IssuedCode {
   readonly mobile: string
   readonly code: string
-  readonly previousCode: string | null
-  /** The remaining TTL of the previous code, as PTTL returns it: negative if it had none. */
-  readonly previousTtlMs: number
+  /** The remaining life of the code. */
+  readonly ttlSeconds: number
+  /** What a new code has replaced; absent if the code was sent before. */
+  readonly replaced?: {
+    readonly code: string | null
+    /** As PTTL returns it: negative if the code had none. */
+    readonly ttlMs: number
+    readonly issue: string | null
+  }
 }
 
 interface Codes {
-  /** Creates a code of six random digits for a mobile. It replaces the current one. */
-  issue(mobile: string): Promise<IssuedCode>
-  /** Withdraws a code that could not be sent, and puts the previous one back. */
+  /**
+   * Returns the code of a mobile that this service has made for the same purpose, if at least half of its life is left:
+   * people type the first of two messages. Otherwise creates a code of six random digits, which replaces the present one.
+   *
+   * @param purpose undefined: the code is for both
+   * @param address that asks for the code
+   */
+  issue(mobile: string, purpose: CodePurpose | undefined, address: string): Promise<IssuedCode>
+  /** Withdraws a new code that was certainly not sent, and puts the previous one back. */
   withdraw(issued: IssuedCode): Promise<void>
-  /** Claims the code of a mobile. A wrong code is counted; `SMS_CODE_ATTEMPTS` of them use the code up. */
-  claim(mobile: string, presentedCode: string, purpose: CodePurpose): Promise<ClaimResult>
+  /** Returns the proof that its holder has asked for a code of the mobile. */
+  createTicket(mobile: string): string
+  /** Claims the code of a mobile. A wrong code costs the guesser; the code stays. */
+  claim(mobile: string, presentedCode: string, purpose: CodePurpose, guesser: Guesser): Promise<ClaimResult>
   /**
    * Puts the code back with its remaining TTL, unless a newer code exists.
    *
@@ -75,7 +111,10 @@ interface Codes {
    * @returns whether another request has taken the claim over since
    */
   discard(claim: Claim): Promise<{ wasTakenOver: boolean }>
-  /** Records the success, so that the same request can be replayed for 300 s. */
+  /**
+   * Records the success, so that the same request can be replayed for 300 s. It gives the guesses at the mobile back, and
+   * the units of the code's messages in the limits on unused codes.
+   */
   complete(claim: Claim, userId: string): Promise<void>
   /** Ends a replay, so that the next one can begin. After two wrong passwords the code cannot be replayed any more. */
   endReplay(completed: CompletedClaim, options: { passwordWasWrong: boolean }): Promise<void>
@@ -88,103 +127,159 @@ declare module 'fastify' {
 }
 
 type ClaimScriptResult =
-  | ['claimed', claimId: string, ttlMs: number, isReclaim: 0 | 1]
+  | ['claimed', claimId: string, ttlMs: number, isReclaim: 0 | 1, issue: string]
   | ['done', userId: string, claimId: string]
   | ['in_progress' | 'wrong']
+  | ['spent', waitMs: number, budget: number]
+
+type IssueScriptResult = [
+  code: string,
+  ttlMs: number,
+  ...replaced: [] | [code: string | null, ttlMs: number, issue: string | null]
+]
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    claimCode(codeKey: string, recordKey: string, ...args: (string | number)[]): Result<ClaimScriptResult, Context>
-    endClaim(codeKey: string, recordKey: string, ...args: (string | number)[]): Result<0 | 1, Context>
+    claimCode(...keysAndArgs: (string | number)[]): Result<ClaimScriptResult, Context>
+    endClaim(...keysAndArgs: (string | number)[]): Result<0 | 1, Context>
+    completeClaim(recordKey: string, guessesKey: string, record: string, ttlMs: number): Result<null, Context>
     endReplay(recordKey: string, claimId: string, passwordWasWrong: 0 | 1): Result<null, Context>
-    issueCode(
-      codeKey: string,
-      code: string,
-      ttlMs: number
-    ): Result<[previousCode: string | null, previousTtlMs: number], Context>
-    withdrawCode(codeKey: string, code: string, previousCode: string, previousTtlMs: number): Result<null, Context>
+    issueCode(...keysAndArgs: (string | number)[]): Result<IssueScriptResult, Context>
+    withdrawCode(...keysAndArgs: (string | number)[]): Result<null, Context>
   }
 }
 
 /** Do not change it: other services write codes under this key. */
 const codeKey = (mobile: string) => `sms_code_${mobile}`
 
-/** The braces are a hash tag: a script needs both keys on one Cluster slot. The key has the older name of a claim. */
+/** The braces are a hash tag: a script needs all its keys on one Cluster slot. The key has the older name of a claim. */
 const recordKey = (mobile: string) => `{${codeKey(mobile)}}:attempt`
+const issueKey = (mobile: string) => `{${codeKey(mobile)}}:issue`
+const guessesKey = (mobile: string) => `{${codeKey(mobile)}}:guesses`
 
 /** How long after its success a request can be replayed (G5). */
 const replayTtlMs = 300_000
 
-export const codes = fp<{ config: Config }>(
-  async (fastify, { config: { sessionSecrets, smsCodeAttempts, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } }) => {
+/** As long as the longest window of a guess budget. */
+const guessesTtlMs = 86_400_000
+
+export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
+  async (fastify, { config, observer }) => {
+    const { sessionSecrets, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } = config
     fastify.defineRedisScripts({
-      claimCode: { numberOfKeys: 2, lua: scripts.claimCode },
-      endClaim: { numberOfKeys: 2, lua: scripts.endClaim },
+      claimCode: { numberOfKeys: 4, lua: scripts.claimCode },
+      endClaim: { numberOfKeys: 3, lua: scripts.endClaim },
+      completeClaim: { numberOfKeys: 2, lua: scripts.completeClaim },
       endReplay: { numberOfKeys: 1, lua: scripts.endReplay },
-      issueCode: { numberOfKeys: 1, lua: scripts.issueCode },
-      withdrawCode: { numberOfKeys: 1, lua: scripts.withdrawCode }
+      issueCode: { numberOfKeys: 2, lua: scripts.issueCode },
+      withdrawCode: { numberOfKeys: 2, lua: scripts.withdrawCode }
     })
+    const tickets = new Tickets(sessionSecrets)
 
     // As long as a request normally takes at most: the wait for a hash thread and three round trips (claim, INSERT, session).
     // A slower request can outlive its lease. Then two requests hold the code, and the unique mobile in Postgres decides.
     const leaseMs = hashMaxWaitMs + 3 * storeTimeoutMs
     // Twice the lease: a retry after the lease must still find the record.
     const pendingTtlMs = Math.max(replayTtlMs, 2 * leaseMs)
-    const derive = (secret: string, purpose: string) => Buffer.from(hkdfSync('sha256', secret, '', purpose, 32))
     // A MAC, because a plain hash of six digits is reversed at once. Whoever reads Redis must not learn a claimed code, which
     // can be reclaimed or replayed. All secrets verify, so that retries survive a rotation. The text is part of the key: with
     // another one, retries would fail during an upgrade.
-    const macKeys = sessionSecrets.map((secret) => derive(secret, 'mobile-signup: code of an attempt'))
-    // Tells whether guesses were made at the present code. It protects nothing: that code is in Redis in plain text.
-    const guessKey = derive(sessionSecrets[0], 'mobile-signup: guesses at a code').toString('base64url')
+    const macKeys = sessionSecrets.map((secret) =>
+      Buffer.from(hkdfSync('sha256', secret, '', 'mobile-signup: code of an attempt', 32))
+    )
 
     const endClaim = (claim: Claim, options: { restoredCode: string; mayBeCommitted: boolean }) =>
       fastify.withRedis((redis) =>
         redis.endClaim(
           codeKey(claim.mobile),
           recordKey(claim.mobile),
+          issueKey(claim.mobile),
           claim.claimId,
           claim.mac,
           claim.ttlMs,
+          claim.issue,
           pendingTtlMs,
           options.restoredCode,
           options.mayBeCommitted ? 1 : 0
         )
       )
 
+    /** Gives the units of a used code back. Each was consumed before its message was sent. */
+    async function refundSends({ mobile, issue, claimId, claimedAt }: Claim): Promise<void> {
+      const { sends = [] }: Issue = JSON.parse(issue)
+      if (sends.length > 0) observer?.onCodeUsed()
+      await Promise.all(
+        sends.map(({ at, network }) => {
+          const consumedAt = claimedAt - (Number(claimId) - Number(at)) / 1_000
+          return fastify.rateLimits.refund(unusedCodeLimits(config, mobile, network), consumedAt)
+        })
+      )
+    }
+
     fastify.decorate('codes', {
-      async issue(mobile) {
-        const code = `${randomInt(1_000_000)}`.padStart(6, '0')
-        const [previousCode, previousTtlMs] = await fastify.withRedis((redis) =>
-          redis.issueCode(codeKey(mobile), code, smsCodeTtlS * 1_000)
+      async issue(mobile, purpose, address) {
+        const newCode = `${randomInt(1_000_000)}`.padStart(6, '0')
+        const lifeMs = smsCodeTtlS * 1_000
+        const [network] = networksOf(address)
+        const [code, ttlMs, ...replaced] = await fastify.withRedis((redis) =>
+          redis.issueCode(
+            codeKey(mobile),
+            issueKey(mobile),
+            newCode,
+            lifeMs,
+            purpose ?? '',
+            network?.network ?? '',
+            lifeMs / 2
+          )
         )
-        return { mobile, code, previousCode, previousTtlMs }
+        const issued = { mobile, code, ttlSeconds: Math.floor(ttlMs / 1_000) }
+        if (replaced.length === 0) return issued
+        const [previousCode, previousTtlMs, issue] = replaced
+        return { ...issued, replaced: { code: previousCode, ttlMs: previousTtlMs, issue } }
       },
-      async withdraw({ mobile, code, previousCode, previousTtlMs }) {
-        await fastify.withRedis((redis) => redis.withdrawCode(codeKey(mobile), code, previousCode ?? '', previousTtlMs))
+      async withdraw({ mobile, code, replaced }) {
+        if (replaced === undefined) return
+        const keys = [codeKey(mobile), issueKey(mobile)]
+        await fastify.withRedis((redis) =>
+          redis.withdrawCode(...keys, code, replaced.code ?? '', replaced.ttlMs, replaced.issue ?? '')
+        )
       },
-      async claim(mobile, presentedCode, purpose) {
+      createTicket: (mobile) => tickets.issue(mobile),
+      async claim(mobile, presentedCode, purpose, { ticket, address }) {
         const macs = macKeys.map((key) =>
           createHmac('sha256', key).update(`${purpose}:${mobile}:${presentedCode}`).digest('base64url')
         )
+        const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
+        const budgets = guessBudgets(config, ticketId, address)
         const result = await fastify.withRedis((redis) =>
           redis.claimCode(
             codeKey(mobile),
             recordKey(mobile),
+            issueKey(mobile),
+            guessesKey(mobile),
             presentedCode,
-            smsCodeAttempts,
+            purpose,
             leaseMs * 1_000,
             pendingTtlMs,
-            guessKey,
+            guessesTtlMs,
+            budgets.length,
+            ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs]),
             ...macs
           )
         )
         switch (result[0]) {
           case 'claimed': {
-            const [state, claimId, ttlMs, isReclaim] = result
+            const [state, claimId, ttlMs, isReclaim, issue] = result
             // The script stores the first MAC. There is one, because there is a secret.
             const mac = macs[0] ?? ''
-            return { state, mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 }
+            const claim = { mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 }
+            return { state, ...claim, issue, claimedAt: performance.now() }
+          }
+          case 'spent': {
+            const [state, waitMs, budget] = result
+            const spent = budgets[budget - 1]
+            if (spent !== undefined) observer?.onLimitReached(spent.name)
+            return { state, retryAfterSeconds: Math.ceil(waitMs / 1_000) }
           }
           case 'done': {
             const [state, userId, claimId] = result
@@ -202,14 +297,20 @@ export const codes = fp<{ config: Config }>(
         return { wasTakenOver: isOwnClaim === 0 }
       },
       // Without a check whose claim it is: if another request has taken the code over, its success is the same row.
-      async complete({ mobile, mac, claimId }, userId) {
+      async complete(claim, userId) {
+        const { mobile, mac, claimId } = claim
         const record = JSON.stringify({ state: 'done', mac, at: claimId, user_id: userId })
-        await fastify.withRedis((redis) => redis.set(recordKey(mobile), record, 'PX', replayTtlMs))
+        await Promise.all([
+          fastify.withRedis((redis) => redis.completeClaim(recordKey(mobile), guessesKey(mobile), record, replayTtlMs)),
+          refundSends(claim).catch((err) =>
+            fastify.log.error({ err }, 'the limits of a used code could not be refunded')
+          )
+        ])
       },
       async endReplay({ mobile, claimId }, { passwordWasWrong }) {
         await fastify.withRedis((redis) => redis.endReplay(recordKey(mobile), claimId, passwordWasWrong ? 1 : 0))
       }
     } satisfies Codes)
   },
-  { fastify: '5.x', name: 'codes', dependencies: ['redis'] }
+  { fastify: '5.x', name: 'codes', dependencies: ['redis', 'rate-limits'] }
 )

@@ -1,15 +1,32 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import type { Config } from '../config/config.js'
-import { networkOf } from '../http/network.js'
 import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
-import type { Limit } from '../stores/rate-limits.js'
+import { Refusal } from '../outcomes.js'
+import type { CodePurpose } from './codes.js'
+import { mobileLimits, unusedCodeLimits } from './limits.js'
+import { MessageNotSent } from './senders/sender.js'
 
-const SendCodeBody = Type.Object({ mobile: mobileField })
+const SendCodeBody = Type.Object({
+  mobile: mobileField,
+  purpose: Type.Optional(
+    Type.Unsafe<CodePurpose>({
+      type: 'string',
+      enum: ['sign_up', 'password'],
+      examples: ['sign_up'],
+      description: 'The code then works only for a sign-up, or only for a new password. Without it, for both.'
+    })
+  )
+})
+
+const CodeSentData = Type.Object({
+  ticket: Type.String({
+    description: 'Send it with the code: then nobody else can use up your tries.',
+    examples: ['b2Zo1cNvTtQx.mf3k2p1q.Xq8mJ0Vw3eVdS1JxuC5Vb8o0cC7wU0kYy2bF1m9rPzE']
+  })
+})
 
 type SendCodeRequest = FastifyRequest<{ Body: Static<typeof SendCodeBody> }>
-
-const [hour, day] = [3_600, 86_400]
 
 /** POST /sms_codes. It never looks at the users, so it cannot tell who is registered. */
 export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
@@ -21,51 +38,85 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
       operationId: 'sendCode',
       summary: 'Send a code; the answer is the same for registered and unregistered mobiles',
       body: SendCodeBody,
-      response: repliesWith(Type.Object({}))
+      response: repliesWith(CodeSentData)
     },
-    config: { outcomes: [...bodyOutcomes, 'code_sent', 'too_many_requests', 'sms_gateway_unavailable'] },
+    config: {
+      outcomes: [...bodyOutcomes, 'code_sent', 'too_many_requests', 'sms_gateway_unavailable'],
+      data: { code_sent: CodeSentData }
+    },
     bodyLimit: bodyMaxBytes,
-    handler: (request: SendCodeRequest, reply) => fastify.inFlight.track(sendCode(request, reply))
+    handler: (request: SendCodeRequest, reply: FastifyReply) => fastify.inFlight.track(sendCode(request, reply))
   })
 
   async function sendCode(request: SendCodeRequest, reply: FastifyReply) {
     const { mobile } = request.body
-    const limits = limitsOf(mobile, request.ip)
-    const retryAfterSeconds = await fastify.rateLimits.consume(limits)
+    const pauseSeconds = fastify.sms.pauseSeconds()
+    if (pauseSeconds > 0) return reply.outcome('sms_gateway_unavailable', { retryAfterSeconds: pauseSeconds })
+
+    const retryAfterSeconds = await consumeLimits(mobile, request.ip)
     if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
 
-    try {
-      await issueAndSend(mobile, request)
-    } catch (error) {
-      await fastify.rateLimits
-        .refund(limits)
-        .catch((err) => request.log.error({ reqId: request.id, err }, 'a limit could not be refunded'))
-      throw error
-    }
-    return reply.outcome('code_sent')
+    await issueAndSend(request, performance.now())
+    return reply.outcome('code_sent', { data: { ticket: fastify.codes.createTicket(mobile) } })
   }
 
-  async function issueAndSend(mobile: string, { log, id }: FastifyRequest): Promise<void> {
-    const issued = await fastify.codes.issue(mobile)
+  const limitsOf = (mobile: string, address: string) => [
+    ...mobileLimits(config, mobile),
+    ...unusedCodeLimits(config, mobile, address)
+  ]
+
+  /** Returns 0, or the seconds until another code may be sent. */
+  async function consumeLimits(mobile: string, address: string): Promise<number> {
     try {
-      await fastify.sms.send(mobile, issued.code)
+      return await fastify.rateLimits.consume(limitsOf(mobile, address))
     } catch (error) {
-      await fastify.codes
-        .withdraw(issued)
-        .catch((err) => log.error({ reqId: id, err }, 'a code could not be withdrawn'))
-      throw error
+      // The units may be consumed although the answer of Redis is lost.
+      throw refusalAfterResend(error)
     }
   }
 
-  /** The first key is a contract with other services. The other limits are against people who farm messages. */
-  function limitsOf(mobile: string, address: string): Limit[] {
-    const limits = [
-      { key: `send_sms_code_${mobile}`, max: 1, seconds: config.smsResendS },
-      { key: `sms_codes:mobile:${mobile}`, max: config.smsDailyMax, seconds: day },
-      { key: `sms_codes:address:${networkOf(address)}`, max: config.smsIpHourlyMax, seconds: hour },
-      { key: `sms_codes:prefix:${mobile.slice(0, 7)}`, max: config.smsPrefixHourlyMax, seconds: hour },
-      { key: 'sms_codes:all', max: config.smsHourlyMax, seconds: hour }
-    ]
-    return limits.filter(({ max, seconds }) => max > 0 && seconds > 0)
+  /**
+   * Issues a code and sends it.
+   *
+   * @param consumedAt when the limits were consumed
+   */
+  async function issueAndSend(request: SendCodeRequest, consumedAt: number): Promise<void> {
+    const { body, ip, log, id } = request
+    const { mobile, purpose } = body
+    /** Gives the units of the mobile back, because no message was sent. The other limits count the failure. */
+    const refundMobile = () => fastify.rateLimits.refund(mobileLimits(config, mobile), consumedAt)
+
+    const issued = await fastify.codes.issue(mobile, purpose, ip).catch(async (error) => {
+      await refundMobile().catch(() => {
+        throw refusalAfterResend(error)
+      })
+      throw error
+    })
+    try {
+      await fastify.sms.send(mobile, issued.code, issued.ttlSeconds)
+    } catch (error) {
+      if (!(error instanceof MessageNotSent)) {
+        // The message may arrive, so its code stays valid and its units stay consumed.
+        const retryAfterSeconds = await secondsUntilNext(mobile, ip)
+        throw new Refusal('sms_gateway_unavailable', error, { retryAfterSeconds })
+      }
+      await Promise.all([
+        refundMobile().catch((err) => log.error({ reqId: id, err }, 'a limit could not be refunded')),
+        fastify.codes.withdraw(issued).catch((err) => log.error({ reqId: id, err }, 'a code could not be withdrawn'))
+      ])
+      throw new Refusal('sms_gateway_unavailable', error)
+    }
+  }
+
+  /** Returns the refusal for a failure of Redis that may have left units consumed. An earlier retry would get 429. */
+  function refusalAfterResend(error: unknown): Refusal {
+    const cause = error instanceof Refusal ? error.cause : error
+    return new Refusal('storage_unavailable', cause, { retryAfterSeconds: Math.max(1, config.smsResendS) })
+  }
+
+  /** Returns the seconds until the next code for a mobile may be sent, at least 1. */
+  async function secondsUntilNext(mobile: string, address: string): Promise<number> {
+    const seconds = await fastify.rateLimits.retryAfterSeconds(limitsOf(mobile, address)).catch(() => config.smsResendS)
+    return Math.max(1, seconds)
   }
 }

@@ -1,72 +1,100 @@
 /*
- * Lua scripts, because a code and its claim record must change together.
+ * Lua scripts, because a code and its claim record must change together. All keys are on one Cluster slot:
  *
- * KEYS[1] is the code. KEYS[2] is its claim record on the same Cluster slot, JSON:
- *   state      pending, unknown (the row may have been committed) or done; absent if the record only counts guesses
+ * The code, a plain string that other services may also write.
+ *
+ * The claim record, JSON:
+ *   state      pending, unknown (the row may have been committed) or done
  *   mac        the keyed MAC of the claimed code
  *   at         when the code was claimed, in µs of Redis's clock; it identifies the claim
  *   ttl        the TTL of the code at that time, in ms; negative if it had none
- *   guesses    wrong guesses so far, at the code whose keyed hash is `of`
+ *   issue      the issue of the code, without the code
  *   user_id    only if done
  *   checking   when a replay began to verify its password, until it has ended
  *   passwords  wrong passwords of replays
+ *
+ * The issue of a code that this service has made, JSON, as long as the code is there:
+ *   code       the code; another code has no issue
+ *   purpose    sign_up or password; absent if the code is for both
+ *   sends      for each message with the code: at, in µs of Redis's clock, and network, which asked for it
+ *
+ * The guesses, a hash: for each budget the wrong codes in its window, as `<number> <start of the window in µs>`.
  *
  * A full Redis refuses the first write of a script if it needs memory. So such a write comes first: a script then changes
  * everything or nothing.
  */
 
+/** Defines `now`, in µs, as a text: a number would lose its last digits when it is printed. */
+const readClock = `
+local time = redis.call('TIME')
+local now = time[1] .. string.format('%06d', time[2])
+`
+
 /**
- * ARGV: the presented code, SMS_CODE_ATTEMPTS, the lease in µs, the TTL of the record in ms, the key of the hash `of`, and
- * the MACs of the presented code under all secrets; the first of them is stored.
+ * KEYS: the code, the record, the issue, the guesses. ARGV: the presented code, the purpose, the lease in µs, the TTL of the
+ * record in ms, the TTL of the guesses in ms, the number of budgets, for each budget its field, maximum and window in ms,
+ * and the MACs of the presented code under all secrets; the first of them is stored.
  *
- * Returns `{'claimed', at, ttl, 1 if the record names this code already, else 0}`, `{'in_progress'}`,
- * `{'done', user_id, at}` or `{'wrong'}`.
+ * Returns `{'claimed', at, ttl, 1 if the record names this code already, else 0, issue}`, `{'in_progress'}`,
+ * `{'done', user_id, at}`, `{'wrong'}`, or `{'spent', ms, number}`: until when which budget is spent.
  */
-export const claimCode = `
+export const claimCode = `${readClock}
+local budgets = tonumber(ARGV[6])
+local function budget(n) return ARGV[3 * n + 4], tonumber(ARGV[3 * n + 5]), 1000 * ARGV[3 * n + 6] end
+local function guesses(n)
+  local field, _, window = budget(n)
+  local count, since = string.match(redis.call('HGET', KEYS[4], field) or '', '(%d+) (%d+)')
+  if not count or now - since >= window then return 0, now end
+  return tonumber(count), since
+end
+
+local wait, spent = 0, 0
+for n = 1, budgets do
+  local _, max, window = budget(n)
+  local count, since = guesses(n)
+  local rest = math.ceil((window - (now - since)) / 1000)
+  if count >= max and rest > wait then wait, spent = rest, n end
+end
+if wait > 0 then return { 'spent', wait, spent } end
+
 local code = redis.call('GET', KEYS[1])
 local stored = redis.call('GET', KEYS[2])
 local record = stored and cjson.decode(stored) or {}
-local record_ttl = tonumber(ARGV[4])
-local time = redis.call('TIME')
-local now = time[1] .. string.format('%06d', time[2])
-
 local names_code = false
-for n = 6, #ARGV do names_code = names_code or record.mac == ARGV[n] end
+for n = 7 + 3 * budgets, #ARGV do names_code = names_code or record.mac == ARGV[n] end
 
-local of = code and redis.sha1hex(ARGV[5] .. code)
-if of and record.of ~= of then record.of, record.guesses = of, 0 end
-
-local function claim(ttl)
-  local pending =
-    { state = 'pending', mac = ARGV[6], at = now, ttl = ttl, of = record.of, guesses = record.guesses }
-  redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(record_ttl, ttl))
-  return { 'claimed', now, ttl, names_code and 1 or 0 }
+local function claim(ttl, issue)
+  issue.code = nil
+  local pending = { state = 'pending', mac = ARGV[7 + 3 * budgets], at = now, ttl = ttl, issue = issue }
+  redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[4]), ttl))
+  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue) }
 end
 
 if code == ARGV[1] then
-  local claimed = claim(redis.call('PTTL', KEYS[1]))
-  redis.call('GETDEL', KEYS[1])
-  return claimed
-end
-if names_code then
+  local issue = cjson.decode(redis.call('GET', KEYS[3]) or '{}')
+  if issue.code ~= code then issue = {} end
+  if (issue.purpose or ARGV[2]) == ARGV[2] then
+    local claimed = claim(redis.call('PTTL', KEYS[1]), issue)
+    redis.call('GETDEL', KEYS[1])
+    redis.call('DEL', KEYS[3])
+    return claimed
+  end
+elseif names_code then
   local since = record.state == 'pending' and record.at or record.checking
   if since and now - since < tonumber(ARGV[3]) then return { 'in_progress' } end
-  if record.state ~= 'done' then return claim(record.ttl) end
+  if record.state ~= 'done' then return claim(record.ttl, record.issue or {}) end
   record.checking = now
   redis.call('SET', KEYS[2], cjson.encode(record), 'KEEPTTL')
   return { 'done', record.user_id, record.at }
 end
 
-local is_claimable = record.state == 'pending' or record.state == 'unknown'
-if not code and not is_claimable then return { 'wrong' } end
-
-record.guesses = (record.guesses or 0) + 1
-if record.guesses < tonumber(ARGV[2]) then
-  local ttl = math.max(redis.call('PTTL', KEYS[2]), redis.call('PTTL', KEYS[1]))
-  redis.call('SET', KEYS[2], cjson.encode(record), 'PX', ttl > 0 and ttl or record_ttl)
-else
-  redis.call('DEL', KEYS[1])
-  if record.state ~= 'done' then redis.call('DEL', KEYS[2]) end
+if code or record.state == 'pending' or record.state == 'unknown' then
+  for n = 1, budgets do
+    local field = budget(n)
+    local count, since = guesses(n)
+    redis.call('HSET', KEYS[4], field, count + 1 .. ' ' .. since)
+  end
+  redis.call('PEXPIRE', KEYS[4], ARGV[5])
 end
 return { 'wrong' }
 `
@@ -75,29 +103,38 @@ return { 'wrong' }
  * Ends a claim without success. If another request has claimed the same code since, nothing changes. If another code was
  * completed since, its record stays.
  *
- * ARGV: the claim's `at`, `mac` and `ttl`, the TTL of the record in ms, the code to restore or '' to discard it,
- * 1 if the row may have been committed, else 0. Returns 0 if another request has claimed the code since, else 1.
+ * KEYS: the code, the record, the issue. ARGV: the claim's `at`, `mac`, `ttl` and `issue`, the TTL of the record in ms, the
+ * code to restore or '' to discard it, 1 if the row may have been committed, else 0. Returns 0 if another request has
+ * claimed the code since, else 1.
  */
 export const endClaim = `
 local stored = redis.call('GET', KEYS[2])
 local record = stored and cjson.decode(stored) or {}
 local is_own = not stored or record.at == ARGV[1]
 if record.mac == ARGV[2] and not is_own then return 0 end
-local ttl, record_ttl = tonumber(ARGV[3]), tonumber(ARGV[4])
-if ARGV[5] ~= '' and (is_own or record.state == 'done') then
-  if ttl < 0 then redis.call('SET', KEYS[1], ARGV[5], 'NX')
-  else redis.call('SET', KEYS[1], ARGV[5], 'PX', math.max(ttl, 1), 'NX') end
+local ttl, issue = tonumber(ARGV[3]), cjson.decode(ARGV[4])
+if ARGV[6] ~= '' and (is_own or record.state == 'done') then
+  local life = ttl < 0 and {} or { 'PX', math.max(ttl, 1) }
+  if redis.call('SET', KEYS[1], ARGV[6], 'NX', unpack(life)) and issue.sends then
+    issue.code = ARGV[6]
+    redis.call('SET', KEYS[3], cjson.encode(issue), unpack(life))
+    issue.code = nil
+  end
 end
 if not is_own then return 1 end
-local rest = { of = record.of, guesses = record.guesses }
-if ARGV[6] == '1' then
-  rest.state, rest.mac, rest.at, rest.ttl = 'unknown', ARGV[2], ARGV[1], ttl
-elseif ARGV[5] == '' or (rest.guesses or 0) == 0 then
+if ARGV[7] == '1' then
+  local unknown = { state = 'unknown', mac = ARGV[2], at = ARGV[1], ttl = ttl, issue = issue }
+  redis.call('SET', KEYS[2], cjson.encode(unknown), 'PX', math.max(tonumber(ARGV[5]), ttl))
+else
   redis.call('DEL', KEYS[2])
-  return 1
 end
-redis.call('SET', KEYS[2], cjson.encode(rest), 'PX', math.max(record_ttl, ttl))
 return 1
+`
+
+/** Ends a claim with success, and gives all guesses at the mobile back. KEYS: the record, the guesses. ARGV: the record, its TTL in ms. */
+export const completeClaim = `
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('DEL', KEYS[2])
 `
 
 /**
@@ -116,25 +153,37 @@ else redis.call('DEL', KEYS[1]) end
 `
 
 /**
- * Stores a new code. Its guesses start at zero, because the record counts those at another code.
+ * Stores a new code, or keeps the present one if this service made it for the same purpose and enough of its life is left.
  *
- * KEYS[1] is the code. ARGV: the new code, its TTL in ms. Returns the previous code, or nil, and its TTL in ms.
+ * KEYS: the code, the issue. ARGV: the new code, its TTL in ms, the purpose or '', the network that asks, the TTL in ms from
+ * which the present code is kept. Returns the code and its TTL in ms, and for a new code the previous code or nil, its TTL
+ * in ms and its issue or nil.
  */
-export const issueCode = `
+export const issueCode = `${readClock}
 local previous, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
+local stored = redis.call('GET', KEYS[2])
+local issue = stored and cjson.decode(stored) or {}
+local send = { at = now, network = ARGV[4] }
+if previous and issue.code == previous and (issue.purpose or '') == ARGV[3] and ttl >= tonumber(ARGV[5]) then
+  table.insert(issue.sends, send)
+  redis.call('SET', KEYS[2], cjson.encode(issue), 'KEEPTTL')
+  return { previous, ttl }
+end
+local new = { code = ARGV[1], purpose = ARGV[3] ~= '' and ARGV[3] or nil, sends = { send } }
+redis.call('SET', KEYS[2], cjson.encode(new), 'PX', ARGV[2])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return { previous, ttl }
+return { ARGV[1], tonumber(ARGV[2]), previous, ttl, stored }
 `
 
 /**
  * Withdraws a new code and puts the previous one back, unless an even newer code has come.
  *
- * ARGV: the code to withdraw, the previous code or '', its TTL in ms.
+ * KEYS: the code, the issue. ARGV: the code to withdraw, the previous code or '', its TTL in ms, its issue or ''.
  */
 export const withdrawCode = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
-local ttl = tonumber(ARGV[3])
-if ARGV[2] == '' then redis.call('DEL', KEYS[1])
-elseif ttl < 0 then redis.call('SET', KEYS[1], ARGV[2])
-else redis.call('SET', KEYS[1], ARGV[2], 'PX', math.max(ttl, 1)) end
+local life = tonumber(ARGV[3]) < 0 and {} or { 'PX', math.max(tonumber(ARGV[3]), 1) }
+for n, value in ipairs({ ARGV[2], ARGV[4] }) do
+  if value == '' then redis.call('DEL', KEYS[n]) else redis.call('SET', KEYS[n], value, unpack(life)) end
+end
 `

@@ -1,19 +1,21 @@
 import { randomUUID } from 'node:crypto'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
-import { Refusal } from '../outcomes.js'
-import { CircuitBreaker } from '../stores/circuit-breaker.js'
+import type { Observer } from '../telemetry/observer.js'
+import { GatewayBreaker } from './gateway-breaker.js'
 import { logSender } from './senders/log.js'
 import { MessageRefused } from './senders/sender.js'
 import { webhookSender } from './senders/webhook.js'
 
 interface Sms {
+  /** 0, or the seconds until a gateway that keeps failing gets messages again. */
+  pauseSeconds(): number
   /**
    * Sends a code to a mobile.
    *
-   * @throws {Refusal} `sms_gateway_unavailable`, at once while the gateway keeps failing
+   * @throws {MessageNotSent} if the message was certainly not sent; after any other error it may have been
    */
-  send(mobile: string, code: string): Promise<void>
+  send(mobile: string, code: string, ttlSeconds: number): Promise<void>
 }
 
 declare module 'fastify' {
@@ -22,27 +24,28 @@ declare module 'fastify' {
   }
 }
 
-/** Failures in a row after which the gateway gets no messages for a while. */
-const failuresToOpen = 5
-
-/** How long it gets none, until one message is the trial. */
-const pauseMs = 5_000
-
-export const sms = fp<{ config: Config }>(
-  async (fastify, { config: { smsWebhookUrl, smsWebhookSecret, smsCodeTtlS, embedded } }) => {
+export const sms = fp<{ config: Config; observer?: Observer | undefined }>(
+  async (fastify, { config: { smsWebhookUrl, smsWebhookSecret, embedded }, observer }) => {
     const send =
       smsWebhookUrl === undefined ? logSender(fastify.log, embedded) : webhookSender(smsWebhookUrl, smsWebhookSecret)
-    // A number that the gateway refuses says nothing about the gateway. Otherwise one such number could stop all messages.
-    const isFailure = (error: unknown) => !(error instanceof MessageRefused)
-    const breaker = new CircuitBreaker({ failuresToOpen, pauseMs, isFailure })
+    const breaker = new GatewayBreaker()
+    function record(mobile: string, hasFailed: boolean): void {
+      if (breaker.record(mobile, hasFailed))
+        fastify.log.warn('the SMS gateway keeps failing, and gets no messages for 5 s')
+    }
 
     fastify.decorate('sms', {
-      async send(mobile, code) {
+      pauseSeconds: () => Math.ceil(breaker.remainingPauseMs / 1_000),
+      async send(mobile, code, ttlSeconds) {
         try {
-          await breaker.execute(() => send({ mobile, code, ttlSeconds: smsCodeTtlS, id: randomUUID() }))
-        } catch (cause) {
-          throw new Refusal('sms_gateway_unavailable', cause)
+          await send({ mobile, code, ttlSeconds, id: randomUUID() })
+        } catch (error) {
+          // A number that the gateway refuses says nothing about the gateway.
+          record(mobile, !(error instanceof MessageRefused))
+          throw error
         }
+        record(mobile, false)
+        observer?.onCodeSent()
       }
     } satisfies Sms)
   },

@@ -87,7 +87,8 @@ export function readVariables(read: Read, production: boolean) {
       'TRUST_PROXY',
       addressRanges,
       [],
-      'Addresses and CIDRs of the proxies whose `X-Forwarded-*` headers count, separated by commas.'
+      'Addresses and CIDRs of the proxies whose `X-Forwarded-*` headers count, separated by commas, or `none`. Required in production: limits count the address of the client.',
+      'none'
     ),
     /** Starts with a slash and ends without one; empty for the root. */
     apiPrefix: read('API_PREFIX', pathPrefix, '/api/v1.0', 'Path in front of all routes; `/` for none.'),
@@ -136,16 +137,38 @@ export function readVariables(read: Read, production: boolean) {
       'SMS_IP_HOURLY_MAX',
       integer(0, 1_000_000_000),
       20,
-      'Codes in an hour for an IPv4 address or an IPv6 /64; 0: no limit.'
+      'Codes in an hour that nobody has used, for an IPv4 address or an IPv6 /64; four times as many for an IPv6 /48. 0: no limit.'
     ),
     smsPrefixHourlyMax: read(
       'SMS_PREFIX_HOURLY_MAX',
       integer(0, 1_000_000_000),
       200,
-      'Codes in an hour for the first seven digits of a mobile; 0: no limit.'
+      'Codes in an hour that nobody has used, for the first seven digits of a mobile; 0: no limit.'
     ),
-    smsHourlyMax: read('SMS_HOURLY_MAX', integer(0, 1_000_000_000), 0, 'Codes in an hour in all; 0: no limit.'),
-    smsCodeAttempts: read('SMS_CODE_ATTEMPTS', integer(1, 1_000), 1, 'Wrong guesses that use a code up.'),
+    smsHourlyMax: read(
+      'SMS_HOURLY_MAX',
+      integer(0, 1_000_000_000),
+      5_000,
+      'Codes in an hour that nobody has used, in all; 0: no limit.'
+    ),
+    smsCodeAttempts: read(
+      'SMS_CODE_ATTEMPTS',
+      integer(1, 1_000),
+      5,
+      'Wrong codes for a mobile in an hour, for a ticket or, without a ticket, for a network.'
+    ),
+    smsGuessDailyMax: read(
+      'SMS_GUESS_DAILY_MAX',
+      integer(0, 1_000_000),
+      50,
+      'Wrong codes for a mobile in the 24 hours from the first, for all without a ticket; 0: no limit.'
+    ),
+    loginIpHourlyMax: read(
+      'LOGIN_IP_HOURLY_MAX',
+      integer(0, 1_000_000_000),
+      100,
+      'Failed logins in an hour for an IPv4 address or an IPv6 /64; four times as many for an IPv6 /48. 0: no limit.'
+    ),
     hashMemoryKib: read(
       'HASH_MEMORY_KIB',
       integer(8, 4_194_304),
@@ -286,6 +309,7 @@ function* storeFaults(env: Environment, production: boolean) {
 
 function* productionFaults(env: Environment, config: Config) {
   if (!env.SESSION_SECRET) yield `SESSION_SECRET: is unset; expected in production: ${secrets.expected}`
+  if (!env.TRUST_PROXY) yield `TRUST_PROXY: is unset; expected in production: ${addressRanges.expected}`
   if (config.sms && !env.SMS_WEBHOOK_URL) yield 'SMS_WEBHOOK_URL: is unset; expected in production, unless SMS=off'
   const { hashMemoryKib, hashPasses } = config
   if (!owaspArgon2id.some(([kib, passes]) => hashMemoryKib >= kib && hashPasses >= passes)) {

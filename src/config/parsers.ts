@@ -64,8 +64,9 @@ export const pathPrefix: Parser<string> = {
 }
 
 export const addressRanges: Parser<readonly string[]> = {
-  expected: 'IP addresses or CIDRs, separated by commas',
+  expected: 'IP addresses or CIDRs, separated by commas, or none',
   parse(text) {
+    if (text === 'none') return []
     const ranges = text.split(',').map((range) => range.trim())
     const bad = ranges.find((range) => !isAddressRange(range))
     if (bad === undefined) return ranges

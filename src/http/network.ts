@@ -3,17 +3,35 @@ import ipaddr from 'ipaddr.js'
 /** The port that some proxies append to an address. */
 const port = /(?<=^[\d.]+|^\[.*\]):\d+$/
 
+/** A network that limits count, and how many times the stated number it may use. */
+export interface Network {
+  network: string
+  share: number
+}
+
+/** A site has up to 65,536 networks (RFC 6177), but few people. */
+const sharePerSite = 4
+
 /**
- * Returns the network by which limits count an address: an IPv4 address itself, or the /64 of an IPv6 address, which
- * belongs to one subscriber (RFC 6177). Anything else, such as a proxy's `unknown`, counts as one network.
+ * Returns the networks by which limits count an address: an IPv4 address itself; for IPv6 the /64, which belongs to one
+ * subscriber (RFC 6177), and the /48 with four times the number. Anything else, such as a proxy's `unknown`, counts as one
+ * network. The networks of a network are the same.
  */
-export function networkOf(address: string | undefined): string {
-  const bareAddress = (address ?? '').replace(port, '').replace(/^\[(.*)\]$/, '$1')
-  if (!ipaddr.isValid(bareAddress)) return 'unknown'
+export function networksOf(address: string | undefined): Network[] {
+  const bareAddress = (address ?? '')
+    .replace(port, '')
+    .replace(/^\[(.*)\]$/, '$1')
+    .replace(/\/64$/, '')
+  if (!ipaddr.isValid(bareAddress)) return [{ network: 'unknown', share: 1 }]
   const parsed = ipaddr.process(bareAddress)
-  if (!(parsed instanceof ipaddr.IPv6)) return parsed.toString()
-  return `${parsed.parts
-    .slice(0, 4)
-    .map((part) => part.toString(16))
-    .join(':')}::/64`
+  if (!(parsed instanceof ipaddr.IPv6)) return [{ network: parsed.toString(), share: 1 }]
+  const prefix = (groups: number) =>
+    `${parsed.parts
+      .slice(0, groups)
+      .map((part) => part.toString(16))
+      .join(':')}::/${16 * groups}`
+  return [
+    { network: prefix(4), share: 1 },
+    { network: prefix(3), share: sharePerSite }
+  ]
 }

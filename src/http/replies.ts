@@ -59,7 +59,7 @@ export const replies = fp<{ config: Config }>(
       const name = request.is404 ? 'no_such_route' : outcomeOf(error)
       const cause = error instanceof Refusal ? error.cause : outcomes[name].status >= 500 ? error : undefined
       if (cause !== undefined) request.log.error({ reqId: request.id, err: cause }, name)
-      return reply.outcome(name)
+      return reply.outcome(name, error instanceof Refusal ? error.details : {})
     })
   },
   { fastify: '5.x', name: 'replies' }

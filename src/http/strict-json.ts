@@ -33,8 +33,9 @@ export const strictJson = fp(
  * is too long, or does not match its pattern.
  */
 function validationOutcome(errors: readonly Partial<ErrorObject>[]): OutcomeName {
-  const isAbsent = ({ keyword, data, instancePath }: Partial<ErrorObject>) =>
-    keyword === 'required' || keyword === 'minLength' || (data === null && instancePath !== '')
+  // Only required texts have a `minLength`. An optional field that is null has a wrong type.
+  const isAbsent = ({ keyword, data, parentSchema }: Partial<ErrorObject>) =>
+    keyword === 'required' || keyword === 'minLength' || (data === null && parentSchema?.minLength !== undefined)
   if (errors.some(isAbsent)) return 'missing_parameter'
   const [error] = errors
   if (error === undefined || errors.some(({ keyword }) => keyword !== 'pattern')) return 'malformed_parameter'

@@ -1,5 +1,6 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
+import type { Config } from '../config/config.js'
 import { bodyMaxBytes, bodyOutcomes, repliesWith, storeOutcomes } from '../http/schemas.js'
 import { loadSession } from './load-session.js'
 import { LoginBody, type LoginRequest, logInHandler } from './log-in.js'
@@ -17,8 +18,8 @@ type LogOutRequest = FastifyRequest<{ Querystring: Static<typeof LogOutQuery> }>
 const cookieSchema = { tags: ['session'], security: [{ session: [] }] }
 
 /** POST /sessions, GET /session and DELETE /session. */
-export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
-  const logIn = logInHandler(fastify)
+export const sessionRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
+  const logIn = logInHandler(fastify, config)
   fastify.route({
     method: 'POST',
     url: '/sessions',
@@ -78,8 +79,13 @@ export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
 
   async function logOut(request: LogOutRequest, reply: FastifyReply) {
     const user = fastify.sessions.userOf(request)
-    if (request.query.everywhere === 'true' && user !== undefined) await fastify.sessions.endAll(user.user_id)
+    if (request.query.everywhere === 'true' && user !== undefined) await endAll(user.user_id)
     await fastify.sessions.end(request, reply)
     return reply.outcome('logged_out')
+  }
+  async function endAll(userId: string): Promise<void> {
+    const epoch = await fastify.users.beginSessionEpoch(userId)
+    // A user id is never used again, so the sessions of a deleted user can end for ever.
+    await fastify.sessions.endBefore(userId, epoch ?? Number.MAX_SAFE_INTEGER)
   }
 }

@@ -6,6 +6,7 @@ import type { FastifyReply, FastifyRequest, Session } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
+import { firstSessionEpoch } from '../users/users.js'
 
 /** The user of a session. `user_id` is a 64-bit integer in decimal. */
 export interface SessionUser {
@@ -19,17 +20,21 @@ interface Sessions {
    * Logs a user in: stores a session under a new id and sends it as a cookie. The session that the request came with is
    * destroyed.
    *
-   * @returns the session id, or undefined if the session could not be stored; then no cookie is sent
+   * @param epoch the session epoch that Postgres had together with the proof of the login, for example the password hash
+   * @returns `outdated` if the epoch has ended, `failed` if the session could not be stored; then no cookie is sent
    */
-  start(request: FastifyRequest, reply: FastifyReply, user: SessionUser): Promise<string | undefined>
-  /** Undoes {@link start}. */
-  revoke(reply: FastifyReply, userId: string, sessionId: string): Promise<void>
+  start(
+    request: FastifyRequest,
+    reply: FastifyReply,
+    user: SessionUser,
+    epoch: number
+  ): Promise<'started' | 'outdated' | 'failed'>
   /** Returns the user of the request's session. Only in the scope of `loadSession`. */
   userOf(request: FastifyRequest): SessionUser | undefined
   /** Logs out: destroys the request's session and clears the cookie. Only in the scope of `loadSession`. */
   end(request: FastifyRequest, reply: FastifyReply): Promise<void>
-  /** Destroys all sessions of a user. */
-  endAll(userId: string): Promise<void>
+  /** Ends all sessions of a user that have an older epoch, also those that are stored later. */
+  endBefore(userId: string, epoch: number): Promise<void>
   /** The options of @fastify/session, for `loadSession`. */
   readonly options: fastifySession.FastifySessionOptions & { cookieName: string; secret: Signer }
 }
@@ -52,26 +57,47 @@ const sessionKey = (sessionId: string) => `session:${sessionId}`
 /** A sorted set of a user's session ids by the time at which they expire. It expires with the last of them. */
 const indexKey = (userId: string) => `sessions_of:${userId}`
 
+/** The oldest epoch of a user whose sessions live; absent means any. On the Cluster slot of the index. */
+const epochKey = (userId: string) => `{${indexKey(userId)}}:epoch`
+
+/**
+ * Longer than any session with an older epoch lives: a login that began before the new epoch may store its session a little
+ * later.
+ */
+const epochTtlSeconds = 2 * sessionTtlSeconds
+
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    indexSession(index: string, ...args: (string | number)[]): Result<string[], Context>
+    indexSession(indexKey: string, epochKey: string, ...args: (string | number)[]): Result<string[] | null, Context>
+    endSessions(indexKey: string, epochKey: string, epoch: number, ttlSeconds: number): Result<string[], Context>
   }
 }
 
 /**
- * ARGV: the session id, the time now, the TTL, the most sessions, and the id that it replaces or ''. Times in seconds.
- * Returns the ids of the sessions above the maximum, oldest first.
+ * ARGV: the session id, its epoch, the TTL in seconds, the most sessions, and the id that it replaces or ''. Returns nil if
+ * the epoch has ended. Else it returns the ids of the sessions above the maximum, oldest first, which leave the index after
+ * they are destroyed.
  */
 const indexSession = `
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[2])
+if tonumber(redis.call('GET', KEYS[2]) or 0) > tonumber(ARGV[2]) then return nil end
+local now = redis.call('TIME')[1]
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 redis.call('ZREM', KEYS[1], ARGV[5])
-redis.call('ZADD', KEYS[1], ARGV[2] + ARGV[3], ARGV[1])
+redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 local excess = redis.call('ZCARD', KEYS[1]) - ARGV[4]
-if excess <= 0 then return {} end
-local oldest = redis.call('ZRANGE', KEYS[1], 0, excess - 1)
-redis.call('ZREM', KEYS[1], unpack(oldest))
-return oldest
+return excess > 0 and redis.call('ZRANGE', KEYS[1], 0, excess - 1) or {}
+`
+
+/**
+ * ARGV: the new epoch, its TTL in seconds. The epoch never falls: two resets may arrive here in any order. Returns the ids
+ * of the index.
+ */
+const endSessions = `
+if tonumber(redis.call('GET', KEYS[2]) or 0) < tonumber(ARGV[1]) then
+  redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
+end
+return redis.call('ZRANGE', KEYS[1], 0, -1)
 `
 
 /**
@@ -80,7 +106,10 @@ return oldest
  */
 export const sessions = fp<{ config: Config }>(
   async (fastify, { config: { sessionSecrets, cookieSecure } }) => {
-    fastify.defineRedisScripts({ indexSession: { numberOfKeys: 1, lua: indexSession } })
+    fastify.defineRedisScripts({
+      indexSession: { numberOfKeys: 2, lua: indexSession },
+      endSessions: { numberOfKeys: 2, lua: endSessions }
+    })
 
     // With __Host- browsers refuse the cookie from a subdomain or over plain HTTP (RFC 6265bis, section 4.1.3.2).
     const cookieName = cookieSecure ? '__Host-sid' : 'sid'
@@ -88,27 +117,46 @@ export const sessions = fp<{ config: Config }>(
     const cookieOptions: CookieSerializeOptions = { ...attributes, maxAge: sessionTtlSeconds }
     const signer = new Signer([...sessionSecrets])
 
-    const store = (sessionId: string, session: Session) =>
+    const store = (sessionId: string, session: Session & { epoch?: number }) =>
       fastify.withRedis((redis) => redis.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds))
     const destroy = (sessionId: string) => fastify.withRedis((redis) => redis.del(sessionKey(sessionId)))
-    const addToIndex = (userId: string, sessionId: string, formerId: string) => {
-      const now = Math.floor(Date.now() / 1_000)
-      return fastify.withRedis((redis) =>
-        redis.indexSession(indexKey(userId), sessionId, now, sessionTtlSeconds, sessionsPerUserMax, formerId)
+    const addToIndex = (userId: string, sessionId: string, epoch: number, formerId: string) =>
+      fastify.withRedis((redis) =>
+        redis.indexSession(
+          indexKey(userId),
+          epochKey(userId),
+          sessionId,
+          epoch,
+          sessionTtlSeconds,
+          sessionsPerUserMax,
+          formerId
+        )
       )
-    }
-    /** Call it after the session is destroyed: `endAll` does not find a session that has left the index. */
-    const removeFromIndex = (userId: string, ...sessionIds: string[]) =>
+    const removeFromIndex = (userId: string, sessionIds: string[]) =>
       fastify.withRedis((redis) => redis.zrem(indexKey(userId), sessionIds))
+    /** Destroys sessions, and then removes them from the index. Other services read sessions without their epoch. */
+    const destroyIndexed = async (userId: string, sessionIds: string[]) => {
+      if (sessionIds.length === 0) return
+      await Promise.all(sessionIds.map(destroy))
+      await removeFromIndex(userId, sessionIds)
+    }
+
+    /** Returns a session of the current epoch, or null. */
+    async function load(sessionId: string): Promise<Session | null> {
+      const json = await fastify.withRedis((redis) => redis.get(sessionKey(sessionId)))
+      const stored = json === null ? null : parseSession(json)
+      if (stored === null) return null
+      const currentEpoch = await fastify.withRedis((redis) => redis.get(epochKey(stored.user.user_id)))
+      if (stored.epoch < Number(currentEpoch ?? firstSessionEpoch)) return null
+      return { cookie: { originalMaxAge: sessionTtlSeconds * 1_000 }, ...stored.user }
+    }
 
     const sessionStore: SessionStore = {
       set(sessionId, session, done) {
         store(sessionId, session).then(() => done(), done)
       },
       get(sessionId, done) {
-        fastify
-          .withRedis((redis) => redis.get(sessionKey(sessionId)))
-          .then((json) => done(null, json === null ? null : parseSession(json)), done)
+        load(sessionId).then((session) => done(null, session), done)
       },
       destroy(sessionId, done) {
         destroy(sessionId).then(() => done(), done)
@@ -131,31 +179,34 @@ export const sessions = fp<{ config: Config }>(
 
       // Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three
       // times; and it would read the former session before the body is validated.
-      async start(request, reply, user) {
+      async start(request, reply, user, epoch) {
         const formerId = signer.unsign(request.cookies[cookieName] ?? '').value
         const sessionId = randomBytes(24).toString('base64url')
         const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
-        const session = { cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 }, ...user }
+        const session = {
+          cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 },
+          ...user,
+          epoch
+        }
         try {
-          // In one round trip.
-          const [excessIds] = await Promise.all([
-            addToIndex(user.user_id, sessionId, formerId ?? ''),
+          // In one round trip. The session is stored before it is indexed: then the end of its epoch is seen here, or whoever
+          // ends the epoch finds the session in the index and destroys it.
+          const [, excessIds] = await Promise.all([
             store(sessionId, session),
+            addToIndex(user.user_id, sessionId, epoch, formerId ?? ''),
             formerId !== null && destroy(formerId)
           ])
-          await Promise.all(excessIds.map(destroy))
+          if (excessIds === null) {
+            await destroy(sessionId)
+            return 'outdated'
+          }
+          await destroyIndexed(user.user_id, excessIds)
         } catch (err) {
           request.log.error({ reqId: request.id, err }, 'a session could not be stored')
-          return undefined
+          return 'failed'
         }
         reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
-        return sessionId
-      },
-
-      async revoke(reply, userId, sessionId) {
-        await destroy(sessionId)
-        await removeFromIndex(userId, sessionId)
-        reply.clearCookie(cookieName, cookieOptions)
+        return 'started'
       },
 
       userOf({ session: { user_id, name, mobile } }) {
@@ -167,18 +218,18 @@ export const sessions = fp<{ config: Config }>(
         const { user_id, sessionId } = request.session
         if (request.cookies[cookieName] === request.session.encryptedSessionId) {
           await request.session.destroy()
-          if (user_id !== undefined) await removeFromIndex(user_id, sessionId)
+          if (user_id !== undefined) await removeFromIndex(user_id, [sessionId])
         }
         // Otherwise @fastify/session clears the cookie a second time.
         request.cookies[cookieName] = undefined
         reply.clearCookie(cookieName, cookieOptions)
       },
 
-      async endAll(userId) {
-        const sessionIds = await fastify.withRedis((redis) => redis.zrange(indexKey(userId), 0, '-1'))
-        if (sessionIds.length === 0) return
-        // Removes these ids instead of the whole index: another session may have started meanwhile.
-        await Promise.all([...sessionIds.map(destroy), removeFromIndex(userId, ...sessionIds)])
+      async endBefore(userId, epoch) {
+        const sessionIds = await fastify.withRedis((redis) =>
+          redis.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
+        )
+        await destroyIndexed(userId, sessionIds)
       }
     } satisfies Sessions)
   },
@@ -186,16 +237,16 @@ export const sessions = fp<{ config: Config }>(
 )
 
 /**
- * Parses a stored session. Only its user counts: other services write sessions, too, and @fastify/session would copy every
- * field, also one with the name of its own methods.
+ * Parses a stored session. Only its user and its epoch count: other services write sessions, too, and @fastify/session would
+ * copy every field, also one with the name of its own methods.
  *
- * @returns null if it has no user
+ * @returns null if it has no user; without an epoch it has the first one
  */
-function parseSession(json: string): Session | null {
+function parseSession(json: string): { user: SessionUser; epoch: number } | null {
   try {
-    const { user_id, name, mobile } = JSON.parse(json)
+    const { user_id, name, mobile, epoch } = JSON.parse(json)
     if ([user_id, name, mobile].some((field) => typeof field !== 'string')) return null
-    return { cookie: { originalMaxAge: sessionTtlSeconds * 1_000 }, user_id, name, mobile }
+    return { user: { user_id, name, mobile }, epoch: Number.isInteger(epoch) ? epoch : firstSessionEpoch }
   } catch {
     return null
   }

@@ -3,8 +3,6 @@ import { BrokenCircuitError, CircuitState, ConsecutiveBreaker, circuitBreaker, h
 export interface CircuitBreakerOptions {
   /** Failures in a row that open it. */
   failuresToOpen: number
-  /** How long it stays open before one trial call. By default any call while it is open is a trial call. */
-  pauseMs?: number
   /** Which errors are failures of the other side. Any other error is an answer: it closes the breaker after a trial call. */
   isFailure(error: unknown): boolean
 }
@@ -13,11 +11,12 @@ export interface CircuitBreakerOptions {
 export class CircuitBreaker {
   private readonly policy
 
-  constructor({ failuresToOpen, pauseMs, isFailure }: CircuitBreakerOptions) {
+  constructor({ failuresToOpen, isFailure }: CircuitBreakerOptions) {
     this.policy = circuitBreaker(handleWhen(isFailure), {
       breaker: new ConsecutiveBreaker(failuresToOpen),
-      // Minus infinity is no pause, also if the clock is set back. 0 would be a pause then.
-      halfOpenAfter: pauseMs ?? Number.NEGATIVE_INFINITY
+      // Any call while it is open is a trial call: minus infinity is no pause, also if the clock is set back. 0 would be a
+      // pause then.
+      halfOpenAfter: Number.NEGATIVE_INFINITY
     })
   }
 

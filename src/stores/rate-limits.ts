@@ -1,8 +1,10 @@
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
+import type { LimitName, Observer } from '../telemetry/observer.js'
 
 /** A number of units in a window that begins with the first unit. */
 export interface Limit {
+  name: LimitName
   /** The Redis key of the counter. */
   key: string
   max: number
@@ -16,10 +18,16 @@ interface RateLimits {
    * @returns 0, or the seconds until every limit has a unit again
    */
   consume(limits: readonly Limit[]): Promise<number>
-  /** Gives one unit of every limit back. */
-  refund(limits: readonly Limit[]): Promise<void>
-  /** Sets the counter back to zero. */
-  reset(limit: Limit): Promise<void>
+  /** Returns what {@link consume} would return, and consumes nothing. */
+  retryAfterSeconds(limits: readonly Limit[]): Promise<number>
+  /**
+   * Gives one unit of every limit back, unless its window has ended since.
+   *
+   * @param consumedAt by `performance.now()`
+   */
+  refund(limits: readonly Limit[], consumedAt: number): Promise<void>
+  /** Sets the counters back to zero. */
+  reset(limits: readonly Limit[]): Promise<void>
 }
 
 declare module 'fastify' {
@@ -30,41 +38,52 @@ declare module 'fastify' {
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    consumeLimits(numberOfKeys: number, ...args: (string | number)[]): Result<number, Context>
-    refundLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
+    consumeLimits(
+      numberOfKeys: number,
+      ...args: (string | number)[]
+    ): Result<[waitMs: number, longest: number], Context>
+    refundLimits(numberOfKeys: number, ...args: (string | number)[]): Result<null, Context>
   }
 }
 
 /**
- * ARGV: for each key its maximum and its window in ms. Returns 0, or the ms until there is room.
- * If another service wrote something that is not a number, the limit counts as exhausted.
+ * ARGV: 1 to consume or 0 to look, and for each key its maximum and its window in ms. Returns 0, or the ms until there is
+ * room and the number of the key with the longest wait. If another service wrote something that is not a number, the limit
+ * counts as exhausted.
  */
 const consumeLimits = `
-local wait = 0
+local wait, longest = 0, 0
 for n = 1, #KEYS do
   local count = redis.call('GET', KEYS[n])
-  if count and (tonumber(count) or math.huge) >= tonumber(ARGV[2 * n - 1]) then
+  if count and (tonumber(count) or math.huge) >= tonumber(ARGV[2 * n]) then
     local ttl = redis.call('PTTL', KEYS[n])
-    wait = math.max(wait, ttl < 0 and tonumber(ARGV[2 * n]) or ttl, 1)
+    if ttl < 0 then ttl = tonumber(ARGV[2 * n + 1]) end
+    if math.max(ttl, 1) > wait then wait, longest = math.max(ttl, 1), n end
   end
 end
-if wait > 0 then return wait end
+if wait > 0 or ARGV[1] == '0' then return { wait, longest } end
 for n = 1, #KEYS do
-  if redis.call('INCR', KEYS[n]) == 1 then redis.call('PEXPIRE', KEYS[n], ARGV[2 * n]) end
+  if redis.call('INCR', KEYS[n]) == 1 then redis.call('PEXPIRE', KEYS[n], ARGV[2 * n + 1]) end
 end
-return 0
+return { 0, 0 }
 `
 
+/**
+ * ARGV: for each key the longest TTL in ms of a window that had begun when its unit was consumed. A longer one belongs to a
+ * later window.
+ */
 const refundLimits = `
 for n = 1, #KEYS do
   local count = tonumber(redis.call('GET', KEYS[n]))
-  if count and count > 1 then redis.call('DECR', KEYS[n]) else redis.call('DEL', KEYS[n]) end
+  if count and redis.call('PTTL', KEYS[n]) <= tonumber(ARGV[n]) then
+    if count > 1 then redis.call('DECR', KEYS[n]) else redis.call('DEL', KEYS[n]) end
+  end
 end
 `
 
 /** Limits that all instances share, counted in Redis. */
-export const rateLimits = fp(
-  async (fastify) => {
+export const rateLimits = fp<{ observer?: Observer | undefined }>(
+  async (fastify, { observer }) => {
     fastify.defineRedisScripts({ consumeLimits: { lua: consumeLimits }, refundLimits: { lua: refundLimits } })
 
     // In a Cluster the counters are on several nodes, and a script runs on one. There each limit is consumed by itself and
@@ -72,34 +91,50 @@ export const rateLimits = fp(
     const groupsOf = (limits: readonly Limit[]) => (fastify.isRedisCluster ? limits.map((limit) => [limit]) : [limits])
     const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
 
-    /** Returns 0, or, with nothing consumed, the ms until every limit of the group has a unit. */
-    const consumeGroup = (group: readonly Limit[]) => {
+    /** Returns the ms until every limit of the group has a unit, and the limit with the longest wait. */
+    async function consumeGroup(group: readonly Limit[], mode: 'consume' | 'look') {
       const bounds = group.flatMap(({ max, seconds }) => [max, seconds * 1_000])
-      return fastify.withRedis((redis) => redis.consumeLimits(group.length, ...keysOf(group), ...bounds))
+      const [waitMs, longest] = await fastify.withRedis((redis) =>
+        redis.consumeLimits(group.length, ...keysOf(group), mode === 'consume' ? 1 : 0, ...bounds)
+      )
+      return { waitMs, limit: group[longest - 1] }
     }
-    const refundGroup = (group: readonly Limit[]) =>
-      fastify.withRedis((redis) => redis.refundLimits(group.length, ...keysOf(group)))
+    const refundGroup = (group: readonly Limit[], consumedAt: number) => {
+      const ageMs = Math.floor(performance.now() - consumedAt)
+      const longestTtls = group.map(({ seconds }) => seconds * 1_000 - ageMs)
+      return fastify.withRedis((redis) => redis.refundLimits(group.length, ...keysOf(group), ...longestTtls))
+    }
 
     fastify.decorate('rateLimits', {
       async consume(limits) {
+        if (limits.length === 0) return 0
         const groups = groupsOf(limits)
-        const results = await Promise.allSettled(groups.map(consumeGroup))
+        const results = await Promise.allSettled(groups.map((group) => consumeGroup(group, 'consume')))
+        const consumedAt = performance.now()
         const failure = results.find((result) => result.status === 'rejected')
-        const waitMs = Math.max(0, ...results.map((result) => (result.status === 'fulfilled' ? result.value : 0)))
-        if (failure === undefined && waitMs === 0) return 0
+        const answers = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
+        const exhausted = answers.toSorted((a, b) => b.waitMs - a.waitMs)[0]
+        if (failure === undefined && !exhausted?.waitMs) return 0
         const consumed = groups.filter((_, index) => {
           const result = results[index]
-          return result?.status === 'fulfilled' && result.value === 0
+          return result?.status === 'fulfilled' && result.value.waitMs === 0
         })
-        await Promise.all(consumed.map(refundGroup))
+        await Promise.all(consumed.map((group) => refundGroup(group, consumedAt)))
         if (failure !== undefined) throw failure.reason
-        return Math.ceil(waitMs / 1_000)
+        if (exhausted?.limit) observer?.onLimitReached(exhausted.limit.name)
+        return Math.ceil((exhausted?.waitMs ?? 0) / 1_000)
       },
-      async refund(limits) {
-        await Promise.all(groupsOf(limits).map(refundGroup))
+      async retryAfterSeconds(limits) {
+        if (limits.length === 0) return 0
+        const answers = await Promise.all(groupsOf(limits).map((group) => consumeGroup(group, 'look')))
+        return Math.ceil(Math.max(...answers.map(({ waitMs }) => waitMs)) / 1_000)
       },
-      async reset({ key }) {
-        await fastify.withRedis((redis) => redis.del(key))
+      async refund(limits, consumedAt) {
+        if (limits.length === 0) return
+        await Promise.all(groupsOf(limits).map((group) => refundGroup(group, consumedAt)))
+      },
+      async reset(limits) {
+        await Promise.all(keysOf(limits).map((key) => fastify.withRedis((redis) => redis.del(key))))
       }
     } satisfies RateLimits)
   },

@@ -4,7 +4,7 @@ import { monitorEventLoopDelay } from 'node:perf_hooks'
 import fp from 'fastify-plugin'
 import { Counter, Gauge, Histogram, Registry } from 'prom-client'
 import type { Config } from '../config/config.js'
-import type { Observer, StoreName } from './observer.js'
+import { type LimitName, limitNames, type Observer, type StoreName } from './observer.js'
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -29,7 +29,7 @@ export interface MetricsSources {
   postgresConnections(): { total: number; idle: number; waiting: number }
 }
 
-/** The registry of all metrics. It observes the stores and the hash threads. */
+/** The registry of all metrics. It observes the capabilities. */
 export class Metrics implements Observer {
   private readonly registry = new Registry()
   private readonly registers = [this.registry]
@@ -67,9 +67,26 @@ export class Metrics implements Observer {
     labelNames: ['store'] as const,
     registers: this.registers
   })
+  private readonly codesSent = new Counter({
+    name: 'mobile_signup_codes_sent_total',
+    help: 'Codes that the SMS gateway has accepted',
+    registers: this.registers
+  })
+  private readonly codesUsed = new Counter({
+    name: 'mobile_signup_codes_used_total',
+    help: 'Sent codes that completed a sign-up or a password reset',
+    registers: this.registers
+  })
+  private readonly limitRefusals = new Counter({
+    name: 'mobile_signup_limit_refusals_total',
+    help: 'Requests that were refused with 429, by the limit that keeps them waiting longest',
+    labelNames: ['limit'] as const,
+    registers: this.registers
+  })
 
   constructor() {
     for (const store of ['postgres', 'redis'] as const) this.storeErrors.inc({ store }, 0)
+    for (const limit of limitNames) this.limitRefusals.inc({ limit }, 0)
   }
 
   scrape(): Promise<string> {
@@ -88,6 +105,18 @@ export class Metrics implements Observer {
   onHash(waitMs: number, durationMs: number): void {
     this.hashWaits.observe(waitMs / 1_000)
     this.hashes.observe(durationMs / 1_000)
+  }
+
+  onCodeSent(): void {
+    this.codesSent.inc()
+  }
+
+  onCodeUsed(): void {
+    this.codesUsed.inc()
+  }
+
+  onLimitReached(limit: LimitName): void {
+    this.limitRefusals.inc({ limit })
   }
 
   /** Adds the gauges of the service. */

@@ -1,11 +1,33 @@
 export type StoreName = 'postgres' | 'redis'
 
-/** Hears what the stores and the hash threads measure. */
+/** The limits that refuse requests. */
+export const limitNames = [
+  'sms_resend',
+  'sms_mobile',
+  'sms_network',
+  'sms_prefix',
+  'sms_all',
+  'guesses_guesser',
+  'guesses_mobile',
+  'login_mobile_network',
+  'login_mobile',
+  'login_network'
+] as const
+
+export type LimitName = (typeof limitNames)[number]
+
+/** Hears what the stores, the hash threads, the codes and the limits report. */
 export interface Observer {
   /** A round trip to a store has ended, successfully or not. */
   onRoundTrip(store: StoreName, durationMs: number, hasFailed: boolean): void
   /** A thread has finished a hash or a verification. `waitMs` is its time in the queue. */
   onHash(waitMs: number, durationMs: number): void
+  /** The SMS gateway has accepted a code. */
+  onCodeSent(): void
+  /** A code that this service had sent has completed a sign-up or a password reset. */
+  onCodeUsed(): void
+  /** A limit has refused a request. */
+  onLimitReached(limit: LimitName): void
 }
 
 /** Reports a round trip to an observer, if there is one. @returns the round trip */

@@ -1,20 +1,36 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import type { Claim, CodePurpose, CompletedClaim } from '../codes/codes.js'
+import { ticketMaxLength } from '../codes/tickets.js'
 import type { Config } from '../config/config.js'
 import { mobileField, requiredText } from '../http/schemas.js'
 import type { OutcomeName } from '../outcomes.js'
 import { passwordFault, passwordField } from '../passwords/policy.js'
+import { loginLimits } from '../sessions/login-limits.js'
 import type { SessionUser } from '../sessions/sessions.js'
+import { firstSessionEpoch } from './users.js'
 
 export const NewPasswordBody = Type.Object({
   mobile: mobileField,
   sms_code: Type.String({ ...requiredText, maxLength: 16, examples: ['123456'] }),
   password: passwordField,
-  password2: passwordField
+  password2: passwordField,
+  ticket: Type.Optional(
+    Type.String({
+      maxLength: ticketMaxLength,
+      examples: ['b2Zo1cNvTtQx.mf3k2p1q.Xq8mJ0Vw3eVdS1JxuC5Vb8o0cC7wU0kYy2bF1m9rPzE'],
+      description: 'From `POST /sms_codes`. One that is forged, expired or for another mobile counts as absent.'
+    })
+  )
 })
 
 export type NewPasswordRequest = FastifyRequest<{ Body: Static<typeof NewPasswordBody> }>
+
+/** The user whose code and password a request has proved, and the epoch of the session that it may start. */
+interface CodeOwner {
+  user: SessionUser
+  sessionEpoch: number
+}
 
 /** The parts of the flow that differ between a sign-up and a password reset. */
 interface Redemption {
@@ -28,7 +44,7 @@ interface Redemption {
     reply: FastifyReply,
     claim: Claim,
     passwordHash: string
-  ): Promise<SessionUser | undefined>
+  ): Promise<CodeOwner | undefined>
   success: OutcomeName
   /** The outcome if there is no user. It must not tell strangers more than they have proved. */
   failure: OutcomeName
@@ -38,9 +54,9 @@ interface Redemption {
  * Returns the handlers of POST /users and PUT /users/password. Both use up a code and set a password: a sign-up creates the
  * user, a reset changes an existing one.
  */
-export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Config) {
+export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
   const signUpRedemption: Redemption = {
-    purpose: 'sign-up',
+    purpose: 'sign_up',
     write: insertUser,
     success: 'registered',
     failure: 'mobile_registered'
@@ -53,10 +69,10 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
   }
 
   async function redeemCode(request: NewPasswordRequest, reply: FastifyReply, redemption: Redemption) {
-    const { mobile, sms_code, password } = request.body
+    const { mobile, sms_code, password, ticket } = request.body
 
     // Validate what the schema cannot express. No store is touched.
-    const fault = passwordFault(request.body, passwordMin)
+    const fault = passwordFault(request.body, config.passwordMin)
     if (fault !== undefined) return reply.outcome(fault)
 
     // Refuse before the code is claimed, if Postgres is down or the hash queue is too long.
@@ -64,40 +80,47 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     const retryAfterSeconds = fastify.passwords.admissionDelaySeconds()
     if (retryAfterSeconds > 0) return reply.outcome('busy', { retryAfterSeconds })
 
-    const claim = await fastify.codes.claim(mobile, sms_code, redemption.purpose)
+    const guesser = { ticket, address: request.ip }
+    const claim = await fastify.codes.claim(mobile, sms_code, redemption.purpose, guesser)
+    if (claim.state === 'spent') {
+      return reply.outcome('too_many_requests', { retryAfterSeconds: claim.retryAfterSeconds })
+    }
     if (claim.state === 'wrong') return reply.outcome('wrong_code')
     if (claim.state === 'in_progress') return reply.outcome('busy')
     if (claim.state === 'done') return replay(request, reply, claim, redemption)
 
     // Hash, then write. If one of them fails, or the client disconnects before the hash starts, put the code back.
-    let user: SessionUser | undefined
+    let owner: CodeOwner | undefined
     // An earlier request that claimed this code may have written the row.
     let mayBeCommitted = claim.isReclaim
     try {
       const passwordHash = await fastify.passwords.hash(password, reply.raw)
       // From here on the row may be committed, even if the answer of Postgres is lost.
       mayBeCommitted = true
-      user = await redemption.write(request, reply, claim, passwordHash)
+      owner = await redemption.write(request, reply, claim, passwordHash)
     } catch (error) {
       await fastify.codes.restore(claim, mayBeCommitted).catch((err) => logUnendedClaim(request, err))
       throw error
     }
-    if (user === undefined) return reply.outcome(redemption.failure)
+    if (owner === undefined) return reply.outcome(redemption.failure)
 
     // Both in one round trip. If the claim cannot be completed, retries are answered `busy` until the lease expires. The next
     // retry claims the code again and finds the row.
-    const [sessionId] = await Promise.all([
-      fastify.sessions.start(request, reply, user),
+    const { user, sessionEpoch } = owner
+    const [session] = await Promise.all([
+      fastify.sessions.start(request, reply, user, sessionEpoch),
       fastify.codes.complete(claim, user.user_id).catch((err) => logUnendedClaim(request, err))
     ])
     // Without a session the request has still succeeded: the row is committed, and the client can log in.
-    return reply.outcome(redemption.success, { data: { ...user, session: sessionId !== undefined } })
+    return reply.outcome(redemption.success, { data: { ...user, session: session === 'started' } })
   }
 
   async function insertUser(request: NewPasswordRequest, reply: FastifyReply, claim: Claim, passwordHash: string) {
     const { mobile, password } = request.body
     const userId = await fastify.users.insert(mobile, passwordHash)
-    if (userId !== undefined) return { user_id: userId, name: mobile, mobile }
+    if (userId !== undefined) {
+      return { user: { user_id: userId, name: mobile, mobile }, sessionEpoch: firstSessionEpoch }
+    }
     // The mobile is registered. If another request has held the same code, it was probably a retry of the same client, and it
     // created this user: it came before this request (a reclaim), or it took the code over after this lease had expired.
     // Then the request succeeds if its password is that of the row. Otherwise the mobile belongs to another user.
@@ -119,9 +142,14 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
       await discard(claim, request)
       return undefined
     }
-    // Whoever logged in with the former password is logged out.
-    await fastify.sessions.endAll(row.id)
-    return { user_id: row.id, name: row.name, mobile }
+    // Whoever logged in with an earlier proof is logged out (G9). The mobile's failed logins are forgotten.
+    await Promise.all([
+      fastify.sessions.endBefore(row.id, row.sessionEpoch),
+      fastify.rateLimits
+        .reset(loginLimits(config, mobile, request.ip).ofMobile)
+        .catch((err) => request.log.error({ reqId: request.id, err }, 'failed logins could not be forgotten'))
+    ])
+    return { user: { user_id: row.id, name: row.name, mobile }, sessionEpoch: row.sessionEpoch }
   }
 
   /**
@@ -148,24 +176,25 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     const { mobile, password } = request.body
     const endReplay = (options: { passwordWasWrong: boolean }) =>
       fastify.codes.endReplay(completed, options).catch((err) => logUnendedClaim(request, err))
-    let user: SessionUser | undefined
+    let owner: CodeOwner | undefined
     try {
-      user = await findVerifiedUser(mobile, password, reply)
+      owner = await findVerifiedUser(mobile, password, reply)
     } catch (error) {
       await endReplay({ passwordWasWrong: false })
       throw error
     }
     // Another password, or another user since.
-    if (user?.user_id !== completed.userId) {
+    if (owner?.user.user_id !== completed.userId) {
       await endReplay({ passwordWasWrong: true })
       return reply.outcome(failure)
     }
-    const [sessionId] = await Promise.all([
-      fastify.sessions.start(request, reply, user),
+    const { user, sessionEpoch } = owner
+    const [session] = await Promise.all([
+      fastify.sessions.start(request, reply, user, sessionEpoch),
       endReplay({ passwordWasWrong: false })
     ])
     reply.header('idempotent-replayed', 'true')
-    return reply.outcome(success, { data: { ...user, session: sessionId !== undefined } })
+    return reply.outcome(success, { data: { ...user, session: session === 'started' } })
   }
 
   /** Returns the user of a mobile if the password is theirs. Its duration is no secret: the caller has proved the code. */
@@ -173,11 +202,12 @@ export function redeemCodeHandlers(fastify: FastifyInstance, { passwordMin }: Co
     mobile: string,
     password: string,
     reply: FastifyReply
-  ): Promise<SessionUser | undefined> {
+  ): Promise<CodeOwner | undefined> {
     const user = await fastify.users.find(mobile)
     if (user === undefined) return undefined
     const matches = await fastify.passwords.verify(user.passwordHash, password, reply.raw)
-    return matches ? { user_id: user.id, name: user.name, mobile } : undefined
+    if (!matches) return undefined
+    return { user: { user_id: user.id, name: user.name, mobile }, sessionEpoch: user.sessionEpoch }
   }
 
   return {

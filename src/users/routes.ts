@@ -11,7 +11,8 @@ const newPasswordOutcomes = [
   'passwords_differ',
   'password_length',
   'password_common',
-  'wrong_code'
+  'wrong_code',
+  'too_many_requests'
 ] as const
 
 /** POST /users and PUT /users/password. */

@@ -7,7 +7,11 @@ export interface User {
   name: string
   /** A PHC string. */
   passwordHash: string
+  /** A session has ended if it began with an older epoch. A new user has the {@link firstSessionEpoch}. */
+  sessionEpoch: number
 }
+
+export const firstSessionEpoch = 0
 
 interface Users {
   /**
@@ -20,16 +24,20 @@ interface Users {
   insert(mobile: string, passwordHash: string): Promise<string | undefined>
   find(mobile: string): Promise<User | undefined>
   /**
-   * Replaces the password of a user.
+   * Replaces the password of a user, and begins a session epoch in the same step. So a request reads either the former
+   * password with the former epoch, or the new ones.
    *
-   * @param formerHash if given, only this PHC string is replaced
-   * @returns undefined if no row was changed
+   * @returns undefined if the mobile has no user
    */
-  setPassword(
-    mobile: string,
-    passwordHash: string,
-    formerHash?: string
-  ): Promise<Omit<User, 'passwordHash'> | undefined>
+  setPassword(mobile: string, passwordHash: string): Promise<Omit<User, 'passwordHash'> | undefined>
+  /** Replaces a hash by another one of the same password, unless the hash has been replaced since. */
+  replaceHash(mobile: string, formerHash: string, passwordHash: string): Promise<void>
+  /**
+   * Begins a session epoch.
+   *
+   * @returns the epoch, or undefined if the user has been deleted
+   */
+  beginSessionEpoch(userId: string): Promise<number | undefined>
 }
 
 declare module 'fastify' {
@@ -46,13 +54,24 @@ export const insertUser: NamedStatement = {
 
 const findUser: NamedStatement = {
   name: 'find_user',
-  text: 'SELECT id, name, password_hash AS "passwordHash" FROM users WHERE mobile = $1'
+  text: `SELECT id, name, password_hash AS "passwordHash", session_epoch AS "sessionEpoch" FROM users WHERE mobile = $1`
 }
 
 const setPassword: NamedStatement = {
   name: 'set_password',
-  text: `UPDATE users SET password_hash = $2 WHERE mobile = $1 AND password_hash = coalesce($3, password_hash)
-         RETURNING id, name`
+  text: `UPDATE users SET password_hash = $2, session_epoch = session_epoch + 1 WHERE mobile = $1
+         RETURNING id, name, session_epoch AS "sessionEpoch"`
+}
+
+const replaceHash: NamedStatement = {
+  name: 'replace_hash',
+  text: 'UPDATE users SET password_hash = $3 WHERE mobile = $1 AND password_hash = $2'
+}
+
+const beginSessionEpoch: NamedStatement = {
+  name: 'begin_session_epoch',
+  text: `UPDATE users SET session_epoch = session_epoch + 1 WHERE id = $1
+         RETURNING session_epoch AS "sessionEpoch"`
 }
 
 /** The users table. */
@@ -67,10 +86,17 @@ export const users = fp(
         const { rows } = await fastify.postgres.query<User>(findUser, [mobile])
         return rows[0]
       },
-      async setPassword(mobile, passwordHash, formerHash) {
-        const values = [mobile, passwordHash, formerHash]
+      async setPassword(mobile, passwordHash) {
+        const values = [mobile, passwordHash]
         const { rows } = await fastify.postgres.query<Omit<User, 'passwordHash'>>(setPassword, values)
         return rows[0]
+      },
+      async replaceHash(mobile, formerHash, passwordHash) {
+        await fastify.postgres.query(replaceHash, [mobile, formerHash, passwordHash])
+      },
+      async beginSessionEpoch(userId) {
+        const { rows } = await fastify.postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, [userId])
+        return rows[0]?.sessionEpoch
       }
     } satisfies Users)
   },

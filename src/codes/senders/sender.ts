@@ -7,10 +7,19 @@ export interface SmsMessage {
   id: string
 }
 
-/** Hands a message to a gateway. Resolves when the gateway has accepted it. */
+/**
+ * Hands a message to a gateway. Resolves when the gateway has accepted it.
+ *
+ * @throws {MessageNotSent} if the message was certainly not sent; after any other error it may have been
+ */
 export type SmsSender = (message: SmsMessage) => Promise<void>
 
+/** The message was certainly not sent. */
+export class MessageNotSent extends Error {
+  override readonly name: string = 'MessageNotSent'
+}
+
 /** The gateway works but refuses this message, for example because the number does not exist. */
-export class MessageRefused extends Error {
+export class MessageRefused extends MessageNotSent {
   override readonly name = 'MessageRefused'
 }

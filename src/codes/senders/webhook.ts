@@ -1,22 +1,21 @@
 import { createHmac } from 'node:crypto'
-import { MessageRefused, type SmsSender } from './sender.js'
+import { MessageNotSent, MessageRefused, type SmsSender } from './sender.js'
 
 /** The time for both attempts together. */
 const timeoutMs = 5_000
 
-/** Codes of the system and of undici for a connection that could not be made, or broke before an answer. */
-const connectionErrors: ReadonlySet<string> = new Set([
+/** Codes of the system and of undici for a connection that could not be made. Nothing was sent. */
+const connectFailures: ReadonlySet<string> = new Set([
   'EAI_AGAIN',
   'ECONNREFUSED',
-  'ECONNRESET',
   'EHOSTUNREACH',
   'ENETUNREACH',
   'ENOTFOUND',
-  'EPIPE',
-  'ETIMEDOUT',
-  'UND_ERR_CONNECT_TIMEOUT',
-  'UND_ERR_SOCKET'
+  'UND_ERR_CONNECT_TIMEOUT'
 ])
+
+/** Codes for a connection that broke before an answer. The message may have been sent. */
+const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'UND_ERR_SOCKET'])
 
 /** How much of an answer is read, so that its connection can be reused. */
 const answerMaxBytes = 65_536
@@ -40,21 +39,27 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
         redirect: 'manual',
         signal
       })
+    let mayBeSent = false
     const response = await post()
       .catch((error) => {
+        const code = errorCodeOf(error)
+        mayBeSent = !connectFailures.has(code)
         // A receiver that was too slow, or did not speak HTTP, may have sent the message already.
-        if (signal.aborted || !connectionErrors.has(errorCodeOf(error))) throw error
+        if (signal.aborted || !(connectFailures.has(code) || brokenConnections.has(code))) throw error
         return post()
       })
       .catch((error) => {
-        throw new Error(`the SMS webhook did not answer: ${signal.aborted ? 'timeout' : errorCodeOf(error)}`)
+        const code = signal.aborted ? 'timeout' : errorCodeOf(error)
+        const message = `the SMS webhook did not answer: ${code}`
+        throw mayBeSent || !connectFailures.has(code) ? new Error(message) : new MessageNotSent(message)
       })
     // Only the status counts. The body is read so that the connection can be reused.
     await drain(response).catch(() => undefined)
     if (response.ok) return
     const { status } = response
-    if (status >= 400 && status < 500 && status !== 429) throw new MessageRefused(`the SMS webhook answered ${status}`)
-    throw new Error(`the SMS webhook answered ${status}`)
+    const message = `the SMS webhook answered ${status}`
+    const isRefusal = status >= 400 && status < 500 && !mayBeSent
+    throw isRefusal ? new MessageRefused(message) : new Error(message)
   }
 }
 

@@ -1,0 +1,71 @@
+import type { Config } from '../config/config.js'
+import { networksOf } from '../http/network.js'
+import type { Limit } from '../stores/rate-limits.js'
+import type { LimitName } from '../telemetry/observer.js'
+
+const [hour, day] = [3_600, 86_400]
+
+const isEnabled = ({ max, seconds }: Limit) => max > 0 && seconds > 0
+
+/** The limits of a mobile on messages. A message that was certainly not sent gives them back. */
+export function mobileLimits(config: Config, mobile: string): Limit[] {
+  const limits: Limit[] = [
+    // The key is a contract with other services.
+    { name: 'sms_resend', key: `send_sms_code_${mobile}`, max: 1, seconds: config.smsResendS },
+    { name: 'sms_mobile', key: `sms_codes:mobile:${mobile}`, max: config.smsDailyMax, seconds: day }
+  ]
+  return limits.filter(isEnabled)
+}
+
+/** The limits on messages whose codes nobody has used. They are against people who earn money from each message. */
+export function unusedCodeLimits(config: Config, mobile: string, address: string): Limit[] {
+  const perNetwork = networksOf(address).map(
+    ({ network, share }): Limit => ({
+      name: 'sms_network',
+      key: `sms_codes:network:${network}`,
+      max: config.smsIpHourlyMax * share,
+      seconds: hour
+    })
+  )
+  const limits: Limit[] = [
+    ...perNetwork,
+    {
+      name: 'sms_prefix',
+      key: `sms_codes:prefix:${mobile.slice(0, 7)}`,
+      max: config.smsPrefixHourlyMax,
+      seconds: hour
+    },
+    { name: 'sms_all', key: 'sms_codes:all', max: config.smsHourlyMax, seconds: hour }
+  ]
+  return limits.filter(isEnabled)
+}
+
+/** A number of wrong codes for a mobile. */
+export interface GuessBudget {
+  name: LimitName
+  /** The field of the hash with the guesses at the mobile. */
+  field: string
+  max: number
+  windowMs: number
+}
+
+/**
+ * Returns the budgets that a wrong code costs. A guesser is a ticket, whose holder nobody else can block, or a network. All
+ * without a ticket share one more budget.
+ */
+export function guessBudgets(
+  { smsCodeAttempts, smsGuessDailyMax }: Config,
+  ticketId: string | undefined,
+  address: string
+): GuessBudget[] {
+  const perGuesser = (field: string, share = 1): GuessBudget => ({
+    name: 'guesses_guesser',
+    field,
+    max: smsCodeAttempts * share,
+    windowMs: hour * 1_000
+  })
+  if (ticketId !== undefined) return [perGuesser(`ticket:${ticketId}`)]
+  const budgets = networksOf(address).map(({ network, share }) => perGuesser(network, share))
+  if (smsGuessDailyMax === 0) return budgets
+  return [...budgets, { name: 'guesses_mobile', field: 'all', max: smsGuessDailyMax, windowMs: day * 1_000 }]
+}

@@ -1,0 +1,164 @@
+import { EventEmitter, once } from 'node:events'
+import fp from 'fastify-plugin'
+import t, { type Test } from 'tap'
+import type { Config } from '../dist/config/config.js'
+import { passwords } from '../dist/passwords/passwords.js'
+import { client, type Reply, statusAndErrno } from '../testkit/client.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { retried } from '../testkit/until.js'
+
+/*
+ * G9: after a reset, or a logout everywhere, has been answered with success, no session that began with an earlier proof
+ * lives.
+ */
+
+const testbed = await startTestbed(t)
+const { build, cookieOf, issueCode, openProxy, postgres, redis, signUpBody, userRows } = testbed
+
+const app = await build(t)
+const api = client(app)
+
+/** Signs a user up. Returns its body, its cookie, and a body that resets the password. */
+async function registerUser() {
+  const body = await signUpBody()
+  const reply = await api.signUp(body)
+  const reset = await signUpBody({ mobile: body.mobile })
+  return { body, reset, userId: reply.json().data.user_id, cookie: cookieOf(reply) }
+}
+
+const sessionStatus = async (cookie: string) => (await api.whoAmI(cookie)).statusCode
+const sessionKeyOf = (cookie: string) => `session:${cookie.split(/[=.]/)[1]}`
+
+/** Builds a service that calls a function after each verification of a password, before it uses the result. */
+function buildInterrupted(t: Test, afterVerification: () => Promise<unknown>) {
+  const interrupted: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
+    await fastify.register(passwords, options)
+    const { verify } = fastify.passwords
+    fastify.passwords.verify = async (...args) => {
+      const matches = await verify(...args)
+      await afterVerification()
+      return matches
+    }
+  })
+  return build(t, {}, { overrides: { passwords: interrupted } })
+}
+
+t.test('G9: a login whose password is reset meanwhile is refused, and leaves no session', async (t) => {
+  const { body, reset, userId } = await registerUser()
+  let resetReply: Reply | undefined
+  const app = await buildInterrupted(t, async () => {
+    resetReply ??= await api.resetPassword(reset)
+  })
+  const login = await client(app).logIn({ mobile: body.mobile, password: body.password })
+  t.equal(resetReply?.statusCode, 200)
+  t.strictSame(statusAndErrno(login), [401, '4102'])
+  t.equal(login.headers['set-cookie'], undefined)
+  t.equal(await redis.zcard(`sessions_of:${userId}`), 1, 'only the session of the reset is left')
+})
+
+t.test('G9: a login during a logout everywhere is refused', async (t) => {
+  const { body, cookie, userId } = await registerUser()
+  const app = await buildInterrupted(t, () => api.logOut(cookie, '?everywhere=true'))
+  const { mobile, password } = body
+  t.strictSame(statusAndErrno(await client(app).logIn({ mobile, password })), [401, '4102'])
+  t.equal(await redis.zcard(`sessions_of:${userId}`), 0)
+  t.equal((await api.logIn({ mobile, password })).statusCode, 201, 'and a later one is not')
+})
+
+t.test('G9: a replay during a reset starts no session', async (t) => {
+  const { body, reset } = await registerUser()
+  const app = await buildInterrupted(t, () => api.resetPassword(reset))
+  const replay = await client(app).signUp(body)
+  // The replay has verified the former password before the reset replaced it.
+  t.strictSame([replay.statusCode, replay.json().data.session], [201, false])
+  t.equal(replay.headers['set-cookie'], undefined)
+})
+
+t.test('G9: a sign-up whose session is stored after a reset of the same user has no session', async (t) => {
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const slow = client(await build(t, { REDIS_URL: proxy.url, STORE_TIMEOUT_MS: '30000' }))
+  const body = await signUpBody()
+  const barrier = new EventEmitter()
+  const reachedSession = proxy.strike('"epoch":0', { kind: 'hold', until: once(barrier, 'open') })
+  const signUp = slow.signUp(body)
+  await reachedSession
+  const code = await issueCode(body.mobile)
+  const reset = { ...body, sms_code: code, password: 'a newer password', password2: 'a newer password' }
+  t.equal((await api.resetPassword(reset)).statusCode, 200)
+  barrier.emit('open')
+  const reply = await signUp
+  t.strictSame([reply.statusCode, reply.json().data.session], [201, false])
+  t.equal(reply.headers['set-cookie'], undefined)
+  t.equal(await redis.zcard(`sessions_of:${reply.json().data.user_id}`), 1, 'only the session of the reset is left')
+})
+
+t.test('G9: a session that could not be deleted, or is in no index, does not outlive a reset', async (t) => {
+  for (const end of ['reset', 'logout everywhere'] as const) {
+    const { reset, userId, cookie, body } = await registerUser()
+    const { mobile, password } = body
+    const second = cookieOf(await api.logIn({ mobile, password }))
+    const stored = await redis.get(sessionKeyOf(cookie))
+    await redis.zrem(`sessions_of:${userId}`, sessionKeyOf(cookie).slice('session:'.length))
+    if (end === 'reset') t.equal((await api.resetPassword(reset)).statusCode, 200)
+    else t.equal((await api.logOut(second, '?everywhere=true')).statusCode, 200)
+    t.equal(await redis.get(sessionKeyOf(cookie)), stored, 'the session is still in Redis')
+    t.equal(await sessionStatus(cookie), 401, end)
+    t.equal(await redis.exists(sessionKeyOf(second)), 0, 'other services do not find those in the index')
+  }
+})
+
+t.test('G9: of two resets that end in another order than they began, the later password has the session', async (t) => {
+  const { body, reset } = await registerUser()
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const slow = client(await build(t, { REDIS_URL: proxy.url, STORE_TIMEOUT_MS: '30000' }))
+  // The first reset has written its password, and has not yet ended the sessions.
+  const barrier = new EventEmitter()
+  const reachedEnd = proxy.strike('}:epoch', { kind: 'hold', until: once(barrier, 'open') })
+  const firstReply = slow.resetPassword(reset)
+  await reachedEnd
+  const second = await signUpBody({ mobile: body.mobile })
+  const secondReply = await api.resetPassword(second)
+  t.equal(secondReply.statusCode, 200)
+  barrier.emit('open')
+  const first = await firstReply
+  t.strictSame([first.statusCode, first.json().data.session], [200, false], 'the first has no session')
+  t.equal((await userRows(body.mobile))[0].session_epoch, 2)
+  const { mobile, password } = second
+  t.equal((await api.logIn({ mobile, password })).statusCode, 201)
+})
+
+t.test('503: a reset or a logout everywhere that cannot end the sessions is no success, and a retry is', async (t) => {
+  const { reset, cookie, body } = await registerUser()
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const failing = client(await build(t, { REDIS_URL: proxy.url }))
+  proxy.strike('}:epoch', { kind: 'reset' })
+  t.strictSame(statusAndErrno(await failing.resetPassword(reset)), [503, '4001'])
+  t.equal((await retried(() => api.resetPassword(reset))).statusCode, 200, 'the same request again')
+  t.equal(await sessionStatus(cookie), 401)
+
+  const again = cookieOf(await api.logIn({ mobile: body.mobile, password: reset.password }))
+  const postgresProxy = await openProxy(t, 'DATABASE_URL')
+  const withoutPostgres = client(await build(t, { DATABASE_URL: postgresProxy.url }))
+  postgresProxy.strike('begin_session_epoch', { kind: 'reset' })
+  t.strictSame(statusAndErrno(await withoutPostgres.logOut(again, '?everywhere=true')), [503, '4001'])
+  t.equal(await sessionStatus(again), 200)
+})
+
+t.test('a logout everywhere of a deleted user ends its sessions', async (t) => {
+  const { body, cookie } = await registerUser()
+  const { mobile, password } = body
+  const second = cookieOf(await api.logIn({ mobile, password }))
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [mobile])
+  t.equal((await api.logOut(second, '?everywhere=true')).statusCode, 200)
+  t.strictSame([await sessionStatus(cookie), await sessionStatus(second)], [401, 401])
+})
+
+t.test('a session of another service, without an epoch, lives until the first reset', async (t) => {
+  const { body, reset, userId, cookie } = await registerUser()
+  const { mobile } = body
+  await redis.set(sessionKeyOf(cookie), JSON.stringify({ user_id: userId, name: mobile, mobile }))
+  t.equal(await sessionStatus(cookie), 200)
+  await redis.del(`sessions_of:${userId}`)
+  t.equal((await api.resetPassword(reset)).statusCode, 200)
+  t.equal(await sessionStatus(cookie), 401)
+})

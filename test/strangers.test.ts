@@ -1,0 +1,366 @@
+import assert from 'node:assert/strict'
+import { randomInt } from 'node:crypto'
+import fc from 'fast-check'
+import fp from 'fastify-plugin'
+import t, { type Test } from 'tap'
+import type { Config, Environment } from '../dist/config/config.js'
+import { passwords } from '../dist/passwords/passwords.js'
+import { client, statusAndErrno } from '../testkit/client.js'
+import { accept, answerWith, startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
+import { startTestbed } from '../testkit/testbed.js'
+
+/*
+ * G8: nobody guesses or blocks. test/sms-codes.test.ts and test/logins.test.ts have the limits on messages and logins.
+ */
+
+const testbed = await startTestbed(t)
+const { build, issueCode, newMobile, redis, signUpBody, holdInserts, stores } = testbed
+
+const patient = { STORE_TIMEOUT_MS: '30000' }
+const api = client(await build(t, { ...patient, ...unlimitedSms }))
+
+const guessesKey = (mobile: string) => `{sms_code_${mobile}}:guesses`
+const network = (n: number) => `198.18.${n >> 8}.${n & 255}`
+
+type Body = Awaited<ReturnType<typeof signUpBody>> & { ticket?: string }
+
+/** Presents a wrong code. Returns the status of the reply. */
+const guess = async (body: Body, from = network(1), { signUp } = api) =>
+  (await signUp({ ...body, sms_code: 'wrong' }, { from })).statusCode
+
+/** Presents the right code. */
+const redeem = async (body: Body, from = network(1), { signUp } = api) => (await signUp(body, { from })).statusCode
+
+/** Asks for a code as its owner does. Returns a body with the code and the ticket. */
+async function requestCode(mobile = newMobile(), { sendCode } = api): Promise<Body> {
+  const body = await signUpBody({ mobile })
+  const { ticket } = (await sendCode(mobile)).json().data
+  return { ...body, sms_code: `${await redis.get(`sms_code_${mobile}`)}`, ticket }
+}
+
+/** Makes the windows of all budgets of a mobile begin earlier. */
+async function ageGuesses(mobile: string, seconds: number): Promise<void> {
+  for (const [field, value] of Object.entries(await redis.hgetall(guessesKey(mobile)))) {
+    const [count, since] = value.split(' ')
+    await redis.hset(guessesKey(mobile), field, `${count} ${Number(since) - seconds * 1_000_000}`)
+  }
+}
+
+/** Builds a service whose hashes fail, so that each right code is claimed and restored. */
+function buildFailing(t: Test, env: Environment = {}) {
+  const failingPasswords: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
+    await fastify.register(passwords, options)
+    fastify.passwords.hash = () => Promise.reject(new Error('no memory for a hash'))
+  })
+  return build(t, { ...patient, ...env }, { overrides: { passwords: failingPasswords } })
+}
+
+t.test(
+  'G8: a wrong code leaves the code; the sixth try of a network in an hour is 429, also a right one',
+  async (t) => {
+    const body = await signUpBody()
+    for (let n = 0; n < 5; n++) t.equal(await guess(body), 422)
+    for (const sms_code of ['wrong', body.sms_code]) {
+      const reply = await api.signUp({ ...body, sms_code }, { from: network(1) })
+      t.strictSame(statusAndErrno(reply), [429, '4201'])
+      const seconds = Number(reply.headers['retry-after'])
+      t.ok(seconds > 3_500 && seconds <= 3_600, `${seconds} s`)
+    }
+    t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+    await ageGuesses(body.mobile, 3_540)
+    t.match((await api.signUp(body, { from: network(1) })).headers['retry-after'], /^(60|[1-5]?\d)$/)
+    await ageGuesses(body.mobile, 60)
+    t.equal(await redeem(body), 201, 'after the hour')
+  }
+)
+
+t.test('G8: tries are counted before a code is looked at, so parallel guesses do not slip through', async (t) => {
+  const apis = [api, client(await build(t, patient))]
+  const body = await signUpBody()
+  const statuses = await Promise.all(Array.from({ length: 60 }, (_, n) => guess(body, network(1), apis[n % 2])))
+  t.equal(statuses.filter((status) => status === 422).length, 5)
+  t.equal(statuses.filter((status) => status === 429).length, 55)
+})
+
+t.test('G8: nobody can block the holder of a ticket, who has five tries of their own', async (t) => {
+  const body = await requestCode()
+  const { ticket: _, ...withoutTicket } = body
+  for (let n = 0; n < 60; n++) await guess(withoutTicket, network(n >> 2))
+  t.equal(await redeem(withoutTicket, network(999)), 429, 'all without a ticket are refused')
+  t.equal(await redeem(withoutTicket), 429)
+  for (let n = 0; n < 4; n++) t.equal(await guess(body), 422)
+  t.equal(await redeem(body), 201)
+
+  const other = await requestCode()
+  for (let n = 0; n < 5; n++) t.equal(await guess(other), 422)
+  t.equal(await redeem(other), 429, 'from the same network')
+  t.equal(await redeem(other, network(7)), 429, 'from any network')
+  const { ticket: spent, ...owner } = other
+  t.equal(await redeem(owner), 201, 'the tries of a ticket are not those of its network')
+})
+
+t.test('G8: all without a ticket have SMS_GUESS_DAILY_MAX wrong codes for a mobile in a day', async (t) => {
+  const body = await signUpBody()
+  for (let n = 0; n < 50; n++) t.equal(await guess(body, network(n)), 422)
+  const reply = await api.signUp(body, { from: network(50) })
+  t.equal(reply.statusCode, 429)
+  t.ok(Number(reply.headers['retry-after']) > 86_000)
+  await ageGuesses(body.mobile, 86_400)
+  t.equal(await redeem(body, network(50)), 201)
+
+  const limited = client(await build(t, { ...patient, SMS_GUESS_DAILY_MAX: '2' }))
+  const unlimited = client(await build(t, { ...patient, SMS_GUESS_DAILY_MAX: '0' }))
+  const other = await signUpBody()
+  for (const expected of [422, 422, 429]) t.equal(await guess(other, network(expected), limited), expected)
+  t.equal(await guess(other, network(3), unlimited), 422)
+})
+
+t.test('G8: an IPv6 /64 is a guesser, and a /48 has four times the number', async (t) => {
+  const body = await signUpBody()
+  for (let n = 0; n < 20; n++) t.equal(await guess(body, `2001:db8:1:${n >> 2}::${n}`), 422)
+  t.equal(await guess(body, '2001:db8:1:99::1'), 429)
+  t.equal(await redeem(body, '2001:db8:2::1'), 201)
+})
+
+t.test('a forged or expired ticket, or one for another mobile, counts as absent', async (t) => {
+  const [body, other] = [await requestCode(), await requestCode()]
+  const [id, expiry, mac] = `${body.ticket}`.split('.')
+  const otherSecret = client(await build(t, { ...patient, SESSION_SECRET: 'another secret of thirty-two characters' }))
+  const foreign = await requestCode(body.mobile, otherSecret)
+  const invalid = [
+    other.ticket,
+    foreign.ticket,
+    `${id}.zzzzzzzzz.${mac}`,
+    `x${body.ticket}`,
+    `${id}.${expiry}.`,
+    '',
+    '.'
+  ]
+  for (const [n, ticket] of invalid.entries()) {
+    t.equal(await guess({ ...body, ticket: `${ticket}` }, network(n % 5)), 422)
+  }
+  const fields = Object.keys(await redis.hgetall(guessesKey(body.mobile))).sort()
+  t.strictSame(fields, ['all', ...[0, 1, 2, 3, 4].map(network)].sort(), 'the networks are counted')
+  t.equal(await guess(body), 422)
+  t.ok((await redis.hkeys(guessesKey(body.mobile))).includes(`ticket:${id}`), 'a valid one is counted itself')
+})
+
+t.test('a ticket survives a rotation of SESSION_SECRET, and a rotation gives no guesses back', async (t) => {
+  const rotated = client(
+    await build(t, {
+      ...patient,
+      SESSION_SECRET: `a newer secret of thirty-two characters,${stores.environment.SESSION_SECRET}`
+    })
+  )
+  const [owner, stranger] = [await requestCode(), await signUpBody()]
+  for (let n = 0; n < 5; n++) {
+    t.equal(await guess(owner), 422)
+    t.equal(await guess(stranger), 422)
+  }
+  t.strictSame([await redeem(owner, network(2), rotated), await redeem(stranger, network(1), rotated)], [429, 429])
+})
+
+t.test('400: a ticket that is no string or has more than 256 characters is malformed', async (t) => {
+  const body = await signUpBody()
+  for (const ticket of [null, 1, {}, 'x'.repeat(257)]) {
+    const reply = await api.signUp({ ...body, ticket })
+    t.strictSame([reply.statusCode, reply.json().errmsg], [400, '参数错误'])
+  }
+  t.equal((await api.signUp({ ...body, ticket: 'x'.repeat(256) })).statusCode, 201)
+  for (const purpose of [null, '', 'login', 1]) {
+    const reply = await api.sendCode(newMobile(), { purpose })
+    t.strictSame([reply.statusCode, reply.json().errmsg], [400, '参数错误'])
+  }
+})
+
+t.test('a wrong code is counted only where there is something to guess', async (t) => {
+  const body = await signUpBody()
+  await redis.del(`sms_code_${body.mobile}`)
+  for (let n = 0; n < 10; n++) t.equal(await guess(body), 422)
+  t.strictSame(await redis.keys(`*${body.mobile}*`), [], 'nothing is stored')
+
+  await issueCode(body.mobile, body.sms_code)
+  const inserts = await holdInserts()
+  const first = api.signUp(body)
+  await inserts.arrived(1)
+  for (let n = 0; n < 5; n++) t.equal(await guess(body), 422)
+  t.equal(await guess(body), 429, 'a claim could be taken over, so it counts')
+  await inserts.release()
+  t.equal((await first).statusCode, 201)
+  t.equal(await guess(body), 422, 'nothing to guess after the success')
+})
+
+t.test('G8: new codes, failed messages and restores give no guesses back; a success gives all back', async (t) => {
+  const webhook = await startWebhook(t)
+  const sender = client(await build(t, { ...patient, ...unlimitedSms, SMS_WEBHOOK_URL: webhook.url }))
+  const failing = client(await buildFailing(t))
+  const body = await signUpBody()
+  const { mobile } = body
+  t.equal(await guess(body), 422)
+  t.equal(await redeem(body, network(2), failing), 500, 'claimed and restored')
+  t.equal(await guess(body), 422)
+  await sender.sendCode(mobile)
+  t.equal(await guess(body), 422)
+  webhook.answer = answerWith(400)
+  t.equal((await sender.sendCode(mobile, { purpose: 'sign_up' })).statusCode, 503)
+  t.equal(await guess(body), 422)
+  webhook.answer = answerWith(500)
+  t.equal((await sender.sendCode(mobile, { purpose: 'password' })).statusCode, 503)
+  t.equal(await guess(body), 422)
+  t.equal(await guess(body), 429)
+
+  const owner = { ...body, sms_code: await issueCode(mobile) }
+  t.equal(await redeem(owner, network(3)), 201)
+  t.equal(await redis.exists(guessesKey(mobile)), 0)
+})
+
+t.test('G8: codes whose messages fail for certain cannot be guessed without bound', async (t) => {
+  const webhook = await startWebhook(t)
+  webhook.answer = answerWith(400)
+  const attacked = client(
+    await build(t, {
+      ...patient,
+      ...unlimitedSms,
+      SMS_RESEND_S: '60',
+      SMS_DAILY_MAX: '10',
+      SMS_WEBHOOK_URL: webhook.url
+    })
+  )
+  const body = await signUpBody()
+  const statuses: number[] = []
+  for (let n = 0; n < 200; n++) {
+    const sent = await attacked.sendCode(body.mobile, { from: network(n) })
+    t.equal(sent.json().data, undefined, 'no ticket')
+    statuses.push(await guess(body, network(n), attacked))
+  }
+  t.equal(statuses.filter((status) => status === 422).length, 50)
+})
+
+t.test('a code for one purpose is a wrong code for the other, and its purpose survives a restore', async (t) => {
+  const failing = client(await buildFailing(t))
+  const registered = await signUpBody()
+  t.equal(await redeem(registered), 201)
+  const { mobile } = registered
+  for (const [purpose, request, other, success] of [
+    ['password', api.resetPassword, api.signUp, 200],
+    ['sign_up', api.signUp, api.resetPassword, 409]
+  ] as const) {
+    await api.sendCode(mobile, { purpose })
+    const body = { ...registered, sms_code: `${await redis.get(`sms_code_${mobile}`)}` }
+    t.equal((await other(body)).statusCode, 422)
+    t.equal((await (purpose === 'sign_up' ? failing.signUp : failing.resetPassword)(body)).statusCode, 500)
+    t.equal((await other(body)).statusCode, 422, 'after a restore')
+    t.equal((await request(body)).statusCode, success)
+  }
+  await api.sendCode(mobile, { purpose: 'sign_up' })
+  const foreign = { ...registered, sms_code: await issueCode(mobile) }
+  t.equal((await api.resetPassword(foreign)).statusCode, 200, 'a code of another service is for both')
+})
+
+type Step =
+  | { kind: 'guess'; from: number; instance: number }
+  | { kind: 'guess with ticket'; ticket: number; instance: number }
+  | { kind: 'send' | 'send fails for certain' | 'send may have failed'; purpose: 'sign_up' | 'password' }
+  | { kind: 'claim and restore'; from: number }
+  | { kind: 'an hour passes' }
+
+const instance = fc.nat(1)
+const step: fc.Arbitrary<Step> = fc.oneof(
+  { weight: 8, arbitrary: fc.record({ kind: fc.constant('guess'), from: fc.nat(4), instance }) },
+  { weight: 4, arbitrary: fc.record({ kind: fc.constant('guess with ticket'), ticket: fc.nat(3), instance }) },
+  {
+    weight: 2,
+    arbitrary: fc.record({
+      kind: fc.constantFrom('send', 'send fails for certain', 'send may have failed'),
+      purpose: fc.constantFrom('sign_up', 'password')
+    })
+  },
+  fc.record({ kind: fc.constant('claim and restore'), from: fc.nat(4) }),
+  fc.record({ kind: fc.constant('an hour passes') })
+)
+
+t.test(
+  'G8: no steps of two instances exceed a budget, and a ticket is refused only for its own wrong codes',
+  async (t) => {
+    const [perGuesser, perDay] = [3, 8]
+    const webhook = await startWebhook(t)
+    const env = {
+      ...unlimitedSms,
+      SMS_CODE_ATTEMPTS: `${perGuesser}`,
+      SMS_GUESS_DAILY_MAX: `${perDay}`,
+      SMS_WEBHOOK_URL: webhook.url
+    }
+    const instances = [client(await build(t, env)), client(await build(t, env))]
+    const failing = client(await buildFailing(t, env))
+
+    await fc.assert(
+      fc.asyncProperty(fc.array(step, { minLength: 10, maxLength: 40, size: 'max' }), async (steps) => {
+        const mobile = `1${randomInt(3_000_000_000, 10_000_000_000)}`
+        const body = { mobile, sms_code: 'wrong', password: 'correct horse', password2: 'correct horse' }
+        await redis.set(`sms_code_${mobile}`, 'right', 'EX', 300)
+        const tickets: string[] = []
+        const guesses = new Map<string, number>()
+        let guessesOfAll = 0
+        const isSpent = (guesser: string) => (guesses.get(guesser) ?? 0) >= perGuesser
+        const count = (guesser: string) => guesses.set(guesser, (guesses.get(guesser) ?? 0) + 1)
+
+        for (const step of steps) {
+          switch (step.kind) {
+            case 'guess': {
+              const from = network(step.from)
+              const isRefused = isSpent(from) || guessesOfAll >= perDay
+              const reply = await instances[step.instance]?.signUp(body, { from })
+              assert.equal(reply?.statusCode, isRefused ? 429 : 422)
+              if (isRefused) break
+              count(from)
+              guessesOfAll++
+              break
+            }
+            case 'guess with ticket': {
+              const ticket = tickets[step.ticket % Math.max(1, tickets.length)]
+              if (ticket === undefined) break
+              const reply = await instances[step.instance]?.signUp({ ...body, ticket }, { from: network(0) })
+              assert.equal(reply?.statusCode, isSpent(ticket) ? 429 : 422)
+              if (!isSpent(ticket)) count(ticket)
+              break
+            }
+            case 'claim and restore': {
+              const from = network(step.from)
+              const { issue, code } = await presentCode()
+              // A code for a reset is a wrong code for a sign-up. Then it is counted like any other.
+              if (issue === 'password') break
+              const isRefused = isSpent(from) || guessesOfAll >= perDay
+              const reply = await failing.signUp({ ...body, sms_code: code }, { from })
+              assert.equal(reply.statusCode, isRefused ? 429 : 500)
+              break
+            }
+            case 'an hour passes':
+              await ageGuesses(mobile, 3_600)
+              guesses.clear()
+              // Tickets have expired by then.
+              tickets.length = 0
+              break
+            default: {
+              const status = { send: 200, 'send fails for certain': 404, 'send may have failed': 500 }[step.kind]
+              webhook.answer = answerWith(status)
+              const reply = await instances[0]?.sendCode(mobile, { purpose: step.purpose })
+              assert.equal(reply?.statusCode, status === 200 ? 202 : 503)
+              if (status === 200) tickets.push(`${reply?.json().data.ticket}`)
+              // Successes for others keep the circuit breaker closed.
+              webhook.answer = accept
+              for (let n = 0; status === 500 && n < 2; n++) await instances[0]?.sendCode(newMobile())
+            }
+          }
+        }
+
+        /** Returns the present code and its purpose. */
+        async function presentCode() {
+          const code = `${await redis.get(`sms_code_${mobile}`)}`
+          const issue = JSON.parse((await redis.get(`{sms_code_${mobile}}:issue`)) ?? '{}')
+          return { code, issue: issue.code === code ? issue.purpose : undefined }
+        }
+      }),
+      { numRuns: 60 }
+    )
+  }
+)

@@ -1,0 +1,48 @@
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
+import type { Test } from 'tap'
+import { listen } from './listen.js'
+
+/** A message as the webhook receives it. */
+export interface ReceivedMessage {
+  mobile: string
+  code: string
+  ttl_s: number
+  id: string
+  signature: string | string[] | undefined
+  /** The bytes that are signed. */
+  body: string
+}
+
+export type Answer = (request: IncomingMessage, response: ServerResponse, message: ReceivedMessage) => void
+
+export const accept: Answer = (_request, response) => response.end('{}')
+
+/** Answers with a status and no body. */
+export const answerWith =
+  (status: number): Answer =>
+  (_request, response) =>
+    response.writeHead(status).end()
+
+/** Starts an SMS gateway on loopback that records its messages. It accepts them until a test replaces `answer`. */
+export async function startWebhook(t: Test) {
+  const webhook = { received: [] as ReceivedMessage[], url: '', answer: accept }
+  const server = createServer(async (request, response) => {
+    let body = ''
+    for await (const chunk of request) body += chunk
+    const message: ReceivedMessage = { ...JSON.parse(body), body, signature: request.headers['x-signature'] }
+    webhook.received.push(message)
+    webhook.answer(request, response, message)
+  })
+  webhook.url = `${await listen(t, server)}/sms`
+  return webhook
+}
+
+/** No limit on messages but what a test sets, and timeouts of the stores that a busy machine does not reach. */
+export const unlimitedSms = {
+  SMS_RESEND_S: '0',
+  SMS_DAILY_MAX: '0',
+  SMS_IP_HOURLY_MAX: '0',
+  SMS_PREFIX_HOURLY_MAX: '0',
+  SMS_HOURLY_MAX: '0',
+  STORE_TIMEOUT_MS: '20000'
+}
