@@ -1,3 +1,4 @@
+import { createHmac, hkdfSync } from 'node:crypto'
 import { EventEmitter, once } from 'node:events'
 import { hash, verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
@@ -13,7 +14,7 @@ import { retried, until } from '../testkit/until.js'
 
 const testbed = await startTestbed(t)
 const { build, config, cookieOf, holdInserts, issueCode, newMobile, openProxy, postgres, redis } = testbed
-const { ageClaim, readClaimRecord, signUpBody, untilClaimed, userRows } = testbed
+const { ageClaim, readClaimRecord, signUpBody, stores, untilClaimed, userRows } = testbed
 
 /** No round trip times out, and no lease expires, however busy the machine is. */
 const patient = { STORE_TIMEOUT_MS: '30000' }
@@ -136,6 +137,16 @@ t.test('G5: a retry is a replay also after a rotation of SESSION_SECRET', async 
   const body = await signUpBody()
   t.equal((await client(before).signUp(body)).statusCode, 201)
   t.equal((await client(after).signUp(body)).headers['idempotent-replayed'], 'true')
+})
+
+t.test('G4: a claim of an instance of version 0.1.0 can be taken over', async (t) => {
+  const body = await signUpBody()
+  const secret = `${stores.environment.SESSION_SECRET}`
+  const key = Buffer.from(hkdfSync('sha256', secret, '', 'mobile-signup: code of an attempt', 32))
+  const mac = createHmac('sha256', key).update(`sign-up:${body.mobile}:${body.sms_code}`).digest('base64url')
+  await redis.del(`sms_code_${body.mobile}`)
+  await redis.set(recordKey(body.mobile), JSON.stringify({ state: 'pending', mac, at: '1', ttl: 100_000 }), 'EX', 300)
+  t.equal((await signUp(body)).statusCode, 201)
 })
 
 t.test('while a code is claimed, the same code gets 503 4500 and a wrong one 422', async (t) => {

@@ -122,6 +122,7 @@ t.test('G9: of two resets that end in another order than they began, the later p
   barrier.emit('open')
   const first = await firstReply
   t.strictSame([first.statusCode, first.json().data.session], [200, false], 'the first has no session')
+  t.equal(await sessionStatus(cookieOf(secondReply)), 200, 'the second keeps its own')
   t.equal((await userRows(body.mobile))[0].session_epoch, 2)
   const { mobile, password } = second
   t.equal((await api.logIn({ mobile, password })).statusCode, 201)
@@ -142,6 +143,23 @@ t.test('503: a reset or a logout everywhere that cannot end the sessions is no s
   postgresProxy.strike('begin_session_epoch', { kind: 'reset' })
   t.strictSame(statusAndErrno(await withoutPostgres.logOut(again, '?everywhere=true')), [503, '4001'])
   t.equal(await sessionStatus(again), 200)
+})
+
+t.test('a logout everywhere whose answer from Redis is lost is completed by its retry', async (t) => {
+  const { body, cookie } = await registerUser()
+  const { mobile, password } = body
+  const second = cookieOf(await api.logIn({ mobile, password }))
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const failing = client(await build(t, { REDIS_URL: proxy.url }))
+  // The first request with the key reads the epoch of the session.
+  proxy.strike('}:epoch', { kind: 'cut', bytes: 1 }, 1)
+  t.strictSame(statusAndErrno(await failing.logOut(second, '?everywhere=true')), [503, '4001'])
+  t.equal(await sessionStatus(cookie), 401, 'the epoch has ended')
+  const later = cookieOf(await api.logIn({ mobile, password }))
+  t.equal((await api.logOut(second, '?everywhere=true')).statusCode, 200)
+  const keys = [cookie, second].map(sessionKeyOf)
+  t.equal(await redis.exists(keys), 0, 'no other service finds a session')
+  t.equal(await sessionStatus(later), 200, 'an outdated session cannot end newer ones')
 })
 
 t.test('a logout everywhere of a deleted user ends its sessions', async (t) => {

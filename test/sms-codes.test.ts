@@ -1,4 +1,5 @@
 import { createHmac } from 'node:crypto'
+import type { ServerResponse } from 'node:http'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
 import { freePort } from '../dist/dev/embedded-stores.js'
@@ -305,6 +306,21 @@ t.test('a gateway that fails', async (t) => {
       t.equal((await client(app).sendCode(newMobile())).statusCode, 202)
     }
   })
+})
+
+t.test('a failed message does not withdraw a code that another message has delivered', async (t) => {
+  const { app, webhook } = await buildWithWebhook(t)
+  const mobile = newMobile()
+  const firstResponse = new Promise<ServerResponse>((resolve) => {
+    webhook.answer = (_, response) => resolve(response)
+  })
+  const first = client(app).sendCode(mobile)
+  const response = await firstResponse
+  webhook.answer = accept
+  t.equal((await client(app).sendCode(mobile)).statusCode, 202)
+  response.writeHead(400).end()
+  t.equal((await first).statusCode, 503)
+  t.equal(await redis.get(`sms_code_${mobile}`), webhook.received[1]?.code)
 })
 
 t.test('a code that completes a sign-up or a reset gives its units back, whatever window follows', async (t) => {

@@ -14,7 +14,7 @@ import { startTestbed } from '../testkit/testbed.js'
  */
 
 const testbed = await startTestbed(t)
-const { build, issueCode, newMobile, redis, signUpBody, holdInserts, stores } = testbed
+const { build, issueCode, newMobile, postgres, redis, signUpBody, holdInserts, stores } = testbed
 
 const patient = { STORE_TIMEOUT_MS: '30000' }
 const api = client(await build(t, { ...patient, ...unlimitedSms }))
@@ -261,7 +261,7 @@ type Step =
   | { kind: 'guess'; from: number; instance: number }
   | { kind: 'guess with ticket'; ticket: number; instance: number }
   | { kind: 'send' | 'send fails for certain' | 'send may have failed'; purpose: 'sign_up' | 'password' }
-  | { kind: 'claim and restore'; from: number }
+  | { kind: 'claim and restore' | 'succeed'; from: number }
   | { kind: 'an hour passes' }
 
 const instance = fc.nat(1)
@@ -275,7 +275,7 @@ const step: fc.Arbitrary<Step> = fc.oneof(
       purpose: fc.constantFrom('sign_up', 'password')
     })
   },
-  fc.record({ kind: fc.constant('claim and restore'), from: fc.nat(4) }),
+  fc.record({ kind: fc.constantFrom('claim and restore', 'succeed'), from: fc.nat(4) }),
   fc.record({ kind: fc.constant('an hour passes') })
 )
 
@@ -290,7 +290,7 @@ t.test(
       SMS_GUESS_DAILY_MAX: `${perDay}`,
       SMS_WEBHOOK_URL: webhook.url
     }
-    const instances = [client(await build(t, env)), client(await build(t, env))]
+    const instances = [client(await build(t, env)), client(await build(t, env))] as const
     const failing = client(await buildFailing(t, env))
 
     await fc.assert(
@@ -324,14 +324,22 @@ t.test(
               if (!isSpent(ticket)) count(ticket)
               break
             }
-            case 'claim and restore': {
+            case 'claim and restore':
+            case 'succeed': {
               const from = network(step.from)
               const { issue, code } = await presentCode()
               // A code for a reset is a wrong code for a sign-up. Then it is counted like any other.
               if (issue === 'password') break
               const isRefused = isSpent(from) || guessesOfAll >= perDay
-              const reply = await failing.signUp({ ...body, sms_code: code }, { from })
-              assert.equal(reply.statusCode, isRefused ? 429 : 500)
+              const [{ signUp }, status] = step.kind === 'succeed' ? [instances[1], 201] : [failing, 500]
+              const reply = await signUp({ ...body, sms_code: code }, { from })
+              assert.equal(reply.statusCode, isRefused ? 429 : status)
+              if (reply.statusCode !== 201) break
+              // Only a success gives the guesses back. The next steps are about a new user of the mobile.
+              guesses.clear()
+              guessesOfAll = 0
+              await postgres.query('DELETE FROM users WHERE mobile = $1', [mobile])
+              await redis.set(`sms_code_${mobile}`, 'right', 'EX', 300)
               break
             }
             case 'an hour passes':

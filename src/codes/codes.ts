@@ -157,6 +157,9 @@ const recordKey = (mobile: string) => `{${codeKey(mobile)}}:attempt`
 const issueKey = (mobile: string) => `{${codeKey(mobile)}}:issue`
 const guessesKey = (mobile: string) => `{${codeKey(mobile)}}:guesses`
 
+/** The names of the purposes in a MAC. With other names, requests could not be retried during an upgrade. */
+const macTexts = { sign_up: 'sign-up', password: 'password' } as const satisfies Record<CodePurpose, string>
+
 /** How long after its success a request can be replayed (G5). */
 const replayTtlMs = 300_000
 
@@ -205,9 +208,11 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       )
 
     /** Gives the units of a used code back. Each was consumed before its message was sent. */
-    async function refundSends({ mobile, issue, claimId, claimedAt }: Claim): Promise<void> {
+    async function refundSends({ mobile, issue, claimId, claimedAt, isReclaim }: Claim): Promise<void> {
       const { sends = [] }: Issue = JSON.parse(issue)
-      if (sends.length > 0) observer?.onCodeUsed()
+      // The first holder of the code may have given them back.
+      if (sends.length === 0 || isReclaim) return
+      observer?.onCodeUsed()
       await Promise.all(
         sends.map(({ at, network }) => {
           const consumedAt = claimedAt - (Number(claimId) - Number(at)) / 1_000
@@ -247,7 +252,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       createTicket: (mobile) => tickets.issue(mobile),
       async claim(mobile, presentedCode, purpose, { ticket, address }) {
         const macs = macKeys.map((key) =>
-          createHmac('sha256', key).update(`${purpose}:${mobile}:${presentedCode}`).digest('base64url')
+          createHmac('sha256', key).update(`${macTexts[purpose]}:${mobile}:${presentedCode}`).digest('base64url')
         )
         const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
         const budgets = guessBudgets(config, ticketId, address)

@@ -2,7 +2,7 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import type { Config } from '../config/config.js'
 import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
-import { Refusal } from '../outcomes.js'
+import { outcomes, Refusal } from '../outcomes.js'
 import type { CodePurpose } from './codes.js'
 import { mobileLimits, unusedCodeLimits } from './limits.js'
 import { MessageNotSent } from './senders/sender.js'
@@ -60,9 +60,10 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
     return reply.outcome('code_sent', { data: { ticket: fastify.codes.createTicket(mobile) } })
   }
 
+  /** The sender's own limits first: who has none left must not touch those of the mobile. */
   const limitsOf = (mobile: string, address: string) => [
-    ...mobileLimits(config, mobile),
-    ...unusedCodeLimits(config, mobile, address)
+    ...unusedCodeLimits(config, mobile, address),
+    ...mobileLimits(config, mobile)
   ]
 
   /** Returns 0, or the seconds until another code may be sent. */
@@ -100,11 +101,16 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
         const retryAfterSeconds = await secondsUntilNext(mobile, ip)
         throw new Refusal('sms_gateway_unavailable', error, { retryAfterSeconds })
       }
-      await Promise.all([
-        refundMobile().catch((err) => log.error({ reqId: id, err }, 'a limit could not be refunded')),
-        fastify.codes.withdraw(issued).catch((err) => log.error({ reqId: id, err }, 'a code could not be withdrawn'))
-      ])
-      throw new Refusal('sms_gateway_unavailable', error)
+      // The code first: a retry must not be sent the code that is withdrawn.
+      await fastify.codes
+        .withdraw(issued)
+        .catch((err) => log.error({ reqId: id, err }, 'a code could not be withdrawn'))
+      await refundMobile().catch((err) => log.error({ reqId: id, err }, 'a limit could not be refunded'))
+      const retryAfterSeconds = Math.max(
+        outcomes.sms_gateway_unavailable.retryAfterSeconds,
+        await secondsUntilNext(mobile, ip)
+      )
+      throw new Refusal('sms_gateway_unavailable', error, { retryAfterSeconds })
     }
   }
 

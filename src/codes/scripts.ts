@@ -176,14 +176,20 @@ return { ARGV[1], tonumber(ARGV[2]), previous, ttl, stored }
 `
 
 /**
- * Withdraws a new code and puts the previous one back, unless an even newer code has come.
+ * Withdraws a new code and puts the previous one back with the life that is left of it. Nothing changes if an even newer
+ * code has come, or if the code was sent again meanwhile.
  *
- * KEYS: the code, the issue. ARGV: the code to withdraw, the previous code or '', its TTL in ms, its issue or ''.
+ * KEYS: the code, the issue. ARGV: the code to withdraw, the previous code or '', its TTL in ms when it was replaced, its
+ * issue or ''.
  */
-export const withdrawCode = `
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
-local life = tonumber(ARGV[3]) < 0 and {} or { 'PX', math.max(tonumber(ARGV[3]), 1) }
+export const withdrawCode = `${readClock}
+local issue = cjson.decode(redis.call('GET', KEYS[2]) or '{}')
+if redis.call('GET', KEYS[1]) ~= ARGV[1] or issue.code ~= ARGV[1] or #issue.sends > 1 then return end
+local ttl = tonumber(ARGV[3])
+local rest = math.floor(ttl - (now - issue.sends[1].at) / 1000)
+local life = ttl < 0 and {} or { 'PX', rest }
 for n, value in ipairs({ ARGV[2], ARGV[4] }) do
-  if value == '' then redis.call('DEL', KEYS[n]) else redis.call('SET', KEYS[n], value, unpack(life)) end
+  if value == '' or (ttl >= 0 and rest <= 0) then redis.call('DEL', KEYS[n])
+  else redis.call('SET', KEYS[n], value, unpack(life)) end
 end
 `

@@ -4,7 +4,7 @@ import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
 import { GatewayBreaker } from './gateway-breaker.js'
 import { logSender } from './senders/log.js'
-import { MessageRefused } from './senders/sender.js'
+import { MessageNotSent, MessageRefused } from './senders/sender.js'
 import { webhookSender } from './senders/webhook.js'
 
 interface Sms {
@@ -42,6 +42,7 @@ export const sms = fp<{ config: Config; observer?: Observer | undefined }>(
         } catch (error) {
           // A number that the gateway refuses says nothing about the gateway.
           record(mobile, !(error instanceof MessageRefused))
+          if (!(error instanceof MessageNotSent)) observer?.onCodeSent()
           throw error
         }
         record(mobile, false)

@@ -3,7 +3,7 @@ import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
 
 /** The ids of gateways and tracers, but none that contains a mobile number, also after a country code: the id is logged. */
-const acceptedId = /^(?!.*1[3-9]\d{9})[\w.:/+=-]{1,128}$/
+const acceptedId = /^(?!.*(?<!\d)(?:(?:00)?86)?1[3-9]\d{9}(?!\d))[\w.:/+=-]{1,128}$/
 
 /** Returns the gateway's `X-Request-Id` if it is safe to log, else a new id. */
 export function requestIdOf({ headers }: Pick<IncomingMessage, 'headers'>): string {

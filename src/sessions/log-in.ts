@@ -24,8 +24,8 @@ export function logInHandler(fastify: FastifyInstance, config: Config) {
     if (busySeconds > 0) return reply.outcome('busy', { retryAfterSeconds: busySeconds })
 
     // Every try counts before the password is verified, so parallel guesses cannot slip through.
-    const { pairs, others } = loginLimits(config, mobile, request.ip)
-    const limits = [...pairs, ...others]
+    const { resetOnSuccess, refundOnSuccess } = loginLimits(config, mobile, request.ip)
+    const limits = [...resetOnSuccess, ...refundOnSuccess]
     const retryAfterSeconds = await fastify.rateLimits.consume(limits)
     if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
     const consumedAt = performance.now()
@@ -46,8 +46,8 @@ export function logInHandler(fastify: FastifyInstance, config: Config) {
     const sessionUser = { user_id: user.id, name: user.name, mobile }
     const [session] = await Promise.all([
       fastify.sessions.start(request, reply, sessionUser, user.sessionEpoch),
-      refund(others),
-      fastify.rateLimits.reset(pairs).catch((err) => logUnrefunded(request, err))
+      refund(refundOnSuccess),
+      fastify.rateLimits.reset(resetOnSuccess).catch((err) => logUnrefunded(request, err))
     ])
     // A login without a session is useless.
     if (session === 'failed') return reply.outcome('storage_unavailable')

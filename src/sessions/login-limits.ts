@@ -31,11 +31,11 @@ export function loginLimits({ loginIpHourlyMax }: Pick<Config, 'loginIpHourlyMax
     seconds: hour
   }))
   return {
-    /** For the mobile and a network. A success sets them to zero. */
-    pairs,
-    /** For the mobile and for a network alone. A success takes its own try back. */
-    others: loginIpHourlyMax > 0 ? [perMobile, ...perNetwork] : [perMobile],
-    /** For the mobile. A password reset sets them to zero. */
-    ofMobile: [...pairs, perMobile]
+    /** For the mobile and a network. */
+    resetOnSuccess: pairs,
+    /** For the mobile alone, and for a network alone. A success takes only its own try back. */
+    refundOnSuccess: loginIpHourlyMax > 0 ? [perMobile, ...perNetwork] : [perMobile],
+    /** For the mobile alone, and for the mobile and the networks of the reset. */
+    resetByPasswordReset: [...pairs, perMobile]
   }
 }

@@ -78,14 +78,8 @@ export const sessionRoutes: FastifyPluginAsync<{ config: Config }> = async (fast
   }
 
   async function logOut(request: LogOutRequest, reply: FastifyReply) {
-    const user = fastify.sessions.userOf(request)
-    if (request.query.everywhere === 'true' && user !== undefined) await endAll(user.user_id)
+    if (request.query.everywhere === 'true') await fastify.sessions.endEverywhere(request)
     await fastify.sessions.end(request, reply)
     return reply.outcome('logged_out')
-  }
-  async function endAll(userId: string): Promise<void> {
-    const epoch = await fastify.users.beginSessionEpoch(userId)
-    // A user id is never used again, so the sessions of a deleted user can end for ever.
-    await fastify.sessions.endBefore(userId, epoch ?? Number.MAX_SAFE_INTEGER)
   }
 }

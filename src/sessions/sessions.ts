@@ -35,6 +35,8 @@ interface Sessions {
   end(request: FastifyRequest, reply: FastifyReply): Promise<void>
   /** Ends all sessions of a user that have an older epoch, also those that are stored later. */
   endBefore(userId: string, epoch: number): Promise<void>
+  /** Logs the user of the request's session out everywhere. Only in the scope of `loadSession`. */
+  endEverywhere(request: FastifyRequest): Promise<void>
   /** The options of @fastify/session, for `loadSession`. */
   readonly options: fastifySession.FastifySessionOptions & { cookieName: string; secret: Signer }
 }
@@ -43,7 +45,11 @@ declare module 'fastify' {
   interface FastifyInstance {
     sessions: Sessions
   }
-  interface Session extends Partial<SessionUser> {}
+  interface Session extends Partial<SessionUser> {
+    /** The epoch of the session, and the oldest epoch of its user whose sessions live. */
+    epoch?: number
+    currentEpoch?: number
+  }
 }
 
 const sessionTtlSeconds = 86_400
@@ -117,7 +123,7 @@ export const sessions = fp<{ config: Config }>(
     const cookieOptions: CookieSerializeOptions = { ...attributes, maxAge: sessionTtlSeconds }
     const signer = new Signer([...sessionSecrets])
 
-    const store = (sessionId: string, session: Session & { epoch?: number }) =>
+    const store = (sessionId: string, session: Session) =>
       fastify.withRedis((redis) => redis.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds))
     const destroy = (sessionId: string) => fastify.withRedis((redis) => redis.del(sessionKey(sessionId)))
     const addToIndex = (userId: string, sessionId: string, epoch: number, formerId: string) =>
@@ -141,14 +147,17 @@ export const sessions = fp<{ config: Config }>(
       await removeFromIndex(userId, sessionIds)
     }
 
-    /** Returns a session of the current epoch, or null. */
-    async function load(sessionId: string): Promise<Session | null> {
+    async function read(sessionId: string): Promise<StoredSession | null> {
       const json = await fastify.withRedis((redis) => redis.get(sessionKey(sessionId)))
-      const stored = json === null ? null : parseSession(json)
+      return json === null ? null : parseSession(json)
+    }
+    async function load(sessionId: string): Promise<Session | null> {
+      const stored = await read(sessionId)
       if (stored === null) return null
-      const currentEpoch = await fastify.withRedis((redis) => redis.get(epochKey(stored.user.user_id)))
-      if (stored.epoch < Number(currentEpoch ?? firstSessionEpoch)) return null
-      return { cookie: { originalMaxAge: sessionTtlSeconds * 1_000 }, ...stored.user }
+      const { user, epoch } = stored
+      const currentEpoch = await fastify.withRedis((redis) => redis.get(epochKey(user.user_id)))
+      const cookie = { originalMaxAge: sessionTtlSeconds * 1_000 }
+      return { cookie, ...user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) }
     }
 
     const sessionStore: SessionStore = {
@@ -189,10 +198,12 @@ export const sessions = fp<{ config: Config }>(
           epoch
         }
         try {
-          // In one round trip. The session is stored before it is indexed: then the end of its epoch is seen here, or whoever
-          // ends the epoch finds the session in the index and destroys it.
+          // In one round trip, but in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
+          // here, or whoever ends the epoch finds the session in the index and destroys it.
+          const stored = store(sessionId, session)
+          if (fastify.isRedisCluster) await stored
           const [, excessIds] = await Promise.all([
-            store(sessionId, session),
+            stored,
             addToIndex(user.user_id, sessionId, epoch, formerId ?? ''),
             formerId !== null && destroy(formerId)
           ])
@@ -209,9 +220,9 @@ export const sessions = fp<{ config: Config }>(
         return 'started'
       },
 
-      userOf({ session: { user_id, name, mobile } }) {
-        if (user_id === undefined || name === undefined || mobile === undefined) return undefined
-        return { user_id, name, mobile }
+      userOf({ session }) {
+        const owner = ownerOf(session)
+        return owner === undefined || owner.epoch < owner.currentEpoch ? undefined : owner.user
       },
 
       async end(request, reply) {
@@ -229,12 +240,40 @@ export const sessions = fp<{ config: Config }>(
         const sessionIds = await fastify.withRedis((redis) =>
           redis.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
         )
-        await destroyIndexed(userId, sessionIds)
+        // Not those of this epoch or a later one, which may have started meanwhile.
+        const sessions = await Promise.all(sessionIds.map(read))
+        await destroyIndexed(
+          userId,
+          sessionIds.filter((_, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch)
+        )
+      },
+
+      async endEverywhere({ session }) {
+        const owner = ownerOf(session)
+        if (owner === undefined) return
+        const { user, epoch, currentEpoch } = owner
+        // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
+        if (epoch < currentEpoch) return this.endBefore(user.user_id, currentEpoch)
+        const newEpoch = await fastify.users.beginSessionEpoch(user.mobile, user.user_id)
+        // Without a row the user has been deleted, and starts no session any more.
+        await this.endBefore(user.user_id, newEpoch ?? epoch + 1)
       }
     } satisfies Sessions)
   },
-  { fastify: '5.x', name: 'sessions', dependencies: ['redis'] }
+  { fastify: '5.x', name: 'sessions', dependencies: ['redis', 'users'] }
 )
+
+interface StoredSession {
+  user: SessionUser
+  epoch: number
+}
+
+/** Returns who owns a session, also if it is outdated. */
+function ownerOf(session: Session): (StoredSession & { currentEpoch: number }) | undefined {
+  const { user_id, name, mobile, epoch = firstSessionEpoch, currentEpoch = firstSessionEpoch } = session
+  if (user_id === undefined || name === undefined || mobile === undefined) return undefined
+  return { user: { user_id, name, mobile }, epoch, currentEpoch }
+}
 
 /**
  * Parses a stored session. Only its user and its epoch count: other services write sessions, too, and @fastify/session would
@@ -242,7 +281,7 @@ export const sessions = fp<{ config: Config }>(
  *
  * @returns null if it has no user; without an epoch it has the first one
  */
-function parseSession(json: string): { user: SessionUser; epoch: number } | null {
+function parseSession(json: string): StoredSession | null {
   try {
     const { user_id, name, mobile, epoch } = JSON.parse(json)
     if ([user_id, name, mobile].some((field) => typeof field !== 'string')) return null

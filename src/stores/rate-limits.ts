@@ -13,7 +13,7 @@ export interface Limit {
 
 interface RateLimits {
   /**
-   * Consumes one unit of every limit, or none of any if one is exhausted.
+   * Consumes one unit of every limit, or none of any if one is exhausted. In a Cluster in this order.
    *
    * @returns 0, or the seconds until every limit has a unit again
    */
@@ -86,9 +86,14 @@ export const rateLimits = fp<{ observer?: Observer | undefined }>(
   async (fastify, { observer }) => {
     fastify.defineRedisScripts({ consumeLimits: { lua: consumeLimits }, refundLimits: { lua: refundLimits } })
 
-    // In a Cluster the counters are on several nodes, and a script runs on one. There each limit is consumed by itself and
-    // refunded if another is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
-    const groupsOf = (limits: readonly Limit[]) => (fastify.isRedisCluster ? limits.map((limit) => [limit]) : [limits])
+    // In a Cluster a script runs on one slot. There the limits of each slot are consumed in turn, and refunded if a later one
+    // is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
+    const slotOf = ({ key }: Limit) => /\{(.+?)\}/.exec(key)?.[1] ?? key
+    function groupsOf(limits: readonly Limit[]): Limit[][] {
+      if (!fastify.isRedisCluster) return [[...limits]]
+      const slots = new Set(limits.map(slotOf))
+      return [...slots].map((slot) => limits.filter((limit) => slotOf(limit) === slot))
+    }
     const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
 
     /** Returns the ms until every limit of the group has a unit, and the limit with the longest wait. */
@@ -108,21 +113,22 @@ export const rateLimits = fp<{ observer?: Observer | undefined }>(
     fastify.decorate('rateLimits', {
       async consume(limits) {
         if (limits.length === 0) return 0
-        const groups = groupsOf(limits)
-        const results = await Promise.allSettled(groups.map((group) => consumeGroup(group, 'consume')))
-        const consumedAt = performance.now()
-        const failure = results.find((result) => result.status === 'rejected')
-        const answers = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
-        const exhausted = answers.toSorted((a, b) => b.waitMs - a.waitMs)[0]
-        if (failure === undefined && !exhausted?.waitMs) return 0
-        const consumed = groups.filter((_, index) => {
-          const result = results[index]
-          return result?.status === 'fulfilled' && result.value.waitMs === 0
-        })
-        await Promise.all(consumed.map((group) => refundGroup(group, consumedAt)))
-        if (failure !== undefined) throw failure.reason
-        if (exhausted?.limit) observer?.onLimitReached(exhausted.limit.name)
-        return Math.ceil((exhausted?.waitMs ?? 0) / 1_000)
+        const consumed: Limit[][] = []
+        const refundConsumed = (consumedAt: number) =>
+          Promise.all(consumed.map((group) => refundGroup(group, consumedAt)))
+        for (const group of groupsOf(limits)) {
+          const answer = await consumeGroup(group, 'consume').catch(async (error) => {
+            await refundConsumed(performance.now())
+            throw error
+          })
+          if (answer.waitMs > 0) {
+            await refundConsumed(performance.now())
+            if (answer.limit) observer?.onLimitReached(answer.limit.name)
+            return Math.ceil(answer.waitMs / 1_000)
+          }
+          consumed.push(group)
+        }
+        return 0
       },
       async retryAfterSeconds(limits) {
         if (limits.length === 0) return 0

@@ -69,7 +69,7 @@ export class Metrics implements Observer {
   })
   private readonly codesSent = new Counter({
     name: 'mobile_signup_codes_sent_total',
-    help: 'Codes that the SMS gateway has accepted',
+    help: 'Messages with a code that the SMS gateway has accepted, or may have',
     registers: this.registers
   })
   private readonly codesUsed = new Counter({

@@ -22,7 +22,7 @@ export interface Observer {
   onRoundTrip(store: StoreName, durationMs: number, hasFailed: boolean): void
   /** A thread has finished a hash or a verification. `waitMs` is its time in the queue. */
   onHash(waitMs: number, durationMs: number): void
-  /** The SMS gateway has accepted a code. */
+  /** The SMS gateway has accepted a code, or may have. */
   onCodeSent(): void
   /** A code that this service had sent has completed a sign-up or a password reset. */
   onCodeUsed(): void

@@ -146,7 +146,7 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     await Promise.all([
       fastify.sessions.endBefore(row.id, row.sessionEpoch),
       fastify.rateLimits
-        .reset(loginLimits(config, mobile, request.ip).ofMobile)
+        .reset(loginLimits(config, mobile, request.ip).resetByPasswordReset)
         .catch((err) => request.log.error({ reqId: request.id, err }, 'failed logins could not be forgotten'))
     ])
     return { user: { user_id: row.id, name: row.name, mobile }, sessionEpoch: row.sessionEpoch }

@@ -37,7 +37,7 @@ interface Users {
    *
    * @returns the epoch, or undefined if the user has been deleted
    */
-  beginSessionEpoch(userId: string): Promise<number | undefined>
+  beginSessionEpoch(mobile: string, userId: string): Promise<number | undefined>
 }
 
 declare module 'fastify' {
@@ -70,7 +70,7 @@ const replaceHash: NamedStatement = {
 
 const beginSessionEpoch: NamedStatement = {
   name: 'begin_session_epoch',
-  text: `UPDATE users SET session_epoch = session_epoch + 1 WHERE id = $1
+  text: `UPDATE users SET session_epoch = session_epoch + 1 WHERE mobile = $1 AND id = $2
          RETURNING session_epoch AS "sessionEpoch"`
 }
 
@@ -94,8 +94,9 @@ export const users = fp(
       async replaceHash(mobile, formerHash, passwordHash) {
         await fastify.postgres.query(replaceHash, [mobile, formerHash, passwordHash])
       },
-      async beginSessionEpoch(userId) {
-        const { rows } = await fastify.postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, [userId])
+      async beginSessionEpoch(mobile, userId) {
+        const values = [mobile, userId]
+        const { rows } = await fastify.postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, values)
         return rows[0]?.sessionEpoch
       }
     } satisfies Users)

@@ -4,16 +4,6 @@ import { MessageNotSent, MessageRefused, type SmsSender } from './sender.js'
 /** The time for both attempts together. */
 const timeoutMs = 5_000
 
-/** Codes of the system and of undici for a connection that could not be made. Nothing was sent. */
-const connectFailures: ReadonlySet<string> = new Set([
-  'EAI_AGAIN',
-  'ECONNREFUSED',
-  'EHOSTUNREACH',
-  'ENETUNREACH',
-  'ENOTFOUND',
-  'UND_ERR_CONNECT_TIMEOUT'
-])
-
 /** Codes for a connection that broke before an answer. The message may have been sent. */
 const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'UND_ERR_SOCKET'])
 
@@ -42,16 +32,14 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
     let mayBeSent = false
     const response = await post()
       .catch((error) => {
-        const code = errorCodeOf(error)
-        mayBeSent = !connectFailures.has(code)
+        mayBeSent = !hasNotConnected(error)
         // A receiver that was too slow, or did not speak HTTP, may have sent the message already.
-        if (signal.aborted || !(connectFailures.has(code) || brokenConnections.has(code))) throw error
+        if (signal.aborted || (mayBeSent && !brokenConnections.has(errorCodeOf(error)))) throw error
         return post()
       })
       .catch((error) => {
-        const code = signal.aborted ? 'timeout' : errorCodeOf(error)
-        const message = `the SMS webhook did not answer: ${code}`
-        throw mayBeSent || !connectFailures.has(code) ? new Error(message) : new MessageNotSent(message)
+        const message = `the SMS webhook did not answer: ${signal.aborted ? 'timeout' : errorCodeOf(error)}`
+        throw mayBeSent || !hasNotConnected(error) ? new Error(message) : new MessageNotSent(message)
       })
     // Only the status counts. The body is read so that the connection can be reused.
     await drain(response).catch(() => undefined)
@@ -61,6 +49,19 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
     const isRefusal = status >= 400 && status < 500 && !mayBeSent
     throw isRefusal ? new MessageRefused(message) : new Error(message)
   }
+}
+
+/** Whether fetch failed before it sent anything: the name was not found, or no connection was made to any address. */
+function hasNotConnected(error: unknown): boolean {
+  const cause = error instanceof Error ? error.cause : undefined
+  const attempts: unknown[] = cause instanceof AggregateError ? cause.errors : [cause]
+  return attempts.every(
+    (attempt) =>
+      typeof attempt === 'object' &&
+      attempt !== null &&
+      'syscall' in attempt &&
+      (attempt.syscall === 'connect' || attempt.syscall === 'getaddrinfo')
+  )
 }
 
 /** Returns why fetch failed: a code of the system, of undici or of its parser. */
