@@ -7,7 +7,7 @@ import { client } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
-const { stores, build, startService, openProxy, signUpBody, newMobile, holdInserts } = await startTestbed(t)
+const { stores, build, startService, openProxy, redis, signUpBody, newMobile, holdInserts } = await startTestbed(t)
 
 /** A timeout that a held INSERT, or a busy machine, does not reach. */
 const STORE_TIMEOUT_MS = '30000'
@@ -74,6 +74,29 @@ t.test('counters match the requests, and no label identifies a user', async (t) 
     for (const secret of [mobile, password, sms_code]) t.notMatch(text, secret)
   }
   t.notMatch(text, /\{.*1[3-9]\d{9}.*\}/, 'no label contains a mobile')
+})
+
+t.test('sent codes, used codes and the refusals of each limit are counted', async (t) => {
+  const app = await build(t, { METRICS_PORT: '0', STORE_TIMEOUT_MS })
+  const { logIn, sendCode, signUp } = client(app)
+  const body = await signUpBody()
+  const { mobile } = body
+  const { ticket } = (await sendCode(mobile)).json().data
+  t.equal((await sendCode(mobile)).statusCode, 429)
+  const sms_code = await redis.get(`sms_code_${mobile}`)
+  for (let n = 0; n < 6; n++) await signUp({ ...body, sms_code: 'wrong' })
+  t.equal((await signUp({ ...body, sms_code, ticket })).statusCode, 201)
+  t.equal((await signUp({ ...body, sms_code, ticket })).headers['idempotent-replayed'], 'true')
+  for (let n = 0; n < 6; n++) await logIn({ mobile, password: 'wrong' })
+
+  const text = await scrape(app)
+  t.equal(sampleOf(text, 'mobile_signup_codes_sent_total'), 1)
+  t.equal(sampleOf(text, 'mobile_signup_codes_used_total'), 1, 'a replay uses no code')
+  const refused = { sms_resend: 1, guesses_guesser: 1, login_mobile_network: 1 }
+  for (const [limit, count] of Object.entries({ ...refused, sms_all: 0, guesses_mobile: 0 })) {
+    t.equal(sampleOf(text, `mobile_signup_limit_refusals_total{limit="${limit}"}`), count, limit)
+  }
+  t.notMatch(text, ticket)
 })
 
 t.test('failed round trips to a store are counted', async (t) => {

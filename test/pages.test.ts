@@ -133,6 +133,34 @@ t.test('errors are shown in the words of the service, with the focus on their fi
   await page.getByText('The service gave no answer. Please try again.').waitFor()
 })
 
+t.test('the page sends its ticket, and shows how long a refused sign-up has to wait', async (t) => {
+  const { page } = await openPage(t, 'en-GB', { SMS_CODE_ATTEMPTS: '1', SMS_RESEND_S: '0' })
+  const mobile = newMobile()
+  const submit = page.locator('#submit')
+  async function requestCode() {
+    await page.locator('#mobile').fill(mobile)
+    await page.locator('#send').click()
+    await page.getByText('Sent', { exact: true }).waitFor()
+  }
+  await requestCode()
+  await page.locator('#sms_code').fill('wrong')
+  await page.locator('#password').fill('correct horse')
+  await page.locator('#password2').fill('correct horse')
+  await submit.click()
+  await page.getByText('Wrong SMS code').waitFor()
+  t.match((await redis.hkeys(`{sms_code_${mobile}}:guesses`)).join(), /^ticket:/)
+  await submit.click()
+  await page.getByRole('button', { name: /^Again in \d+ s$/ }).waitFor()
+  t.equal(await shownError(page), 'Too many requests')
+  t.ok(await submit.isDisabled())
+
+  await requestCode()
+  t.ok(await submit.isEnabled(), 'a new ticket has tries of its own')
+  await page.locator('#sms_code').fill(await codeOf(mobile))
+  await submit.click()
+  await page.getByText('Registered').waitFor()
+})
+
 t.test('the keyboard suffices to sign up, on a small screen and below another prefix', async (t) => {
   const { page, errors } = await openPage(t, 'zh-CN', { API_PREFIX: '/other' })
   await page.setViewportSize({ width: 360, height: 640 })
