@@ -40,20 +40,18 @@ local now = time[1] .. string.format('%06d', time[2])
  */
 export const claimCode = `${readClock}
 local budgets = tonumber(ARGV[6])
-local function budget(n) return ARGV[3 * n + 4], tonumber(ARGV[3 * n + 5]), 1000 * ARGV[3 * n + 6] end
-local function guesses(n)
-  local field, _, window = budget(n)
-  local count, since = string.match(redis.call('HGET', KEYS[4], field) or '', '(%d+) (%d+)')
-  if not count or now - since >= window then return 0, now end
-  return tonumber(count), since
-end
-
+local fields = {}
+for n = 1, budgets do fields[n] = ARGV[3 * n + 4] end
+local guesses = redis.call('HMGET', KEYS[4], unpack(fields))
+local counts, starts = {}, {}
 local wait, spent = 0, 0
 for n = 1, budgets do
-  local _, max, window = budget(n)
-  local count, since = guesses(n)
+  local max, window = tonumber(ARGV[3 * n + 5]), 1000 * ARGV[3 * n + 6]
+  local count, since = string.match(guesses[n] or '', '(%d+) (%d+)')
+  if not count or now - since >= window then count, since = 0, now end
+  counts[n], starts[n] = tonumber(count), since
   local rest = math.ceil((window - (now - since)) / 1000)
-  if count >= max and rest > wait then wait, spent = rest, n end
+  if counts[n] >= max and rest > wait then wait, spent = rest, n end
 end
 if wait > 0 then return { 'spent', wait, spent } end
 
@@ -89,11 +87,7 @@ elseif names_code then
 end
 
 if code or record.state == 'pending' or record.state == 'unknown' then
-  for n = 1, budgets do
-    local field = budget(n)
-    local count, since = guesses(n)
-    redis.call('HSET', KEYS[4], field, count + 1 .. ' ' .. since)
-  end
+  for n = 1, budgets do redis.call('HSET', KEYS[4], fields[n], counts[n] + 1 .. ' ' .. starts[n]) end
   redis.call('PEXPIRE', KEYS[4], ARGV[5])
 end
 return { 'wrong' }
