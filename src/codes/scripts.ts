@@ -74,7 +74,7 @@ if code == ARGV[1] then
   if (issue.purpose or ARGV[2]) == ARGV[2] then
     local claimed = claim(redis.call('PTTL', KEYS[1]), issue)
     redis.call('GETDEL', KEYS[1])
-    redis.call('DEL', KEYS[3])
+    if issue.sends then redis.call('DEL', KEYS[3]) end
     return claimed
   end
 elseif names_code then
