@@ -25,6 +25,16 @@ async function openConnection({ server }: FastifyInstance, port: number): Promis
 
 const untilClosed = (socket: Socket) => new Promise((resolve) => socket.once('close', resolve))
 
+/** Opens a connection that records what the server sends. */
+async function openRecorded(app: FastifyInstance, port: number) {
+  const socket = await openConnection(app, port)
+  let replies = ''
+  socket.on('data', (text) => {
+    replies += text
+  })
+  return { socket, closed: untilClosed(socket), replies: () => replies }
+}
+
 /**
  * Sends bytes on a new connection.
  *
@@ -32,20 +42,17 @@ const untilClosed = (socket: Socket) => new Promise((resolve) => socket.once('cl
  * @returns what the server sends until the first complete reply or the end of the connection
  */
 async function exchange(app: FastifyInstance, port: number, head: string, body = ''): Promise<string> {
-  const socket = await openConnection(app, port)
-  const closed = untilClosed(socket)
-  let reply = ''
-  socket.on('data', (text) => {
-    reply += text
+  const { socket, closed, replies } = await openRecorded(app, port)
+  socket.on('data', () => {
     // A reply ends with its JSON body.
-    if (/\r\n\r\n.*\}$/s.test(reply)) socket.end()
+    if (/\r\n\r\n.*\}$/s.test(replies())) socket.end()
   })
   const headParsed = body !== '' && once(app.server, 'request')
   socket.write(head)
   await headParsed
   if (body !== '') socket.write(body)
   await closed
-  return reply
+  return replies()
 }
 
 const host = 'Host: service\r\n'
@@ -117,12 +124,7 @@ t.test('shutdown answers accepted requests, refuses later ones with 503, and clo
   const { app, port } = await listen(t, { STORE_TIMEOUT_MS: '60000' })
   const idle = await openConnection(app, port)
   const idleClosed = untilClosed(idle)
-  const socket = await openConnection(app, port)
-  const closed = untilClosed(socket)
-  let replies = ''
-  socket.on('data', (text) => {
-    replies += text
-  })
+  const { socket, closed, replies } = await openRecorded(app, port)
 
   const inserts = await holdInserts()
   socket.write(await signUpRequest())
@@ -137,7 +139,7 @@ t.test('shutdown answers accepted requests, refuses later ones with 503, and clo
   await Promise.all([appClosed, closed])
 
   t.match(
-    replies,
+    replies(),
     /^HTTP\/1.1 201 [\s\S]*"session":true\}\}HTTP\/1.1 503 [\s\S]*retry-after: 1\r\n[\s\S]*\{"errno":"4500",/
   )
 })
@@ -164,20 +166,15 @@ t.test('good requests before garbage on a connection are answered first, in orde
     ['CONNECT', `CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 400],
     ['an unknown expectation', `POST / HTTP/1.1\r\n${json}Expect: a wonder\r\nContent-Length: 2\r\n\r\n{}`, 417]
   ] as const) {
-    const socket = await openConnection(app, port)
-    const closed = untilClosed(socket)
-    let replies = ''
-    socket.on('data', (text) => {
-      replies += text
-    })
+    const { socket, closed, replies } = await openRecorded(app, port)
     const inserts = await holdInserts()
     socket.write(`${await signUpRequest()}GET /api/v1.0/session HTTP/1.1\r\n${host}\r\n${garbage}`)
     await inserts.arrived(1)
     await inserts.release()
     await closed
-    const statuses = [...replies.matchAll(/HTTP\/1\.1 (\d+)/g)].map(([, code]) => Number(code))
+    const statuses = [...replies().matchAll(/HTTP\/1\.1 (\d+)/g)].map(([, code]) => Number(code))
     t.strictSame(statuses, [201, 401, status], name)
-    t.equal(replies.split('\r\n\r\n').at(-1), '{"errno":"4201","errmsg":"非法请求"}', name)
+    t.equal(replies().split('\r\n\r\n').at(-1), '{"errno":"4201","errmsg":"非法请求"}', name)
   }
 })
 

@@ -352,7 +352,7 @@ t.test('a code that completes a sign-up or a reset gives its units back, whateve
   const { body: unused } = await receiveCode()
   t.equal((await receiveCode()).reply.statusCode, 202)
   t.equal((await receiveCode()).reply.statusCode, 429, 'two unused codes')
-  // A new window has begun since the code was sent.
+  // Without the counters, the next message begins a new window.
   await redis.del(counters)
   t.equal((await receiveCode()).reply.statusCode, 202)
   t.equal((await api.signUp(unused)).statusCode, 201)

@@ -173,7 +173,7 @@ export async function startTestbed(t: Test) {
     return JSON.parse(record)
   }
 
-  /** Makes a claim, or a running replay, older. So a lease expires without a wait. */
+  /** Makes a claim or a running replay older, so that a test need not wait for the end of its lease. */
   async function ageClaim(mobile: string, ms: number): Promise<void> {
     const record = await readClaimRecord(mobile)
     const start = record.state === 'done' ? 'checking' : 'at'

@@ -1,9 +1,10 @@
-import { createHmac, hkdfSync, randomInt } from 'node:crypto'
+import { createHmac, randomInt } from 'node:crypto'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
 import type { Observer } from '../telemetry/observer.js'
+import { deriveKeys } from './derived-keys.js'
 import { guessBudgets, unusedCodeLimits } from './limits.js'
 import * as scripts from './scripts.js'
 import { Tickets } from './tickets.js'
@@ -66,7 +67,7 @@ export type ClaimResult =
   | { readonly state: 'in_progress' }
   /** The code is absent, expired, used, for another purpose, or wrong. */
   | { readonly state: 'wrong' }
-  /** The guesser may present no code for a while, not even the right one. */
+  /** The guesser has no wrong codes left, so no code is compared, not even the right one. */
   | { readonly state: 'spent'; readonly retryAfterSeconds: number }
 
 /** A code to send. */
@@ -75,7 +76,7 @@ export interface IssuedCode {
   readonly code: string
   /** The remaining life of the code. */
   readonly ttlSeconds: number
-  /** What a new code has replaced; absent if the code was sent before. */
+  /** What the new code has replaced. Absent if the code is not new. */
   readonly replaced?: {
     readonly code: string | null
     /** As PTTL returns it: negative if the code had none. */
@@ -95,7 +96,7 @@ interface Codes {
   issue(mobile: string, purpose: CodePurpose | undefined, address: string): Promise<IssuedCode>
   /** Withdraws a new code that was certainly not sent, and puts the previous one back. */
   withdraw(issued: IssuedCode): Promise<void>
-  /** Returns the proof that its holder has asked for a code of the mobile. */
+  /** Returns a ticket: it proves that the client that sends it has asked for a code of the mobile. */
   createTicket(mobile: string): string
   /** Claims the code of a mobile. A wrong code costs the guesser; the code stays. */
   claim(mobile: string, presentedCode: string, purpose: CodePurpose, guesser: Guesser): Promise<ClaimResult>
@@ -112,8 +113,8 @@ interface Codes {
    */
   discard(claim: Claim): Promise<{ wasTakenOver: boolean }>
   /**
-   * Records the success, so that the same request can be replayed for 300 s. It gives the guesses at the mobile back, and
-   * the units of the code's messages in the limits on unused codes.
+   * Records the success, so that the same request can be replayed for 300 s. Resets the counts of wrong codes for the mobile,
+   * and refunds the limits on unused codes for each message with this code.
    */
   complete(claim: Claim, userId: string): Promise<void>
   /** Ends a replay, so that the next one can begin. After two wrong passwords the code cannot be replayed any more. */
@@ -185,11 +186,8 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
     // Twice the lease: a retry after the lease must still find the record.
     const pendingTtlMs = Math.max(replayTtlMs, 2 * leaseMs)
     // A MAC, because a plain hash of six digits is reversed at once. Whoever reads Redis must not learn a claimed code, which
-    // can be reclaimed or replayed. All secrets verify, so that retries survive a rotation. The text is part of the key: with
-    // another one, retries would fail during an upgrade.
-    const macKeys = sessionSecrets.map((secret) =>
-      Buffer.from(hkdfSync('sha256', secret, '', 'mobile-signup: code of an attempt', 32))
-    )
+    // can be reclaimed or replayed. All secrets verify, so that retries survive a rotation.
+    const macKeys = deriveKeys(sessionSecrets, 'mobile-signup: code of an attempt')
 
     const endClaim = (claim: Claim, options: { restoredCode: string; mayBeCommitted: boolean }) =>
       fastify.withRedis((redis) =>
@@ -207,10 +205,10 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
         )
       )
 
-    /** Gives the units of a used code back. Each was consumed before its message was sent. */
+    /** Refunds the limits on unused codes for each message with a code that has been used. */
     async function refundSends({ mobile, issue, claimId, claimedAt, isReclaim }: Claim): Promise<void> {
       const { sends = [] }: Issue = JSON.parse(issue)
-      // The first holder of the code may have given them back.
+      // The request that claimed the code before may have refunded them.
       if (sends.length === 0 || isReclaim) return
       observer?.onCodeUsed()
       await Promise.all(
@@ -225,17 +223,9 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       async issue(mobile, purpose, address) {
         const newCode = `${randomInt(1_000_000)}`.padStart(6, '0')
         const lifeMs = smsCodeTtlS * 1_000
-        const [network] = networksOf(address)
+        const [{ network }] = networksOf(address)
         const [code, ttlMs, ...replaced] = await fastify.withRedis((redis) =>
-          redis.issueCode(
-            codeKey(mobile),
-            issueKey(mobile),
-            newCode,
-            lifeMs,
-            purpose ?? '',
-            network?.network ?? '',
-            lifeMs / 2
-          )
+          redis.issueCode(codeKey(mobile), issueKey(mobile), newCode, lifeMs, purpose ?? '', network, lifeMs / 2)
         )
         const issued = { mobile, code, ttlSeconds: Math.floor(ttlMs / 1_000) }
         if (replaced.length === 0) return issued

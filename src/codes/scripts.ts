@@ -13,12 +13,12 @@
  *   checking   when a replay began to verify its password, until it has ended
  *   passwords  wrong passwords of replays
  *
- * The issue of a code that this service has made, JSON, as long as the code is there:
- *   code       the code; another code has no issue
+ * The issue of a code that this service has made, JSON. It has the TTL of the code:
+ *   code       the code that was issued; if another service has stored another code since, the issue does not apply
  *   purpose    sign_up or password; absent if the code is for both
- *   sends      for each message with the code: at, in µs of Redis's clock, and network, which asked for it
+ *   sends      for each message with the code: its time `at`, in µs of Redis's clock, and the `network` that asked for it
  *
- * The guesses, a hash: for each budget the wrong codes in its window, as `<number> <start of the window in µs>`.
+ * The guesses, a hash. Each field is a budget: the number of wrong codes in its window, and the start of the window in µs.
  *
  * A full Redis refuses the first write of a script if it needs memory. So such a write comes first: a script then changes
  * everything or nothing.

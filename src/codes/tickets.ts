@@ -1,8 +1,9 @@
-import { createHmac, hkdfSync, randomBytes, timingSafeEqual } from 'node:crypto'
+import { createHmac, randomBytes, timingSafeEqual } from 'node:crypto'
+import { deriveKeys } from './derived-keys.js'
 
 /**
- * How long a ticket is valid: as long as its wrong codes count, so that a ticket allows `SMS_CODE_ATTEMPTS` of them in its
- * whole life.
+ * How long a ticket is valid: as long as the window of its wrong codes. So a ticket allows `SMS_CODE_ATTEMPTS` wrong codes in
+ * its whole life.
  */
 const ttlMs = 3_600_000
 
@@ -10,15 +11,15 @@ const ttlMs = 3_600_000
 export const ticketMaxLength = 256
 
 /**
- * Tickets prove that the sender of a request is the one that asked for the code. A ticket is `<id>.<expiry>.<MAC>`, with the
- * expiry in ms since 1970 in base 36. Nothing of it is stored.
+ * A ticket proves that the client that sends it has asked for the code. Its format is `<id>.<expiry>.<MAC>`; the expiry is in
+ * ms since 1970, in base 36. Tickets are not stored.
  */
 export class Tickets {
   private readonly keys
 
   /** @param secrets the first one signs, all verify */
   constructor(secrets: readonly string[]) {
-    this.keys = secrets.map((secret) => Buffer.from(hkdfSync('sha256', secret, '', 'mobile-signup: ticket', 32)))
+    this.keys = deriveKeys(secrets, 'mobile-signup: ticket')
   }
 
   issue(mobile: string): string {

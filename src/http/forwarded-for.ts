@@ -3,12 +3,12 @@ import fp from 'fastify-plugin'
 /** How often at most the same warning is logged. */
 const intervalMs = 60_000
 
-/** Warns of a proxy that `TRUST_PROXY` does not name: all its clients share the limits of its address. */
+/** Logs a warning if a proxy that `TRUST_PROXY` does not name sends X-Forwarded-For: its clients share the limits of one address. */
 export const forwardedFor = fp(
   async (fastify) => {
     let lastWarningAt = Number.NEGATIVE_INFINITY
     fastify.addHook('onRequest', (request, _reply, done) => {
-      // `ips` has the address of the peer alone if the peer is not trusted, and is absent if nobody is.
+      // Without TRUST_PROXY, `ips` is absent. If the peer is not trusted, `ips` has only the address of the peer.
       const isIgnored = request.headers['x-forwarded-for'] !== undefined && (request.ips?.length ?? 1) === 1
       if (isIgnored && performance.now() - lastWarningAt >= intervalMs) {
         lastWarningAt = performance.now()

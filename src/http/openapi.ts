@@ -66,7 +66,7 @@ export const openapi = fp<{ config: Config }>(
     if (config.docs) {
       const { default: swaggerUi } = await import('@fastify/swagger-ui')
       await fastify.register(async (scope) => {
-        // The page's files come with a Cache-Control of their own.
+        // @fastify/static sets another Cache-Control on the files of the page.
         scope.addHook('onSend', async (_request, reply) => {
           reply.header('cache-control', 'no-store')
         })

@@ -35,7 +35,7 @@ interface Sessions {
   end(request: FastifyRequest, reply: FastifyReply): Promise<void>
   /** Ends all sessions of a user that have an older epoch, also those that are stored later. */
   endBefore(userId: string, epoch: number): Promise<void>
-  /** Logs the user of the request's session out everywhere. Only in the scope of `loadSession`. */
+  /** Ends all sessions of the user to whom the request's session belongs. Only in the scope of `loadSession`. */
   endEverywhere(request: FastifyRequest): Promise<void>
   /** The options of @fastify/session, for `loadSession`. */
   readonly options: fastifySession.FastifySessionOptions & { cookieName: string; secret: Signer }
@@ -198,7 +198,7 @@ export const sessions = fp<{ config: Config }>(
           epoch
         }
         try {
-          // In one round trip, but in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
+          // In one round trip, except in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
           // here, or whoever ends the epoch finds the session in the index and destroys it.
           const stored = store(sessionId, session)
           if (fastify.isRedisCluster) await stored

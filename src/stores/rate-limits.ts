@@ -48,7 +48,7 @@ declare module 'ioredis' {
 
 /**
  * ARGV: 1 to consume or 0 to look, and for each key its maximum and its window in ms. Returns 0, or the ms until there is
- * room and the number of the key with the longest wait. If another service wrote something that is not a number, the limit
+ * room, and the number of the key with the longest wait. If another service wrote something that is not a number, the limit
  * counts as exhausted.
  */
 const consumeLimits = `
@@ -88,9 +88,8 @@ export const rateLimits = fp<{ observer?: Observer | undefined }>(
 
     // In a Cluster a script runs on one slot. There the limits of each slot are consumed in turn, and refunded if a later one
     // is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
-    const slotOf = ({ key }: Limit) => /\{(.+?)\}/.exec(key)?.[1] ?? key
+    const slotOf = ({ key }: Limit) => (fastify.isRedisCluster ? (/\{(.+?)\}/.exec(key)?.[1] ?? key) : '')
     function groupsOf(limits: readonly Limit[]): Limit[][] {
-      if (!fastify.isRedisCluster) return [[...limits]]
       const slots = new Set(limits.map(slotOf))
       return [...slots].map((slot) => limits.filter((limit) => slotOf(limit) === slot))
     }
@@ -112,17 +111,15 @@ export const rateLimits = fp<{ observer?: Observer | undefined }>(
 
     fastify.decorate('rateLimits', {
       async consume(limits) {
-        if (limits.length === 0) return 0
         const consumed: Limit[][] = []
-        const refundConsumed = (consumedAt: number) =>
-          Promise.all(consumed.map((group) => refundGroup(group, consumedAt)))
+        const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, performance.now())))
         for (const group of groupsOf(limits)) {
           const answer = await consumeGroup(group, 'consume').catch(async (error) => {
-            await refundConsumed(performance.now())
+            await refundConsumed()
             throw error
           })
           if (answer.waitMs > 0) {
-            await refundConsumed(performance.now())
+            await refundConsumed()
             if (answer.limit) observer?.onLimitReached(answer.limit.name)
             return Math.ceil(answer.waitMs / 1_000)
           }
@@ -131,12 +128,10 @@ export const rateLimits = fp<{ observer?: Observer | undefined }>(
         return 0
       },
       async retryAfterSeconds(limits) {
-        if (limits.length === 0) return 0
         const answers = await Promise.all(groupsOf(limits).map((group) => consumeGroup(group, 'look')))
-        return Math.ceil(Math.max(...answers.map(({ waitMs }) => waitMs)) / 1_000)
+        return Math.ceil(Math.max(0, ...answers.map(({ waitMs }) => waitMs)) / 1_000)
       },
       async refund(limits, consumedAt) {
-        if (limits.length === 0) return
         await Promise.all(groupsOf(limits).map((group) => refundGroup(group, consumedAt)))
       },
       async reset(limits) {

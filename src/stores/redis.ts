@@ -50,7 +50,7 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
     fastify.addHook('onClose', () => {
       client.disconnect()
-      // ioredis 6.0.0 refreshes the slots for ever if it is closed during a refresh. The process would not end.
+      // If ioredis 6.0.0 is closed while it refreshes the slots, it refreshes them for ever, and the process does not end.
       if (client instanceof Cluster) client.refreshSlotsCache = () => undefined
     })
     await waitForStore('Redis', async () => {

@@ -53,7 +53,7 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
 
 /** Whether fetch failed before it sent anything: the name was not found, or no connection was made to any address. */
 function hasNotConnected(error: unknown): boolean {
-  const cause = error instanceof Error ? error.cause : undefined
+  const cause = causeOf(error)
   const attempts: unknown[] = cause instanceof AggregateError ? cause.errors : [cause]
   return attempts.every(
     (attempt) =>
@@ -66,9 +66,11 @@ function hasNotConnected(error: unknown): boolean {
 
 /** Returns why fetch failed: a code of the system, of undici or of its parser. */
 function errorCodeOf(error: unknown): string {
-  const cause = error instanceof Error ? error.cause : undefined
+  const cause = causeOf(error)
   return typeof cause === 'object' && cause !== null && 'code' in cause ? String(cause.code) : 'unknown'
 }
+
+const causeOf = (error: unknown): unknown => (error instanceof Error ? error.cause : undefined)
 
 function sign(body: string, secret: string): string {
   const seconds = Math.floor(Date.now() / 1_000)

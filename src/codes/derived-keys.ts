@@ -1,0 +1,9 @@
+import { hkdfSync } from 'node:crypto'
+
+/**
+ * Derives a key of 32 bytes from each secret, in the order of the secrets.
+ *
+ * @param purpose separates the keys of different uses; with another text, nothing made before can be verified
+ */
+export const deriveKeys = (secrets: readonly string[], purpose: string): Buffer[] =>
+  secrets.map((secret) => Buffer.from(hkdfSync('sha256', secret, '', purpose, 32)))
