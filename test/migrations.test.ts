@@ -1,4 +1,5 @@
 import { execFile } from 'node:child_process'
+import { readFile } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import pg from 'pg'
@@ -6,7 +7,7 @@ import t from 'tap'
 import { migrate } from '../dist/stores/migrations.js'
 import { startTestbed } from '../testkit/testbed.js'
 
-const { stores, postgres } = await startTestbed(t)
+const { stores, postgres, newMobile } = await startTestbed(t)
 
 /** Creates an empty database, and returns its URL. */
 async function createDatabase(name: string): Promise<string> {
@@ -19,7 +20,7 @@ async function createDatabase(name: string): Promise<string> {
 t.test('parallel migrations of an empty database do not collide', async (t) => {
   const url = await createDatabase('parallel')
   const applied = await Promise.all(Array.from({ length: 8 }, () => migrate(url)))
-  t.strictSame(applied.flat(), ['0001_users', '0002_session_epoch'], 'each migration is applied once')
+  t.strictSame(applied.flat(), ['0001_users', '0002_session_epoch', '0003_user_ids'], 'each migration is applied once')
 
   const client = new pg.Client(url)
   await client.connect()
@@ -41,6 +42,58 @@ t.test('parallel migrations of an empty database do not collide', async (t) => {
   )
 })
 
+t.test('G2: an id has the time, so it is new although the counter goes back, as after a failover', async (t) => {
+  const idOf = async () => {
+    const { rows } = await postgres.query(
+      `INSERT INTO users (name, mobile, password_hash) VALUES ('n', $1, 'h') RETURNING id`,
+      [newMobile()]
+    )
+    return BigInt(rows[0].id)
+  }
+  await postgres.query(`SELECT setval('user_id_counter', 4194302)`)
+  const ids = [await idOf(), await idOf(), await idOf()]
+  await postgres.query(`SELECT setval('user_id_counter', 4194302)`)
+  ids.push(await idOf(), await idOf())
+  t.equal(new Set(ids).size, ids.length)
+  t.strictSame(
+    ids.map((id) => id & 4_194_303n),
+    [4_194_303n, 0n, 1n, 4_194_303n, 0n],
+    'the counter wraps'
+  )
+  for (const id of ids) {
+    const ageMs = Date.now() - (Number(id >> 22n) + Date.UTC(2024))
+    t.ok(Math.abs(ageMs) < 300_000, 'the rest is the time in milliseconds since 2024')
+  }
+})
+
+t.test(
+  'users of a former version keep their ids, and a role that may only use the table can insert users',
+  async (t) => {
+    const url = await createDatabase('former')
+    const client = new pg.Client(url)
+    await client.connect()
+    const sql = (name: string) => readFile(new URL(`../sql/${name}.sql`, import.meta.url), 'utf8')
+    const insert = (mobile: string) =>
+      client.query(`INSERT INTO users (name, mobile, password_hash) VALUES ('n', $1, 'h') RETURNING id`, [mobile])
+    const inTransaction = (text: string) => client.query(`BEGIN; ${text} COMMIT`)
+    await inTransaction(await sql('0001_users'))
+    await inTransaction(await sql('0002_session_epoch'))
+    await insert('1')
+    await insert('2')
+    await client.query('CREATE ROLE restricted; GRANT SELECT, INSERT ON users TO restricted')
+    await inTransaction(await sql('0003_user_ids'))
+    await client.query('SET ROLE restricted')
+    await insert('3')
+    const { rows } = await client.query('SELECT mobile, id FROM users ORDER BY id')
+    await client.end()
+    t.match(rows, [
+      { mobile: '1', id: '1' },
+      { mobile: '2', id: '2' },
+      { mobile: '3', id: /^\d{15,19}$/ }
+    ])
+  }
+)
+
 t.test('a migration fails with the reason of Postgres', async (t) => {
   await t.rejects(migrate(stores.databaseUrl.replace(/:[0-9a-f]+@/, ':wrong@')), /password authentication failed/)
 })
@@ -50,7 +103,7 @@ t.test('the migrate command applies pending migrations and prints their names', 
   const command = fileURLToPath(new URL('../dist/migrate.js', import.meta.url))
   const run = (env: Record<string, string>) => promisify(execFile)(process.execPath, [command], { env })
 
-  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users, 0002_session_epoch\n')
+  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users, 0002_session_epoch, 0003_user_ids\n')
   t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: nothing was pending\n')
   await t.rejects(run({}), {
     code: 1,

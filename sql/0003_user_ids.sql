@@ -1,0 +1,11 @@
+-- An id is time and a counter: 41 bits of milliseconds since 2024, then 22 bits of a sequence. After a failover or a restore
+-- the sequence may have gone back, because Postgres logs it 32 values ahead. The time has not, so no id is given twice.
+SET LOCAL lock_timeout = '5s';
+CREATE SEQUENCE user_id_counter AS integer MINVALUE 0 MAXVALUE 4194303 CYCLE;
+-- A role that may only insert users needs it. An identity column needs no such grant.
+GRANT USAGE ON SEQUENCE user_id_counter TO PUBLIC;
+ALTER TABLE users
+  ALTER COLUMN id DROP IDENTITY,
+  ALTER COLUMN id SET DEFAULT
+    ((extract(epoch FROM clock_timestamp()) * 1000)::bigint - 1704067200000) << 22 | nextval('user_id_counter');
+ALTER SEQUENCE user_id_counter OWNED BY users.id;
