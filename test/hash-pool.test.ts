@@ -166,7 +166,7 @@ t.test('a client that disconnects while its sign-up waits is not hashed, and its
 })
 
 t.test('shutdown waits for sign-ups whose clients have disconnected, and restores their codes', async (t) => {
-  const app = await build(t, { ...oneThread, HASH_MEMORY_KIB: '65536', HASH_PASSES: '2', HASH_MAX_WAIT_MS: '600000' })
+  const app = await build(t, { ...oneThread, HASH_MAX_WAIT_MS: '600000' })
   await app.listen({ port: 0 })
   const [started, waiting] = [await signUpBody(), await signUpBody()]
   const occupied = occupyThread(app)
