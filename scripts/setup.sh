@@ -52,5 +52,7 @@ if [ "${1:-}" = tests ]; then
   # testkit/browser.ts looks for these.
   need chromium 'chromium chromium-browser google-chrome'
   need openssl openssl
+  # testkit/pooler.ts looks for it.
+  need pgbouncer pgbouncer
 fi
 echo 'setup: done'

@@ -103,6 +103,6 @@ const metricsSources = ({ passwords, postgres }: FastifyInstance) => ({
 })
 
 const healthChecks = ({ postgres, withRedis }: FastifyInstance) => ({
-  Postgres: () => postgres.ping(),
+  Postgres: () => postgres.checkWritable(),
   Redis: () => withRedis((redis) => redis.ping())
 })

@@ -74,7 +74,7 @@ t.test('a server-side failure restores the code, and a retry is safe before and 
   const { reset, userId } = await registerUser()
   const codeKey = `sms_code_${reset.mobile}`
   await redis.pexpire(codeKey, 200_000)
-  proxy.strike('set_password', { kind: 'drop reply' })
+  proxy.strike(reset.mobile, { kind: 'drop reply' })
   t.equal((await client(app).resetPassword(reset)).statusCode, 503)
   t.equal(await redis.get(codeKey), reset.sms_code)
   const ttlMs = await redis.pttl(codeKey)

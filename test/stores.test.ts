@@ -8,7 +8,7 @@ import { retried, until } from '../testkit/until.js'
  * While a store fails, requests are refused at once. When it is back, it is used again.
  */
 
-const { build, holdRedisWrites, openProxy, postgres, redis, signUpBody } = await startTestbed(t)
+const { build, holdRedisWrites, log, openProxy, postgres, redis, signUpBody, stores } = await startTestbed(t)
 
 const storeTimeoutMs = 1_000
 
@@ -133,11 +133,67 @@ t.test('a Redis connection is also dropped if it has answered another command me
   await untilRedisHasClosed(connectionId)
 })
 
+/** Returns the process ids of the servers behind the connections of an application, which has one connection. */
+async function backendOf({ postgres }: FastifyInstance): Promise<number | undefined> {
+  const backendId = { name: 'backend_id', text: 'SELECT pg_backend_pid() AS id' }
+  return (await postgres.query<{ id: number }>(backendId, [])).rows[0]?.id
+}
+
+t.test('an SQL error does not cost the connection, also if Postgres has cancelled the statement', async (t) => {
+  const app = await build(t, { PG_POOL_MAX: '1', STORE_TIMEOUT_MS: '30000' })
+  const backend = await backendOf(app)
+  await t.rejects(app.postgres.query({ name: 'fails', text: 'SELECT 1 / 0' }, []), {
+    cause: { message: 'division by zero' }
+  })
+  await app.postgres.query({ name: 'timeout', text: 'SET statement_timeout = 1' }, [])
+  await t.rejects(app.postgres.query({ name: 'sleeps', text: 'SELECT pg_sleep(60)' }, []), {
+    cause: { message: 'canceling statement due to statement timeout' }
+  })
+  t.equal(await backendOf(app), backend)
+})
+
+t.test(
+  'a connection to a Postgres that is read-only or ends it is dropped, and the check of Postgres fails',
+  async (t) => {
+    const app = await build(t, { PG_POOL_MAX: '1', STORE_TIMEOUT_MS: '30000' })
+    const setReadOnly = { name: 'set_read_only', text: 'SET default_transaction_read_only = on' }
+    const { signUp } = client(app)
+
+    const first = await backendOf(app)
+    await app.postgres.query(setReadOnly, [])
+    const body = await signUpBody()
+    t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+    t.equal((await signUp(body)).statusCode, 201, 'the next connection is used')
+    const second = await backendOf(app)
+    t.not(second, first)
+
+    await app.postgres.query(setReadOnly, [])
+    await t.rejects(app.postgres.checkWritable(), { cause: { message: 'Postgres is read-only' } })
+    t.not(await backendOf(app), second)
+    await app.postgres.checkWritable()
+  }
+)
+
+t.test('with a pooler, a start warns if Postgres has no statement_timeout', async (t) => {
+  const warning = /Postgres has no statement_timeout/
+  for (const [timeout, warns] of [
+    ['0', true],
+    ['5s', true],
+    ['900ms', false]
+  ] as const) {
+    const url = new URL(stores.databaseUrl)
+    url.searchParams.set('options', `-c statement_timeout=${timeout}`)
+    const before = log().length
+    await build(t, { DATABASE_URL: url.href, PG_POOLER: 'transaction' })
+    t.equal(warning.test(log().slice(before)), warns, timeout)
+  }
+})
+
 t.test('an idle Postgres connection that fails does not end the process', async (t) => {
   const app = await build(t)
-  const backendId = { name: 'backend_id', text: 'SELECT pg_backend_pid() AS id' }
-  const { rows } = await app.postgres.query<{ id: number }>(backendId, [])
-  const result = await postgres.query('SELECT pg_terminate_backend($1, 10000) AS "isTerminated"', [rows[0]?.id])
+  const result = await postgres.query('SELECT pg_terminate_backend($1, 10000) AS "isTerminated"', [
+    await backendOf(app)
+  ])
   t.strictSame(result.rows, [{ isTerminated: true }])
   const body = await signUpBody()
   t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)

@@ -48,7 +48,8 @@ async function startServer(t: Test, options: ServerOptions): Promise<RedisServer
   })
   admin.on('error', () => undefined)
   const command = { command: [redisBinary(), configFile, ...options.arguments], identity: {} }
-  const server = await GuardedServer.start('Redis', command, join(directory, 'log'), () => admin.connect())
+  const server = GuardedServer.spawn('Redis', command, join(directory, 'log'))
+  await server.untilReady(() => admin.connect())
   t.teardown(async () => {
     admin.disconnect()
     await server.stop()

@@ -5,6 +5,7 @@ import { type BuildOptions, buildApp } from '../dist/app.js'
 import { type Config, type Environment, loadConfig } from '../dist/config/config.js'
 import type { Reply } from './client.js'
 import { FaultProxy } from './fault-proxy.js'
+import { startPooler } from './pooler.js'
 import { startStores } from './private-stores.js'
 import { ServerProcess } from './server-process.js'
 import { until } from './until.js'
@@ -18,10 +19,17 @@ export type SignUpBody = Awaited<ReturnType<Testbed['signUpBody']>>
 /**
  * Starts private stores for a test file, and stops them at its end. Then it checks the log of every application that the file
  * has built: it contains no secret (guarantee G7), and OpenAPI describes every outcome in it.
+ *
+ * With TESTBED_POOLER the applications connect to Postgres through a PgBouncer in transaction mode (test/pooler.test.ts).
  */
 export async function startTestbed(t: Test) {
   const stores = await startStores()
   const { postgres, redis } = stores
+  const pooler = process.env.TESTBED_POOLER ? await startPooler(stores.databaseUrl) : undefined
+  const environment: Record<string, string> = {
+    ...stores.environment,
+    ...(pooler && { DATABASE_URL: pooler.url, PG_POOLER: 'transaction' })
+  }
 
   let log = ''
   const logStream = {
@@ -34,6 +42,7 @@ export async function startTestbed(t: Test) {
   const describedOutcomes = new Map<string, Set<string>>()
 
   t.teardown(async () => {
+    await pooler?.stop()
     await stores.stop()
     const leaked = [...secrets].filter((secret) => log.includes(secret))
     if (leaked.length > 0)
@@ -55,7 +64,7 @@ export async function startTestbed(t: Test) {
   }
 
   function config(env: Environment = {}): Config {
-    return loadConfig({ ...stores.environment, ...fastSettings, ...env })
+    return loadConfig({ ...environment, ...fastSettings, ...env })
   }
 
   /**
@@ -88,14 +97,14 @@ export async function startTestbed(t: Test) {
 
   /** Starts the built service as a process on the private stores, and kills it after the test. */
   function startService(t: Test, env: Environment = {}): ServerProcess {
-    const service = ServerProcess.start(undefined, { env: { ...fastSettings, ...stores.environment, ...env } })
+    const service = ServerProcess.start(undefined, { env: { ...fastSettings, ...environment, ...env } })
     t.teardown(() => service.dispose())
     return service
   }
 
   /** Opens a fault proxy in front of a store, and closes it after the test. */
   async function openProxy(t: Test, store: 'DATABASE_URL' | 'REDIS_URL'): Promise<FaultProxy> {
-    const proxy = await FaultProxy.open(store === 'REDIS_URL' ? stores.redisUrl : stores.databaseUrl)
+    const proxy = await FaultProxy.open(environment[store] ?? '')
     t.teardown(() => proxy.close())
     return proxy
   }

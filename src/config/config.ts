@@ -59,6 +59,12 @@ type Read = <T>(name: string, parser: Parser<T>, whenAbsent: T, meaning: string,
 
 /** Every variable but NODE_ENV: its field, name, parser, default and meaning. docs/configuration.md lists the same. */
 export function readVariables(read: Read, production: boolean) {
+  const pgPooler = read(
+    'PG_POOLER',
+    oneOf('none', 'transaction'),
+    'none',
+    '`transaction`: between the service and Postgres is a pooler in transaction mode, such as PgBouncer. See [operating.md](operating.md#poolers).'
+  )
   return {
     port: read('PORT', integer(0, 65_535), 3000, 'Port to listen on; 0 takes a free one.'),
     host: read('HOST', hostName, '127.0.0.1', 'Address to listen on.'),
@@ -189,6 +195,7 @@ export function readVariables(read: Read, production: boolean) {
       2_000,
       'A request whose hash would wait longer is refused with 503 `4500`. Milliseconds.'
     ),
+    pgPooler,
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10, 'Connections to Postgres.'),
     storeTimeoutMs: read(
       'STORE_TIMEOUT_MS',
@@ -227,7 +234,13 @@ export function readVariables(read: Read, production: boolean) {
       15_000,
       'The longest that the shutdown may take after that, in milliseconds.'
     ),
-    migrate: read('MIGRATE', trueOrFalse, true, 'Whether a start applies pending migrations.')
+    migrate: read(
+      'MIGRATE',
+      trueOrFalse,
+      pgPooler === 'none',
+      'Whether a start applies pending migrations. It must not with a pooler, so the default is then `false`.',
+      'true'
+    )
   }
 }
 
@@ -290,6 +303,9 @@ export function loadConfig(environment: Environment, embeddedStores?: Environmen
   const variables = readVariables(environmentReader(env, faults), production)
   const config: Config = { ...variables, production, embedded: embeddedStores !== undefined }
   faults.push(...storeFaults(env, production))
+  if (config.pgPooler === 'transaction' && config.migrate) {
+    faults.push('MIGRATE: is true; expected false with PG_POOLER=transaction: migrate over a direct connection')
+  }
   if (production) faults.push(...productionFaults(env, config))
   if (faults.length > 0) throw new ConfigError(faults)
   return Object.freeze(config)

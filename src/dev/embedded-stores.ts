@@ -1,4 +1,4 @@
-import { spawnSync } from 'node:child_process'
+import { execFile, type PromiseWithChild } from 'node:child_process'
 import { randomBytes, randomInt } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { chown, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
@@ -7,6 +7,7 @@ import { createServer } from 'node:net'
 import { arch, platform } from 'node:os'
 import { dirname, join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
 import type { Environment } from '../config/config.js'
@@ -20,6 +21,8 @@ import { findProgram } from './programs.js'
 export class EmbeddedStores {
   private postgres: GuardedServer | undefined
   private redis: GuardedServer | undefined
+  private initdb: PromiseWithChild<unknown> | undefined
+  private isStopped = false
 
   private constructor(
     private readonly directory: string,
@@ -58,14 +61,18 @@ export class EmbeddedStores {
     try {
       // Postgres first: it locks the folder, so a second service there fails before it starts a Redis.
       await this.startPostgres()
-      this.redis = await this.startRedis()
+      await this.startRedis()
     } catch (error) {
       await this.stop()
       throw error
     }
   }
 
+  /** Stops both, also if they are still starting. Then `start` rejects. */
   async stop(): Promise<void> {
+    this.isStopped = true
+    this.initdb?.child.kill()
+    await this.initdb?.catch(() => undefined)
     await Promise.all([this.stopPostgres(), this.redis?.stop()])
   }
 
@@ -79,7 +86,9 @@ export class EmbeddedStores {
     const options = ['listen_addresses=127.0.0.1', 'unix_socket_directories=', `port=${this.postgresPort}`]
     const command = [postgresBinary('postgres'), '-D', data, ...options.flatMap((option) => ['-c', option])]
     const logFile = join(this.directory, 'postgres.log')
-    this.postgres = await GuardedServer.start('Postgres', unprivileged(command), logFile, async () => {
+    this.assertNotStopped()
+    this.postgres = GuardedServer.spawn('Postgres', unprivileged(command), logFile)
+    await this.postgres.untilReady(async () => {
       const client = new pg.Client(this.databaseUrl)
       await client.connect()
       await client.end()
@@ -103,12 +112,15 @@ export class EmbeddedStores {
       '--locale=C'
     ])
     const [program = '', ...args] = command
-    const { status, stderr, error } = spawnSync(program, args, { encoding: 'utf8', ...identity })
-    if (status !== 0) throw new Error(`initdb failed: ${error?.message ?? stderr.trim().split('\n').at(-1)}`)
+    this.assertNotStopped()
+    this.initdb = promisify(execFile)(program, args, identity)
+    await this.initdb.catch(({ stderr, message }: { stderr?: string; message: string }) => {
+      throw new Error(`initdb failed: ${stderr?.trim().split('\n').at(-1) || message}`)
+    })
     await rename(unfinished, data)
   }
 
-  private async startRedis(): Promise<GuardedServer> {
+  private async startRedis(): Promise<void> {
     const data = join(this.directory, 'redis')
     await mkdir(data, { recursive: true })
     const config = join(this.directory, 'redis.conf')
@@ -119,12 +131,18 @@ export class EmbeddedStores {
       { mode: 0o600 }
     )
     const server = { command: [redisBinary(), config], identity: {} }
-    return GuardedServer.start('Redis', server, join(this.directory, 'redis.log'), async () => {
+    this.assertNotStopped()
+    this.redis = GuardedServer.spawn('Redis', server, join(this.directory, 'redis.log'))
+    await this.redis.untilReady(async () => {
       const client = new Redis(this.redisUrl, { lazyConnect: true, retryStrategy: () => null })
       client.on('error', () => undefined)
       await client.connect()
       client.disconnect()
     })
+  }
+
+  private assertNotStopped(): void {
+    if (this.isStopped) throw new Error('the private stores were stopped')
   }
 }
 

@@ -1,18 +1,19 @@
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { open, readFile } from 'node:fs/promises'
+import { closeSync, openSync } from 'node:fs'
+import { readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 
 /**
- * Runs its arguments as a server, and interrupts it when standard input ends. The input is a pipe from this process, which
- * ends even with SIGKILL, so no server is left behind.
+ * Becomes the server that its arguments name. A second process interrupts it when standard input ends. The input is a pipe
+ * from this process, which ends even with SIGKILL, so no server is left behind.
+ *
+ * The server must not be the background process: a shell lets those ignore SIGINT until they have their own handler.
  */
 const guardScript = `
   exec 3<&0
-  "$@" </dev/null 3<&- &
-  server=$!
-  { read -r _ <&3; kill -INT "$server"; } 2>/dev/null &
-  wait "$server"
+  { read -r _ <&3; kill -INT $$; } 2>/dev/null &
+  exec "$@" </dev/null 3<&-
 `
 
 /** The uid and gid of `nobody` on every Linux. */
@@ -65,32 +66,25 @@ export class GuardedServer {
     private readonly logFile: string
   ) {}
 
+  static spawn(name: string, { command, identity }: ServerCommand, logFile: string): GuardedServer {
+    const log = openSync(logFile, 'a')
+    const child = spawn('/bin/sh', ['-c', guardScript, name, ...command], {
+      // A process group of its own: Ctrl-C in the terminal is for the service, which stops its servers last.
+      detached: true,
+      stdio: ['pipe', log, log],
+      env: { ...process.env, LC_ALL: 'C' },
+      ...identity
+    })
+    closeSync(log)
+    child.once('exit', () => child.stdin?.destroy())
+    return new GuardedServer(name, child, logFile)
+  }
+
   /**
    * @param connect resolves when the server answers, and rejects until then
    * @throws {Error} with the last error of the server's log, if the server ends or does not answer in time
    */
-  static async start(
-    name: string,
-    { command, identity }: ServerCommand,
-    logFile: string,
-    connect: () => Promise<unknown>
-  ): Promise<GuardedServer> {
-    const log = await open(logFile, 'a')
-    const child = spawn('/bin/sh', ['-c', guardScript, name, ...command], {
-      // A process group of its own: Ctrl-C in the terminal is for the service, which stops its servers last.
-      detached: true,
-      stdio: ['pipe', log.fd, log.fd],
-      env: { ...process.env, LC_ALL: 'C' },
-      ...identity
-    })
-    await log.close()
-    const server = new GuardedServer(name, child, logFile)
-    child.once('exit', () => child.stdin?.destroy())
-    await server.waitUntilReady(connect)
-    return server
-  }
-
-  private async waitUntilReady(connect: () => Promise<unknown>): Promise<void> {
+  async untilReady(connect: () => Promise<unknown>): Promise<void> {
     const deadline = Date.now() + serverTimeoutMs
     for (;;) {
       try {

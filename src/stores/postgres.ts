@@ -1,7 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import fastifyPostgres from '@fastify/postgres'
+import type { FastifyInstance } from 'fastify'
 import fp from 'fastify-plugin'
-import pg, { type ClientConfig, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
+import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
 import type { Config } from '../config/config.js'
 import { Refusal } from '../outcomes.js'
 import { redactError } from '../telemetry/log.js'
@@ -23,8 +24,8 @@ interface Postgres {
   assertAvailable(): void
   /** Counts the connections of the pool, the idle ones, and the statements that wait for one. */
   connections(): { total: number; idle: number; waiting: number }
-  /** Checks that Postgres answers. */
-  ping(): Promise<unknown>
+  /** @throws if Postgres does not answer, or is read-only */
+  checkWritable(): Promise<void>
 }
 
 declare module 'fastify' {
@@ -39,25 +40,54 @@ const poolName = 'mobileSignup'
 /** The longest pause between two probes of a Postgres that does not answer. */
 const probeIntervalMaxMs = 1_000
 
-const selectOne: NamedStatement = { name: 'ping', text: 'SELECT 1' }
+const isReadOnly: NamedStatement = {
+  name: 'is_read_only',
+  text: `SELECT current_setting('transaction_read_only') = 'on' AS "isReadOnly"`
+}
 
 export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
-  async (fastify, { config: { databaseUrl, pgPoolMax, storeTimeoutMs }, observer }) => {
+  async (fastify, { config: { databaseUrl, pgPooler, pgPoolMax, storeTimeoutMs }, observer }) => {
+    // A transaction pooler gives each statement another connection to Postgres. So it knows no prepared statement of ours, and
+    // it refuses `statement_timeout` as a startup parameter.
+    const hasPooler = pgPooler === 'transaction'
     const connection = {
       connectionString: databaseUrl,
       application_name: 'mobile-signup',
       connectionTimeoutMillis: storeTimeoutMs,
       query_timeout: storeTimeoutMs,
-      statement_timeout: storeTimeoutMs
+      ...(!hasPooler && { statement_timeout: storeTimeoutMs })
     }
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
-    const pool = fastify.pg[poolName]?.pool
-    if (pool === undefined) throw new Error('@fastify/postgres created no pool')
+    const pool = poolOf(fastify)
 
-    // Without this listener, an idle connection that fails ends the process.
-    pool.on('error', (err) => fastify.log.warn({ err }, 'an idle Postgres connection failed'))
+    // Without these listeners, a connection that fails ends the process: one for idle connections, and one for those in use.
+    pool.on('error', (err) => fastify.log.warn({ err, store: 'postgres' }, 'an idle Postgres connection failed'))
+    pool.on('connect', (client) => client.on('error', () => undefined))
 
-    await waitForStore('Postgres', () => pool.query(selectOne.text))
+    /** @param check rejects a result that shows that the connection must not be used again */
+    async function runOnPool<Row extends QueryResultRow>(
+      { name, text }: NamedStatement,
+      values: unknown[],
+      check?: (rows: Row[]) => void
+    ) {
+      const client = await pool.connect()
+      try {
+        const result = await client.query<Row>({ ...(!hasPooler && { name }), text, values })
+        check?.(result.rows)
+        client.release()
+        return result
+      } catch (error) {
+        client.release(!isUsableAfter(error))
+        throw error
+      }
+    }
+
+    await waitForStore('Postgres', () => pool.query('SELECT 1'))
+    if (hasPooler && !(await hasStatementTimeout(pool, storeTimeoutMs))) {
+      fastify.log.warn(
+        'Postgres has no statement_timeout of at most STORE_TIMEOUT_MS: a refused request may still be committed later'
+      )
+    }
 
     // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
     // SQL error) a separate connection probes Postgres. If the probe fails, too, statements fail at once until one succeeds.
@@ -75,6 +105,7 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     async function probeUntilAvailable(): Promise<void> {
       if (isProbing) return
       isProbing = true
+      let isLogged = false
       while (!isClosed) {
         await breaker
           .execute(() => probe(connection))
@@ -82,8 +113,11 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
             lastProbeError = error
           })
         if (!breaker.isOpen) break
+        if (!isLogged) fastify.log.warn({ err: lastProbeError }, 'Postgres does not answer')
+        isLogged = true
         await sleep(Math.random() * probeIntervalMaxMs, undefined, { ref: false })
       }
+      if (isLogged) fastify.log.info('Postgres answers again')
       isProbing = false
     }
 
@@ -91,10 +125,14 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       if (breaker.isOpen) throw new Refusal('storage_unavailable', redactError(lastProbeError))
     }
 
-    const query = async <Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]) => {
+    const query = async <Row extends QueryResultRow>(
+      statement: NamedStatement,
+      values: unknown[],
+      check?: (rows: Row[]) => void
+    ) => {
       assertAvailable()
       try {
-        return await observeRoundTrip(observer, 'postgres', pool.query<Row>({ ...statement, values }))
+        return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
       } catch (cause) {
         if (!(cause instanceof pg.DatabaseError)) probeUntilAvailable()
         throw new Refusal('storage_unavailable', redactError(cause))
@@ -105,11 +143,38 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       query,
       assertAvailable,
       connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: pool.waitingCount }),
-      ping: () => query(selectOne, [])
+      async checkWritable() {
+        await query<{ isReadOnly: boolean }>(isReadOnly, [], ([row]) => {
+          if (row?.isReadOnly) throw new Error('Postgres is read-only')
+        })
+      }
     } satisfies Postgres)
   },
   { fastify: '5.x', name: 'postgres' }
 )
+
+function poolOf(fastify: FastifyInstance): Pool {
+  const pool = fastify.pg[poolName]?.pool
+  if (pool === undefined) throw new Error('@fastify/postgres created no pool')
+  return pool
+}
+
+async function hasStatementTimeout(pool: Pool, storeTimeoutMs: number): Promise<boolean> {
+  const { rowCount } = await pool.query(
+    `SELECT 1 FROM pg_settings WHERE name = 'statement_timeout' AND setting::int BETWEEN 1 AND $1`,
+    [storeTimeoutMs]
+  )
+  return rowCount === 1
+}
+
+/**
+ * Whether a connection can be used again after an error. An SQL error leaves it usable. If each of them cost a connection,
+ * errors of one part of the database would become a storm of reconnections. Not usable are connections that Postgres ends
+ * (57P01 to 57P05) and those to a server that is read-only (25006): it is no longer the primary.
+ */
+function isUsableAfter(error: unknown): boolean {
+  return error instanceof pg.DatabaseError && error.severity === 'ERROR' && !/^(57P|25006)/.test(error.code ?? '')
+}
 
 /** @throws if Postgres does not answer on a new connection */
 async function probe(connection: ClientConfig): Promise<void> {
@@ -118,7 +183,7 @@ async function probe(connection: ClientConfig): Promise<void> {
   client.on('error', () => undefined)
   try {
     await client.connect()
-    await client.query(selectOne.text)
+    await client.query('SELECT 1')
   } finally {
     client.end().catch(() => undefined)
   }
