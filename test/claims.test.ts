@@ -28,6 +28,7 @@ const passwordsThatHashAfter = (beforeHash: () => Promise<unknown>) =>
         verify: (phc, password) => verify(phc ?? '', password),
         queueLength: 0,
         expectedWaitMs: 0,
+        isAvailable: true,
         isOutdated: () => false,
         async hash(password) {
           await beforeHash()
@@ -90,17 +91,55 @@ t.test('of many simultaneous replays with wrong passwords, two are verified', as
   t.equal(replies.filter(({ statusCode }) => statusCode === 422).length, 18)
 })
 
-t.test('a replay gets 409 if the user has been deleted since, or the mobile has a new user', async (t) => {
-  const [deleted, renewed] = [await signUpBody(), await signUpBody()]
-  for (const body of [deleted, renewed]) {
-    t.equal((await signUp(body)).statusCode, 201)
-    await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
-  }
+t.test('a replay gets 409 if the mobile has a new user', async (t) => {
+  const body = await signUpBody()
+  t.equal((await signUp(body)).statusCode, 201)
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
   await postgres.query('INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)', [
-    renewed.mobile,
-    await hash(renewed.password)
+    body.mobile,
+    await hash(body.password)
   ])
-  for (const body of [deleted, renewed]) t.strictSame(statusAndErrno(await signUp(body)), [409, '4003'])
+  t.strictSame(statusAndErrno(await signUp(body)), [409, '4003'])
+})
+
+t.test('the same request signs up again if Postgres has lost the row, with a new id, and once', async (t) => {
+  const body = await signUpBody()
+  const lost = await signUp(body)
+  t.equal(lost.statusCode, 201)
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
+
+  const replies = await Promise.all(Array.from({ length: 8 }, () => retried(() => signUp(body))))
+  const [row, ...others] = await userRows(body.mobile)
+  t.strictSame(others, [])
+  t.not(row.id, lost.json().data.user_id)
+  for (const reply of replies)
+    t.match([reply.statusCode, reply.json()], [201, { data: { user_id: row.id, session: true } }])
+  const fresh = replies.filter(({ headers }) => headers['idempotent-replayed'] === undefined)
+  t.equal(fresh.length, 1, 'one of them writes the row, the others are replays')
+})
+
+t.test('G4: a failure while a lost row is written again restores the code', async (t) => {
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const body = await signUpBody()
+  await signUp(body)
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
+  proxy.strike('insert_user', { kind: 'reset' })
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+  t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+  const ttlMs = await redis.pttl(`sms_code_${body.mobile}`)
+  t.ok(ttlMs > 0 && ttlMs <= 300_000, `${ttlMs} ms`)
+  t.equal((await retried(() => signUp(body))).statusCode, 201)
+})
+
+t.test('a reset is not repeated if Postgres has lost the row: the mobile has no user', async (t) => {
+  const registered = await signUpBody()
+  await signUp(registered)
+  const body = await signUpBody({ mobile: registered.mobile })
+  const { resetPassword } = client(await build(t, patient))
+  t.equal((await resetPassword(body)).statusCode, 200)
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
+  t.strictSame(statusAndErrno(await resetPassword(body)), [422, '4004'])
 })
 
 t.test('the claim record has a keyed MAC of the code, and no trace of the code or the password', async (t) => {

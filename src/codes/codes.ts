@@ -16,7 +16,8 @@ import { Tickets } from './tickets.js'
  * 2. `claim` deletes the code and writes a claim record in one step. While the lease of the claim runs, every other request
  *    with this code is in progress. After the lease, a request with the same code can claim it again: a reclaim.
  * 3. The claim ends: `complete` after success, `restore` after a server-side failure, `discard` if there can be no success.
- * 4. For 300 s after `complete`, the same request is a replay: it gets the same success, until `endReplay`.
+ * 4. For 300 s after `complete`, the same request is a replay: it gets the same success, until `endReplay`. If Postgres has
+ *    lost the row, `reopen` makes it a claim again.
  */
 
 /** What a code is used for. After a claim for one purpose, the other purpose can neither replay nor reclaim the code. */
@@ -55,6 +56,7 @@ interface Issue {
 /** A claim that succeeded earlier. The present request repeats its request. */
 export interface CompletedClaim {
   readonly mobile: string
+  readonly code: string
   readonly userId: string
   readonly claimId: string
 }
@@ -117,6 +119,12 @@ interface Codes {
    * and refunds the limits on unused codes for each message with this code.
    */
   complete(claim: Claim, userId: string): Promise<void>
+  /**
+   * Claims the code of a replay again, because Postgres has lost the row.
+   *
+   * @returns undefined if the replay has lasted too long, and another request has claimed the code
+   */
+  reopen(completed: CompletedClaim): Promise<Claim | undefined>
   /** Ends a replay, so that the next one can begin. After two wrong passwords the code cannot be replayed any more. */
   endReplay(completed: CompletedClaim, options: { passwordWasWrong: boolean }): Promise<void>
 }
@@ -144,6 +152,11 @@ declare module 'ioredis' {
     claimCode(...keysAndArgs: (string | number)[]): Result<ClaimScriptResult, Context>
     endClaim(...keysAndArgs: (string | number)[]): Result<0 | 1, Context>
     completeClaim(recordKey: string, guessesKey: string, record: string, ttlMs: number): Result<null, Context>
+    reopenClaim(
+      recordKey: string,
+      claimId: string,
+      ttlMs: number
+    ): Result<[claimId: string, mac: string, ttlMs: number] | null, Context>
     endReplay(recordKey: string, claimId: string, passwordWasWrong: 0 | 1): Result<null, Context>
     issueCode(...keysAndArgs: (string | number)[]): Result<IssueScriptResult, Context>
     withdrawCode(...keysAndArgs: (string | number)[]): Result<null, Context>
@@ -174,6 +187,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       claimCode: { numberOfKeys: 4, lua: scripts.claimCode },
       endClaim: { numberOfKeys: 3, lua: scripts.endClaim },
       completeClaim: { numberOfKeys: 2, lua: scripts.completeClaim },
+      reopenClaim: { numberOfKeys: 1, lua: scripts.reopenClaim },
       endReplay: { numberOfKeys: 1, lua: scripts.endReplay },
       issueCode: { numberOfKeys: 2, lua: scripts.issueCode },
       withdrawCode: { numberOfKeys: 2, lua: scripts.withdrawCode }
@@ -278,7 +292,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
           }
           case 'done': {
             const [state, userId, claimId] = result
-            return { state, mobile, userId, claimId }
+            return { state, mobile, code: presentedCode, userId, claimId }
           }
           default:
             return { state: result[0] }
@@ -301,6 +315,15 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
             fastify.log.error({ err }, 'the limits of a used code could not be refunded')
           )
         ])
+      },
+      async reopen({ mobile, code, claimId: completedId }) {
+        const reopened = await fastify.withRedis((redis) =>
+          redis.reopenClaim(recordKey(mobile), completedId, pendingTtlMs)
+        )
+        if (reopened === null) return undefined
+        const [claimId, mac, ttlMs] = reopened
+        const claimedAt = performance.now()
+        return { mobile, code, mac, ttlMs, claimId, isReclaim: true, issue: '{}', claimedAt }
       },
       async endReplay({ mobile, claimId }, { passwordWasWrong }) {
         await fastify.withRedis((redis) => redis.endReplay(recordKey(mobile), claimId, passwordWasWrong ? 1 : 0))

@@ -132,6 +132,23 @@ redis.call('DEL', KEYS[2])
 `
 
 /**
+ * Claims a completed code again, because Postgres has lost the row. The code may then be restored for as long as the claim
+ * could have been replayed.
+ *
+ * KEYS[1] is the record. ARGV: the completed claim's `at`, the TTL of the record in ms. Returns the new claim's `at`, `mac` and
+ * `ttl`, or nothing if the record is another one by now.
+ */
+export const reopenClaim = `${readClock}
+local stored = redis.call('GET', KEYS[1])
+local record = stored and cjson.decode(stored) or {}
+if record.state ~= 'done' or record.at ~= ARGV[1] then return end
+local ttl = redis.call('PTTL', KEYS[1])
+local pending = { state = 'pending', mac = record.mac, at = now, ttl = ttl, issue = {} }
+redis.call('SET', KEYS[1], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[2]), ttl))
+return { now, record.mac, ttl }
+`
+
+/**
  * Ends a replay that began with `{'done', …}`. The second wrong password deletes the record.
  *
  * KEYS[1] is the record. ARGV: the claim's `at`, 1 if the password was wrong, else 0.

@@ -8,7 +8,7 @@ import type { OutcomeName } from '../outcomes.js'
 import { passwordFault, passwordField } from '../passwords/policy.js'
 import { loginLimits } from '../sessions/login-limits.js'
 import type { SessionUser } from '../sessions/sessions.js'
-import { firstSessionEpoch } from './users.js'
+import { firstSessionEpoch, type User } from './users.js'
 
 export const NewPasswordBody = Type.Object({
   mobile: mobileField,
@@ -69,7 +69,7 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
   }
 
   async function redeemCode(request: NewPasswordRequest, reply: FastifyReply, redemption: Redemption) {
-    const { mobile, sms_code, password, ticket } = request.body
+    const { mobile, sms_code, ticket } = request.body
 
     // Validate what the schema cannot express. No store is touched.
     const fault = passwordFault(request.body, config.passwordMin)
@@ -88,7 +88,12 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     if (claim.state === 'wrong') return reply.outcome('wrong_code')
     if (claim.state === 'in_progress') return reply.outcome('busy')
     if (claim.state === 'done') return replay(request, reply, claim, redemption)
+    return writePassword(request, reply, claim, redemption)
+  }
 
+  /** Hashes and writes the password of a request that has claimed its code. */
+  async function writePassword(request: NewPasswordRequest, reply: FastifyReply, claim: Claim, redemption: Redemption) {
+    const { password } = request.body
     // Hash, then write. If one of them fails, or the client disconnects before the hash starts, put the code back.
     let owner: CodeOwner | undefined
     // An earlier request that claimed this code may have written the row.
@@ -126,7 +131,8 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     // Then the request succeeds if its password is that of the row. Otherwise the mobile belongs to another user.
     const wasTakenOver = await discard(claim, request)
     if (!claim.isReclaim && !wasTakenOver) return undefined
-    return findVerifiedUser(mobile, password, reply)
+    const user = await fastify.users.find(mobile)
+    return user && verifyUser(user, mobile, password, reply)
   }
 
   /** Needs no case for a reclaim: the UPDATE can be repeated. */
@@ -171,43 +177,48 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     request: NewPasswordRequest,
     reply: FastifyReply,
     completed: CompletedClaim,
-    { success, failure }: Redemption
+    redemption: Redemption
   ) {
     const { mobile, password } = request.body
     const endReplay = (options: { passwordWasWrong: boolean }) =>
       fastify.codes.endReplay(completed, options).catch((err) => logUnendedClaim(request, err))
+    let user: User | undefined
     let owner: CodeOwner | undefined
     try {
-      owner = await findVerifiedUser(mobile, password, reply)
+      user = await fastify.users.find(mobile)
+      owner = user && (await verifyUser(user, mobile, password, reply))
     } catch (error) {
       await endReplay({ passwordWasWrong: false })
       throw error
     }
+    // A failover or a restore of Postgres has lost the row. A reset cannot be repeated without a user.
+    if (user === undefined && redemption === signUpRedemption) {
+      const claim = await fastify.codes.reopen(completed)
+      return claim === undefined ? reply.outcome('busy') : writePassword(request, reply, claim, redemption)
+    }
     // Another password, or another user since.
     if (owner?.user.user_id !== completed.userId) {
       await endReplay({ passwordWasWrong: true })
-      return reply.outcome(failure)
+      return reply.outcome(redemption.failure)
     }
-    const { user, sessionEpoch } = owner
     const [session] = await Promise.all([
-      fastify.sessions.start(request, reply, user, sessionEpoch),
+      fastify.sessions.start(request, reply, owner.user, owner.sessionEpoch),
       endReplay({ passwordWasWrong: false })
     ])
     reply.header('idempotent-replayed', 'true')
-    return reply.outcome(success, { data: { ...user, session: session === 'started' } })
+    return reply.outcome(redemption.success, { data: { ...owner.user, session: session === 'started' } })
   }
 
-  /** Returns the user of a mobile if the password is theirs. Its duration is no secret: the caller has proved the code. */
-  async function findVerifiedUser(
+  /** Returns the user if the password is theirs. Its duration is no secret: the caller has proved the code. */
+  async function verifyUser(
+    user: User,
     mobile: string,
     password: string,
     reply: FastifyReply
   ): Promise<CodeOwner | undefined> {
-    const user = await fastify.users.find(mobile)
-    if (user === undefined) return undefined
-    const matches = await fastify.passwords.verify(user.passwordHash, password, reply.raw)
-    if (!matches) return undefined
-    return { user: { user_id: user.id, name: user.name, mobile }, sessionEpoch: user.sessionEpoch }
+    const { id, name, passwordHash, sessionEpoch } = user
+    if (!(await fastify.passwords.verify(passwordHash, password, reply.raw))) return undefined
+    return { user: { user_id: id, name, mobile }, sessionEpoch }
   }
 
   return {
