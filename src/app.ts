@@ -7,13 +7,14 @@ import { sms } from './codes/sms.js'
 import type { Config } from './config/config.js'
 import { badRequests } from './http/bad-requests.js'
 import { forwardedFor } from './http/forwarded-for.js'
-import { healthRoutes } from './http/health.js'
+import { healthRoutes, StoreChecks } from './http/health.js'
 import { inFlight } from './http/in-flight.js'
 import { openapi } from './http/openapi.js'
 import { replies } from './http/replies.js'
 import { replyHeaders } from './http/reply-headers.js'
 import { serverOptions } from './http/server-options.js'
 import { shutdown } from './http/shutdown.js'
+import { startUp } from './http/start-up.js'
 import { strictJson } from './http/strict-json.js'
 import { passwords } from './passwords/passwords.js'
 import { sessionRoutes } from './sessions/routes.js'
@@ -21,7 +22,7 @@ import { sessions } from './sessions/sessions.js'
 import { postgres } from './stores/postgres.js'
 import { rateLimits } from './stores/rate-limits.js'
 import { redis } from './stores/redis.js'
-import { Metrics, metricsServer } from './telemetry/metrics.js'
+import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
 import { userRoutes } from './users/routes.js'
 import { users } from './users/users.js'
@@ -83,26 +84,37 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
   await app.register(forwardedFor)
   await app.register(replies, { config })
   await app.register(strictJson)
+  await app.register(startUp)
   await app.register(shutdown)
   await app.register(badRequests, { config })
   await app.register(capabilities, { config, observer: metrics, overrides: options.overrides })
   await app.register(openapi, { config })
-  if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app) })
+  const storeChecks = new StoreChecks(checksOf(app))
+  if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app, storeChecks) })
   await app.register(routes, { prefix: config.apiPrefix, config })
-  await app.register(healthRoutes, { checks: healthChecks(app) })
+  await app.register(healthRoutes, { storeChecks, ownFailure: () => ownFailure(app) })
   // Nothing of src/dev is loaded in production.
   if (config.embedded) await app.register(import('./dev/sign-up-page.js'), { config })
   await app.ready()
   return app
 }
 
-const metricsSources = ({ passwords, postgres }: FastifyInstance) => ({
+const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: StoreChecks): MetricsSources => ({
   hashQueueLength: () => passwords.queueLength,
   hashExpectedWaitMs: () => passwords.expectedWaitMs,
-  postgresConnections: () => postgres.connections()
+  postgresConnections: () => postgres.connections(),
+  stores: storeChecks.names,
+  failingStores: () => storeChecks.failing()
 })
 
-const healthChecks = ({ postgres, withRedis }: FastifyInstance) => ({
+/** Each check writes, or asks whether it could: a replica answers reads, too. */
+const checksOf = ({ postgres, withRedis }: FastifyInstance) => ({
   Postgres: () => postgres.checkWritable(),
-  Redis: () => withRedis((redis) => redis.ping())
+  Redis: () => withRedis((redis) => redis.set('mobile_signup:health', '', 'PX', 1_000))
 })
+
+function ownFailure({ passwords, shutdown, startUp }: FastifyInstance): string | undefined {
+  if (shutdown.isAnnounced) return 'shutting down'
+  if (!startUp.isComplete) return 'starting'
+  return passwords.isAvailable ? undefined : 'hash threads'
+}

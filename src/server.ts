@@ -1,17 +1,39 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { loadConfig, usesEmbeddedStores } from './config/config.js'
-import { jsonLog } from './telemetry/log.js'
+
+/** Whether a signal has come. */
+let isStopping = false
+/** Ends gracefully what the start has begun so far. */
+let stop = async (): Promise<void> => undefined
+
+// Before anything else is loaded: until then Node as process 1 ignores the signals.
+for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+  process.on(signal, async () => {
+    // A second signal skips graceful shutdown.
+    if (isStopping) process.exit(1)
+    isStopping = true
+    await stop()
+    process.exit(0)
+  })
+}
+
+/** A short migration ends before the server listens. During a long one, the server must answer the liveness probe. */
+const migrationPatienceMs = 5_000
 
 try {
   await main()
 } catch (error) {
-  process.stderr.write(`mobile-signup: ${messagesOf(error).join(': ')}\n`)
-  process.exit(1)
+  // What a shutdown ends may fail.
+  if (!isStopping) {
+    process.stderr.write(`mobile-signup: ${messagesOf(error).join(': ')}\n`)
+    process.exit(1)
+  }
 }
 
 async function main(): Promise<void> {
   // Before the modules that it instruments are loaded.
   const stopTracing = process.env.OTEL_EXPORTER_OTLP_ENDPOINT ? await startTracing() : undefined
+  const { loadConfig, usesEmbeddedStores } = await import('./config/config.js')
+  const { jsonLog } = await import('./telemetry/log.js')
   const { buildApp } = await import('./app.js')
   const { migrate } = await import('./stores/migrations.js')
   // Nothing of src/dev is loaded in production.
@@ -19,6 +41,7 @@ async function main(): Promise<void> {
 
   const stores = await dev?.EmbeddedStores.prepare('.data')
   const config = loadConfig(process.env, stores?.environment(process.env))
+  if (stores) stop = () => stores.stop()
   await stores?.start()
 
   const app = await buildApp(config, { logStream: dev ? await dev.prettyLog() : jsonLog() })
@@ -27,15 +50,7 @@ async function main(): Promise<void> {
     app.log.fatal({ err }, 'uncaught exception')
     process.exit(1)
   })
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, stop)
-
-  if (config.migrate) await migrate(config.databaseUrl)
-  const address = await app.listen({ port: config.port, host: config.host })
-  if (dev) process.stdout.write(await dev.demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
-
-  async function stop() {
-    // A second signal skips graceful shutdown.
-    if (app.shutdown.isAnnounced) process.exit(1)
+  stop = async () => {
     app.shutdown.announce()
     await sleep(config.shutdownDelayMs)
     setTimeout(() => {
@@ -44,8 +59,16 @@ async function main(): Promise<void> {
     }, config.shutdownTimeoutMs)
     await app.close()
     await Promise.all([stores?.stop(), stopTracing?.()])
-    process.exit(0)
   }
+  if (isStopping) return
+
+  const migrated = config.migrate ? migrate(config.databaseUrl) : undefined
+  await Promise.race([migrated, sleep(migrationPatienceMs, undefined, { ref: false })])
+  app.startUp.isComplete = false
+  const address = await app.listen({ port: config.port, host: config.host })
+  await migrated
+  app.startUp.isComplete = true
+  if (dev) process.stdout.write(await dev.demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
 }
 
 async function startTracing(): Promise<() => Promise<void>> {

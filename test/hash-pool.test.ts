@@ -1,7 +1,11 @@
 import { readdirSync, readFileSync } from 'node:fs'
+import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { type AddressInfo, connect, type Socket } from 'node:net'
 import { constants, getPriority } from 'node:os'
+import { join } from 'node:path'
 import { PassThrough } from 'node:stream'
+import { fileURLToPath } from 'node:url'
+import type { Worker } from 'node:worker_threads'
 import { verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
@@ -91,6 +95,54 @@ t.test('a client that disconnects removes its job from the queue, but not a job 
   first.destroy()
   t.equal(await started, false)
   await t.rejects(pool.hash('late', second), new ClientGone(), 'a client that has disconnected before adds no job')
+})
+
+t.test('threads that cannot start are started again with growing pauses; meanwhile nobody loses a code', async (t) => {
+  // A copy of the service, whose threads can be broken. It lies here, so that it finds its packages.
+  const copy = await mkdtemp(fileURLToPath(new URL('../node_modules/.cache/mobile-signup-copy-', import.meta.url)))
+  t.teardown(() => rm(copy, { recursive: true }))
+  await cp(fileURLToPath(new URL('../dist', import.meta.url)), join(copy, 'dist'), { recursive: true })
+  const threadFile = join(copy, 'dist/passwords/hash-thread.js')
+  const working = await readFile(threadFile, 'utf8')
+  const { passwords }: typeof import('../dist/passwords/passwords.js') = await import(
+    join(copy, 'dist/passwords/passwords.js')
+  )
+  const workers: Worker[] = []
+  const onWorker = (worker: Worker) => workers.push(worker)
+  process.on('worker', onWorker)
+  t.teardown(() => process.off('worker', onWorker))
+
+  const app = await build(t, { HASH_THREADS: '2', STORE_TIMEOUT_MS: '30000' }, { overrides: { passwords } })
+  const { signUp } = client(app)
+  const ready = async () => {
+    const reply = await app.inject('/health/ready')
+    return [reply.statusCode, reply.json().data.failing]
+  }
+  t.strictSame(await ready(), [200, []])
+  const starts = join(copy, 'starts')
+  await writeFile(
+    threadFile,
+    `import { appendFileSync } from 'node:fs'
+     appendFileSync(${JSON.stringify(starts)}, Date.now() + '\\n')
+     throw new Error('no memory for a thread')`
+  )
+  for (const worker of workers.slice()) await worker.terminate()
+  await until('no thread can start', () => !app.passwords.isAvailable)
+  t.strictSame(await ready(), [503, ['hash threads']])
+  const body = await signUpBody()
+  const refused = await signUp(body)
+  t.strictSame([...statusAndErrno(refused), refused.headers['retry-after']], [503, '4500', '5'])
+  t.equal(await redis.get(`sms_code_${body.mobile}`), body.sms_code)
+
+  const startTimes = async () => (await readFile(starts, 'utf8')).trim().split('\n').map(Number)
+  await until('both threads have been started three times', async () => (await startTimes()).length >= 6)
+  const [first = 0, , , , , sixth = 0] = await startTimes()
+  // Each failure doubles the next pause: 100, 200, 400, 800 ms. The pauses of the two threads overlap.
+  t.ok(sixth - first >= 800, `${sixth - first} ms`)
+
+  await writeFile(threadFile, working)
+  t.equal((await retried(() => signUp(body))).statusCode, 201)
+  t.strictSame(await ready(), [200, []])
 })
 
 /** The settings of an instance with one thread, whose requests do not time out. */

@@ -1,9 +1,10 @@
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
+import { client, statusAndErrno } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
-const { build, log, openProxy, redis } = await startTestbed(t)
+const { build, cookieOf, log, openProxy, postgres, redis, signUpBody } = await startTestbed(t)
 
 async function buildBehindProxies(t: Test, env: Environment = {}) {
   const [redisProxy, postgresProxy] = [await openProxy(t, 'REDIS_URL'), await openProxy(t, 'DATABASE_URL')]
@@ -11,55 +12,95 @@ async function buildBehindProxies(t: Test, env: Environment = {}) {
   return { app: await build(t, { ...urls, STORE_TIMEOUT_MS: '1000', ...env }), redisProxy, postgresProxy }
 }
 
-t.test('ready names the store that fails, and succeeds when it is back; live always succeeds', async (t) => {
-  const { app, redisProxy, postgresProxy } = await buildBehindProxies(t)
+t.test('a store that is away is named, and the instance stays ready: it answers 503 itself', async (t) => {
+  const { app, redisProxy, postgresProxy } = await buildBehindProxies(t, { METRICS_PORT: '0' })
   const ready = async () => {
     const reply = await app.inject('/health/ready')
-    return [reply.statusCode, reply.json()]
+    t.strictSame([reply.statusCode, reply.json().errno], [200, '0'])
+    return reply.json().data.failing
   }
-  t.strictSame(await ready(), [200, { errno: '0', errmsg: '成功' }])
-  for (const [proxy, name] of [
-    [redisProxy, 'Redis'],
-    [postgresProxy, 'Postgres']
+  const availability = async () => {
+    const scrape = await (await fetch(app.metricsUrl ?? '')).text()
+    return ['postgres', 'redis'].map(
+      (store) => scrape.match(`mobile_signup_store_available{store="${store}"} (.)`)?.[1]
+    )
+  }
+  t.strictSame(await ready(), [])
+  t.strictSame(await availability(), ['1', '1'])
+  const cookie = cookieOf(await client(app).signUp(await signUpBody()))
+  for (const [proxy, name, expectedAvailability] of [
+    [redisProxy, 'Redis', ['1', '0']],
+    [postgresProxy, 'Postgres', ['0', '1']]
   ] as const) {
     for (const fault of ['refuse', 'stall'] as const) {
       await proxy.apply(fault)
-      await until('ready fails', async () => (await ready())[0] === 503)
-      t.strictSame(await ready(), [503, { errno: '4001', errmsg: '数据库异常', data: { failing: [name] } }], fault)
+      await until('the store fails', async () => (await ready()).length > 0)
+      t.strictSame(await ready(), [name], fault)
+      t.strictSame(await availability(), expectedAvailability)
       t.equal((await app.inject('/health/live')).statusCode, 200)
+      const refused = await client(app).signUp(await signUpBody())
+      t.strictSame([...statusAndErrno(refused), refused.headers['retry-after']], [503, '4001', '1'])
+      if (name === 'Postgres') t.equal((await client(app).whoAmI(cookie)).statusCode, 200, 'sessions go on')
       await proxy.heal()
-      await until('ready succeeds', async () => (await ready())[0] === 200)
+      await until('no store fails', async () => (await ready()).length === 0)
     }
   }
 })
 
+t.test('a store that answers reads but cannot be written is named, too', async (t) => {
+  const { app } = await buildBehindProxies(t)
+  const failing = async () => (await app.inject('/health/ready')).json().data.failing
+  const setReadOnly = (value: string) => postgres.query(`ALTER SYSTEM SET default_transaction_read_only = ${value}`)
+  const reload = () => postgres.query('SELECT pg_reload_conf()')
+  await redis.config('SET', 'maxmemory', '1')
+  await until('Redis fails', async () => `${await failing()}` === 'Redis')
+  await redis.config('SET', 'maxmemory', '0')
+  await setReadOnly('on')
+  await reload()
+  await until('Postgres fails', async () => `${await failing()}` === 'Postgres')
+  await setReadOnly('off')
+  await reload()
+  await until('no store fails', async () => `${await failing()}` === '')
+})
+
+t.test('before the start is complete, ready fails and requests are refused, while live succeeds', async (t) => {
+  const app = await build(t)
+  app.startUp.isComplete = false
+  const reply = await app.inject('/health/ready')
+  t.strictSame([reply.statusCode, reply.json().errno, reply.json().data], [503, '4500', { failing: ['starting'] }])
+  t.equal((await app.inject('/health/live')).statusCode, 200)
+  const refused = await client(app).signUp(await signUpBody())
+  t.strictSame([...statusAndErrno(refused), refused.headers['retry-after']], [503, '4500', '1'])
+  app.startUp.isComplete = true
+  t.equal((await app.inject('/health/ready')).statusCode, 200)
+})
+
 t.test('probes ask the stores at most once a second, and are not logged', async (t) => {
   const app = await build(t)
-  const before = { log: log().length, pings: await countPings() }
+  const before = { log: log().length, checks: await countChecks() }
   const startedAt = performance.now()
   const probes = Array.from({ length: 200 }, () => [app.inject('/health/ready'), app.inject('/health/live')])
   await Promise.all(probes.flat())
-  const pings = (await countPings()) - before.pings
+  const checks = (await countChecks()) - before.checks
   // A busy machine may take seconds for the probes.
-  t.ok(pings >= 1 && pings <= 1 + Math.floor((performance.now() - startedAt) / 1_000), `${pings} pings`)
+  t.ok(checks >= 1 && checks <= 1 + Math.floor((performance.now() - startedAt) / 1_000), `${checks} checks`)
   t.equal(log().length, before.log)
 
   await until('a later probe asks the stores again', async () => {
     await app.inject('/health/ready')
-    return (await countPings()) > before.pings + pings
+    return (await countChecks()) > before.checks + checks
   })
 
-  async function countPings(): Promise<number> {
-    return Number(/cmdstat_ping:calls=(\d+)/.exec(await redis.info('commandstats'))?.[1] ?? 0)
+  async function countChecks(): Promise<number> {
+    return Number(/cmdstat_set:calls=(\d+)/.exec(await redis.info('commandstats'))?.[1] ?? 0)
   }
 })
 
 t.test('a probe keeps its status under LEGACY_STATUS', async (t) => {
-  const { app, postgresProxy } = await buildBehindProxies(t, { LEGACY_STATUS: 'true' })
-  await postgresProxy.apply('refuse')
-  await until('ready fails', async () => (await app.inject('/health/ready')).statusCode === 503)
-  t.equal((await app.inject('/health/ready')).json().errno, '4001')
+  const app = await build(t, { LEGACY_STATUS: 'true' })
   t.equal((await app.inject('/health/nowhere')).statusCode, 200)
+  app.shutdown.announce()
+  t.strictSame(statusAndErrno(await app.inject('/health/ready')), [503, '4500'])
 })
 
 t.test('an announced shutdown makes ready fail at once, while requests are still served', async (t) => {

@@ -1,9 +1,13 @@
+import { pino } from 'pino'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
+import { loggerOptions } from '../dist/telemetry/log.js'
 import { client } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
+import { retried, until } from '../testkit/until.js'
 
-const { build, cookieOf, holdInserts, holdRedisWrites, newMobile, signUpBody } = await startTestbed(t)
+const { build, config, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy, signUpBody } =
+  await startTestbed(t)
 
 /** Builds an application whose log lines are collected. */
 async function buildWithLog(t: Test, env: Environment = {}) {
@@ -117,4 +121,42 @@ t.test('an X-Forwarded-For of a peer that TRUST_PROXY does not name is logged, a
   t.equal(warnings().length, 0)
   for (let n = 0; n < 3; n++) await send('198.51.100.1')
   t.equal(warnings().length, 1)
+})
+
+for (const store of ['REDIS_URL', 'DATABASE_URL'] as const) {
+  t.test(`while a store is away (${store}), the log does not grow with the traffic`, async (t) => {
+    const proxy = await openProxy(t, store)
+    const { app, lines } = await buildWithLog(t, { [store]: proxy.url })
+    await proxy.apply('refuse')
+    const signUps = async (count: number) => {
+      const bodies = await Promise.all(Array.from({ length: count }, () => signUpBody()))
+      const replies = await Promise.all(bodies.map((body) => client(app).signUp(body)))
+      for (const { statusCode } of replies) t.equal(statusCode, 503)
+    }
+    await signUps(10)
+    await signUps(200)
+    t.equal(lines.filter(({ msg }) => msg === 'request').length, 1)
+    // Failures that begin with the first requests differ a little: a connection was closed, or cannot be opened.
+    t.ok(lines.length < 15, `${lines.length} lines for 210 requests`)
+
+    await proxy.heal()
+    const body = await signUpBody()
+    t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)
+    t.equal(lines.filter(({ outcome }) => outcome === 'registered').length, 1, 'a success is logged')
+    await until('the return of the store is logged', () =>
+      lines.some(({ msg }) => /^(connected to Redis|Postgres answers) again$/.test(`${msg}`))
+    )
+  })
+}
+
+t.test('the next line about a failing store after 10 s says how many were suppressed', async (t) => {
+  const { hooks } = loggerOptions(config())
+  const written: unknown[] = []
+  const log = pino({ hooks }, { write: (line: string) => void written.push(JSON.parse(line).suppressed) })
+  const now = t.capture(performance, 'now', () => 0)
+  for (let n = 0; n < 5; n++) log.error({ err: new Error('away') }, 'storage_unavailable')
+  now.restore()
+  t.capture(performance, 'now', () => 10_000)
+  log.error({ err: new Error('away') }, 'storage_unavailable')
+  t.strictSame(written, [undefined, 4])
 })

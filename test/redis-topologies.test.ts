@@ -3,14 +3,22 @@ import type { FastifyInstance } from 'fastify'
 import { Cluster, type Redis } from 'ioredis'
 import t, { type Test } from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { masterName, password, type RedisServer, startCluster, startSentinels } from '../testkit/redis-topologies.js'
+import { FaultProxy } from '../testkit/fault-proxy.js'
+import {
+  masterName,
+  password,
+  type RedisServer,
+  startCluster,
+  startRedis,
+  startSentinels
+} from '../testkit/redis-topologies.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
-import { until } from '../testkit/until.js'
+import { retried, until } from '../testkit/until.js'
 
 const { build, newMobile, signUpBody, cookieOf, userRows } = await startTestbed(t)
 
-// Cluster and Sentinel at the same time.
-t.jobs = 2
+// Cluster, Sentinel and one address at the same time.
+t.jobs = 3
 
 const credentials = `:${encodeURIComponent(password)}@`
 
@@ -218,6 +226,65 @@ t.test('Redis Sentinel', async (t) => {
     return bodies
   }
 })
+
+t.test('Redis behind one address, whose master changes', async (t) => {
+  const urlOf = ({ port }: RedisServer) => `redis://${credentials}127.0.0.1:${port}`
+  async function startMasters() {
+    const lines = ['enable-debug-command yes', 'loading-process-events-interval-bytes 1024']
+    const [former, next] = [await startRedis(t, lines), await startRedis(t)]
+    const address = await FaultProxy.open(urlOf(former))
+    t.teardown(() => address.close())
+    return { former, next, address }
+  }
+
+  for (const answer of ['READONLY', 'LOADING'] as const) {
+    await t.test(`${answer}: the connection is dropped, and the next one finds the new master`, async (t) => {
+      const { former, next, address } = await startMasters()
+      const app = await build(t, { ...patient, REDIS_URL: address.url })
+      t.equal((await client(app).signUp(await bodyIn(former.admin))).statusCode, 201)
+
+      if (answer === 'READONLY') await former.admin.replicaof('127.0.0.1', next.port)
+      else await load(former)
+      t.strictSame(statusAndErrno(await client(app).sendCode(newMobile())), [503, '4001'])
+      t.strictSame((await app.inject('/health/ready')).json().data.failing, ['Redis'])
+
+      address.retarget(urlOf(next))
+      const body = await bodyIn(next.admin)
+      t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)
+    })
+  }
+
+  await t.test('a server that loads is left, also if it does so when the service connects', async (t) => {
+    const { former, next, address } = await startMasters()
+    const app = await build(t, { ...patient, REDIS_URL: address.url })
+    await load(former)
+    await address.apply('reset')
+    await until('the service meets the server that loads', () => address.connectionCount >= 3)
+    address.retarget(urlOf(next))
+    const body = await bodyIn(next.admin)
+    t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)
+  })
+
+  await t.test('a start fails if Redis is too old', async (t) => {
+    const { former, address } = await startMasters()
+    const [, version = ''] = /redis_version:(\S+)/.exec(await former.admin.info('server')) ?? []
+    const old = `5${version.slice(1)}`
+    address.strike('\r\nserver\r\n', { kind: 'replace', from: `version:${version}`, to: `version:${old}` })
+    await t.rejects(build(t, { ...patient, REDIS_URL: address.url }), {
+      message: `Redis is too old: version ${old}, expected 6.2 or later`
+    })
+  })
+})
+
+/** Lets a server load its data again, for longer than a test takes. */
+async function load({ admin }: RedisServer): Promise<void> {
+  await admin.mset(Object.fromEntries(Array.from({ length: 2_000 }, (_, index) => [`key:${index}`, 'x'.repeat(1_000)])))
+  await admin.config('SET', 'key-load-delay', 100_000)
+  const loading = admin.duplicate()
+  loading.on('error', () => undefined)
+  loading.call('DEBUG', 'RELOAD').catch(() => loading.disconnect())
+  await until('the server loads', async () => (await admin.info('persistence')).includes('loading:1'))
+}
 
 /** Waits until so many replicas have the codes that were stored on the connection of their master. */
 const untilReplicated = ({ admin }: RedisServer, replicaCount: number) =>

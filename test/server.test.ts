@@ -1,5 +1,6 @@
 import { execFile } from 'node:child_process'
 import { once } from 'node:events'
+import { existsSync } from 'node:fs'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -8,10 +9,10 @@ import { promisify } from 'node:util'
 import pg from 'pg'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
-import { client } from '../testkit/client.js'
+import { client, statusAndErrno } from '../testkit/client.js'
 import { ServerProcess } from '../testkit/server-process.js'
 import { startTestbed } from '../testkit/testbed.js'
-import { until } from '../testkit/until.js'
+import { retried, until } from '../testkit/until.js'
 
 const { stores, postgres, startService, signUpBody, holdInserts } = await startTestbed(t)
 
@@ -69,7 +70,7 @@ function recordModules(file: string): string {
 }
 
 /** Returns the counter in the id of a printed reply. */
-const counterOf = (reply: string) => BigInt(/"user_id":"(\d+)"/.exec(reply)?.[1] ?? 0) & 4_194_303n
+const counterOf = (reply: string) => BigInt(/"user_id":"(\d+)"/.exec(reply)?.[1] ?? -1) & 4_194_303n
 
 t.test('without store URLs the service runs on private stores, whose data survives restarts and kills', async (t) => {
   const folder = await createFolder(t)
@@ -77,14 +78,14 @@ t.test('without store URLs the service runs on private stores, whose data surviv
   const first = startEmbedded(t, folder)
   const firstReply = await runPrintedCommand(first)
   t.match(firstReply, /^HTTP\/1.1 201 /, 'the printed command signs up')
-  t.equal(counterOf(firstReply), 1n)
+  t.equal(counterOf(firstReply), 0n)
   const firstPorts = await storePorts(folder)
   first.kill('SIGTERM')
   t.strictSame(await first.exit, [0, null], 'SIGTERM ends it with exit code 0')
   for (const port of firstPorts) t.ok(await refusesConnections(port), 'the stores end with the service')
 
   const second = startEmbedded(t, folder)
-  t.equal(counterOf(await runPrintedCommand(second)), 2n, 'the first user still exists')
+  t.equal(counterOf(await runPrintedCommand(second)), 1n, 'the first user still exists')
   const secondPorts = await storePorts(folder)
   second.kill('SIGKILL')
   await second.exit
@@ -178,6 +179,60 @@ t.test('an unavailable store stops the start after 10 s with one line and exit c
     t.strictSame(await service.exit, [1, null])
     t.match(service.stderr, new RegExp(`^mobile-signup: ${store} does not answer: .*ECONNREFUSED[^\\n]*\\n$`))
   }
+})
+
+t.test('SIGTERM during the start ends it with exit code 0, also while it waits for a store', async (t) => {
+  const waiting = { DATABASE_URL: 'postgresql://postgres@127.0.0.1:1/postgres' }
+  // Prints when the service sets its handler.
+  const code = `process.on('newListener', (name) => name === 'SIGTERM' && process.stdout.write('handles SIGTERM'))`
+  const announceHandler = `--import=data:text/javascript,${encodeURIComponent(code)}`
+  for (const env of [{}, waiting, { ...waiting, OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' }]) {
+    const service = startService(t, { ...env, NODE_OPTIONS: announceHandler })
+    await service.waitFor(/handles SIGTERM/)
+    service.kill('SIGTERM')
+    t.strictSame(await service.exit, [0, null])
+    t.equal(service.stderr, '')
+  }
+})
+
+t.test('SIGTERM during a first start ends the private stores, too, whatever has been started', async (t) => {
+  const files = ['secret', 'postgres.unfinished', 'postgres.log', 'redis.log']
+  for (const file of files) {
+    const folder = await createFolder(t)
+    const service = startEmbedded(t, folder)
+    await until(`${file} exists`, () => existsSync(join(folder, '.data', file)))
+    service.kill('SIGTERM')
+    t.strictSame(await service.exit, [0, null], file)
+    t.equal(service.stderr, '')
+    const { stdout } = await promisify(execFile)('ps', ['-eo', 'args'])
+    t.notMatch(stdout, folder, 'no process is left')
+    if (file === 'redis.log') continue
+    const next = startEmbedded(t, folder)
+    t.match(await runPrintedCommand(next), /^HTTP\/1.1 201 /, 'the next start works')
+    t.equal(await next.stop(), 0)
+  }
+})
+
+t.test('a long migration does not keep the liveness probe waiting, and requests get 503 4500 meanwhile', async (t) => {
+  await postgres.query('CREATE DATABASE slow')
+  const databaseUrl = new URL(stores.databaseUrl)
+  databaseUrl.pathname = '/slow'
+  const other = new pg.Client(databaseUrl.href)
+  await other.connect()
+  // Another instance migrates: this is the lock of node-pg-migrate.
+  await other.query('SELECT pg_advisory_lock(7241865325823964)')
+  const service = startService(t, { DATABASE_URL: databaseUrl.href, STORE_TIMEOUT_MS: '20000' })
+  const url = await service.url()
+  t.equal((await fetch(`${url}/health/live`)).status, 200)
+  const ready = await fetch(`${url}/health/ready`)
+  t.match([ready.status, await ready.json()], [503, { errno: '4500', data: { failing: ['starting'] } }])
+  const body = await signUpBody()
+  t.strictSame(statusAndErrno(await client(url).signUp(body)), [503, '4500'])
+
+  await other.end()
+  t.equal((await retried(() => client(url).signUp(body))).statusCode, 201)
+  t.equal((await fetch(`${url}/health/ready`)).status, 200)
+  t.equal(await service.stop(), 0)
 })
 
 t.test('SIGTERM fails the readiness probe, serves for SHUTDOWN_DELAY_MS and exits with 0', async (t) => {

@@ -18,12 +18,14 @@ export type Fault =
   | { kind: 'cut'; bytes: number }
   /** The request is forwarded, its reply is dropped, and the connection stays open. */
   | { kind: 'drop reply' }
+  /** In the reply a text is replaced by another one of the same length. */
+  | { kind: 'replace'; from: string; to: string }
 
 interface Connection {
   client: Socket
   server: Socket
   /** What to do with the next bytes of a reply. */
-  onReply: 'forward' | 'drop' | { cutAfter: number }
+  onReply: 'forward' | 'drop' | { cutAfter: number } | { from: string; to: string }
 }
 
 interface ArmedFault {
@@ -43,7 +45,7 @@ export class FaultProxy {
   private isStalled = false
 
   private constructor(
-    private readonly target: URL,
+    private target: URL,
     private readonly server: Server,
     private readonly port: number
   ) {
@@ -83,6 +85,11 @@ export class FaultProxy {
     const closed = kind === 'refuse' && once(this.server.close(), 'close')
     this.closeConnections()
     await closed
+  }
+
+  /** Forwards new connections to another server, as an address does after a failover. Open connections stay where they are. */
+  retarget(url: string): void {
+    this.target = new URL(url)
   }
 
   /** Forwards again. What was lost in a stall stays lost, as after a reboot. */
@@ -150,6 +157,9 @@ export class FaultProxy {
       case 'cut':
         connection.onReply = { cutAfter: fault.bytes }
         break
+      case 'replace':
+        connection.onReply = fault
+        break
       case 'drop reply':
         connection.onReply = 'drop'
     }
@@ -161,6 +171,8 @@ export class FaultProxy {
     connection.onReply = 'forward'
     if (this.isStalled || onReply === 'drop') return
     if (onReply === 'forward') connection.client.write(reply)
+    else if ('from' in onReply)
+      connection.client.write(reply.toString('latin1').replace(onReply.from, onReply.to), 'latin1')
     else connection.client.write(reply.subarray(0, onReply.cutAfter), () => connection.client.destroy())
   }
 }

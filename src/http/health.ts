@@ -5,16 +5,51 @@ import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 const maxAgeMs = 1_000
 
 const FailingData = Type.Object({
-  failing: Type.Array(Type.String(), { description: 'What is not ready', examples: [['Postgres']] })
+  failing: Type.Array(Type.String(), {
+    description: 'Why the instance is not ready, or which stores are away',
+    examples: [['Postgres']]
+  })
 })
 
+/** Checks of the stores by their names. A check that rejects has failed. */
+export class StoreChecks {
+  private lastResult: Promise<string[]> | undefined
+  private lastCheckAt = Number.NEGATIVE_INFINITY
+
+  constructor(private readonly checks: Record<string, () => Promise<unknown>>) {}
+
+  /** The names of all stores. */
+  get names(): string[] {
+    return Object.keys(this.checks)
+  }
+
+  /** Returns the names of the stores that fail. Checks at most once a second. */
+  failing(): Promise<string[]> {
+    if (this.lastResult === undefined || performance.now() - this.lastCheckAt > maxAgeMs) {
+      this.lastCheckAt = performance.now()
+      this.lastResult = this.findFailing()
+    }
+    return this.lastResult
+  }
+
+  private async findFailing(): Promise<string[]> {
+    const results = await Promise.allSettled(Object.values(this.checks).map((check) => check()))
+    return this.names.filter((_, index) => results[index]?.status === 'rejected')
+  }
+}
+
 export interface HealthOptions {
-  /** Checks by the name of what they check. A check that rejects has failed. */
-  checks: Record<string, () => Promise<unknown>>
+  /**
+   * All instances share the stores. If one is away, the probe names it and still succeeds: instances that were taken out of
+   * the balancer could neither answer 503 with a `Retry-After` nor, while only Postgres is away, go on with sessions.
+   */
+  storeChecks: StoreChecks
+  /** Returns why this instance alone cannot serve, or undefined. */
+  ownFailure(): string | undefined
 }
 
 /** The probes of orchestrators and balancers, at the root. */
-export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, { checks }) => {
+export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, { storeChecks, ownFailure }) => {
   fastify.route({
     method: 'GET',
     url: '/health/live',
@@ -28,36 +63,23 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
     schema: {
       tags: ['health'],
       operationId: 'ready',
-      summary: 'Whether both stores answer and no shutdown has been announced'
+      summary: 'Whether this instance can serve, and which stores are away'
     },
     config: {
       probe: true,
-      outcomes: ['healthy', 'storage_unavailable', 'busy'],
-      data: { storage_unavailable: FailingData, busy: FailingData }
+      outcomes: ['healthy', 'busy'],
+      data: { healthy: FailingData, busy: FailingData }
     },
     handler: ready
   })
-
-  let lastResult: Promise<string[]> | undefined
-  let lastCheckAt = Number.NEGATIVE_INFINITY
 
   async function live(_request: FastifyRequest, reply: FastifyReply) {
     return reply.outcome('healthy')
   }
 
   async function ready(_request: FastifyRequest, reply: FastifyReply) {
-    if (fastify.shutdown.isAnnounced) return reply.outcome('busy', { data: { failing: ['shutting down'] } })
-    if (lastResult === undefined || performance.now() - lastCheckAt > maxAgeMs) {
-      lastCheckAt = performance.now()
-      lastResult = findFailing()
-    }
-    const failing = await lastResult
-    if (failing.length > 0) return reply.outcome('storage_unavailable', { data: { failing } })
-    return reply.outcome('healthy')
-  }
-
-  async function findFailing(): Promise<string[]> {
-    const results = await Promise.allSettled(Object.values(checks).map((check) => check()))
-    return Object.keys(checks).filter((_, index) => results[index]?.status === 'rejected')
+    const failure = ownFailure()
+    if (failure !== undefined) return reply.outcome('busy', { data: { failing: [failure] } })
+    return reply.outcome('healthy', { data: { failing: await storeChecks.failing() } })
   }
 }

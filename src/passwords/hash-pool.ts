@@ -1,3 +1,4 @@
+import { once } from 'node:events'
 import type { Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
 import type { Options } from '@node-rs/argon2'
@@ -19,12 +20,20 @@ interface QueuedJob {
 
 interface Thread {
   worker: Worker
+  /** Resolves when it has started. */
+  started: Promise<unknown>
+  /** Whether it has started, and so takes jobs. */
+  isReady: boolean
   /** The job of the thread, or undefined while it is idle. */
   current: (QueuedJob & { startedAt: number }) | undefined
 }
 
-/** The message of a thread after a job. */
-type ThreadReply = { result: string | boolean } | { error: unknown }
+/** The message of a thread when it has started, and after each job. */
+type ThreadMessage = 'ready' | { result: string | boolean } | { error: unknown }
+
+/** The first pause before a thread that could not start is started again. It doubles up to the longest. */
+const firstRestartPauseMs = 100
+export const longestRestartPauseMs = 5_000
 
 /** Weight of the newest job in the moving average of job times: about the last ten jobs count. */
 const newestJobWeight = 0.1
@@ -46,10 +55,15 @@ export class HashPool {
   private readonly queue = new Set<QueuedJob>()
   private readonly jobs = new InFlight()
   private averageJobMs = 0
+  private restartPauseMs = firstRestartPauseMs
   private isClosed = false
+  /** False from the failure of the last thread until one has started. */
+  isAvailable = true
 
   /** Called after each job with its time in the queue and in the thread. */
   onJob: ((waitMs: number, durationMs: number) => void) | undefined
+  /** Called when a thread has failed. */
+  onThreadError: ((error: unknown) => void) | undefined
 
   /** @param parameters of the hashes that it creates; a PHC string brings its own */
   constructor(
@@ -62,9 +76,10 @@ export class HashPool {
   /**
    * Waits until every thread has hashed, so that the time of a job is known.
    *
-   * @throws if no hash can be created with the parameters
+   * @throws if a thread cannot start, or no hash can be created with the parameters
    */
   async ready(): Promise<void> {
+    await Promise.all(this.threads.map(({ started }) => started))
     const hashInEachThread = () => Promise.all(this.threads.map(() => this.hash('warm-up')))
     await hashInEachThread()
     // The first job of a thread includes its start, so it does not count.
@@ -79,7 +94,7 @@ export class HashPool {
 
   /** How long a new job would wait: queue length × average job time ÷ threads. */
   get expectedWaitMs(): number {
-    return (this.queue.size * this.averageJobMs) / this.threads.length
+    return (this.queue.size * this.averageJobMs) / Math.max(1, this.threads.length)
   }
 
   /**
@@ -105,14 +120,14 @@ export class HashPool {
 
   private run(job: HashJob, client?: Writable): Promise<string | boolean> {
     const result = new Promise<string | boolean>((resolve, reject) => {
-      if (this.isClosed) throw new Refusal('busy')
+      if (this.isClosed || !this.isAvailable) throw new Refusal('busy')
       if (client?.closed) throw new ClientGone()
       const queued: QueuedJob = { job, queuedAt: performance.now(), resolve, reject }
       this.queue.add(queued)
       client?.once('close', () => {
         if (this.queue.delete(queued)) reject(new ClientGone())
       })
-      const idleThread = this.threads.find(({ current }) => current === undefined)
+      const idleThread = this.threads.find(({ isReady, current }) => isReady && current === undefined)
       if (idleThread) this.startNextJob(idleThread)
     })
     return this.jobs.track(result)
@@ -126,7 +141,7 @@ export class HashPool {
     thread.worker.postMessage(next.job)
   }
 
-  private startThread(): Thread {
+  private startThread(): void {
     const worker = new Worker(new URL('./hash-thread.js', import.meta.url), {
       workerData: { parameters: this.parameters, niceness },
       // The threads need neither options nor an environment. With NODE_OPTIONS each of them would load what it preloads, such
@@ -134,26 +149,58 @@ export class HashPool {
       execArgv: [],
       env: {}
     })
-    const thread: Thread = { worker, current: undefined }
+    const thread: Thread = { worker, started: once(worker, 'message'), isReady: false, current: undefined }
+    thread.started.catch(() => undefined)
     this.threads.push(thread)
 
-    worker.on('message', (reply: ThreadReply) => {
-      const { current } = thread
-      thread.current = undefined
-      this.startNextJob(thread)
-      if (current === undefined) return
-      const durationMs = performance.now() - current.startedAt
-      this.averageJobMs += (durationMs - this.averageJobMs) * (this.averageJobMs === 0 ? 1 : newestJobWeight)
-      this.onJob?.(current.startedAt - current.queuedAt, durationMs)
-      if ('result' in reply) current.resolve(reply.result)
-      else current.reject(reply.error)
+    worker.on('message', (message: ThreadMessage) => {
+      if (message === 'ready') this.onReady(thread)
+      else this.onResult(thread, message)
     })
-    // A thread that fails, for example without memory, is replaced.
-    worker.on('error', (error) => thread.current?.reject(error))
-    worker.on('exit', () => {
-      this.threads.splice(this.threads.indexOf(thread), 1)
-      if (!this.isClosed) this.startNextJob(this.startThread())
+    worker.on('error', (error) => {
+      thread.current?.reject(error)
+      this.onThreadError?.(error)
     })
-    return thread
+    worker.on('exit', () => this.replace(thread))
+  }
+
+  private onReady(thread: Thread): void {
+    thread.isReady = true
+    this.isAvailable = true
+    this.restartPauseMs = firstRestartPauseMs
+    this.startNextJob(thread)
+  }
+
+  private onResult(thread: Thread, message: Exclude<ThreadMessage, 'ready'>): void {
+    const { current } = thread
+    thread.current = undefined
+    this.startNextJob(thread)
+    if (current === undefined) return
+    const durationMs = performance.now() - current.startedAt
+    this.averageJobMs += (durationMs - this.averageJobMs) * (this.averageJobMs === 0 ? 1 : newestJobWeight)
+    this.onJob?.(current.startedAt - current.queuedAt, durationMs)
+    if ('result' in message) current.resolve(message.result)
+    else current.reject(message.error)
+  }
+
+  /** A thread that fails, for example without memory, is replaced at once. One that cannot start is started again later. */
+  private replace(thread: Thread): void {
+    this.threads.splice(this.threads.indexOf(thread), 1)
+    thread.current?.reject(new Error('the hash thread has ended'))
+    if (this.isClosed) return
+    if (thread.isReady) {
+      this.startThread()
+      return
+    }
+    if (this.threads.every(({ isReady }) => !isReady)) {
+      this.isAvailable = false
+      for (const job of this.queue) job.reject(new Refusal('busy'))
+      this.queue.clear()
+    }
+    const restart = () => {
+      if (!this.isClosed) this.startThread()
+    }
+    setTimeout(restart, this.restartPauseMs).unref()
+    this.restartPauseMs = Math.min(2 * this.restartPauseMs, longestRestartPauseMs)
   }
 }

@@ -17,3 +17,4 @@ parentPort?.on('message', (/** @type {import('./hash-pool.js').HashJob} */ { pas
     parentPort?.postMessage({ error })
   }
 })
+parentPort?.postMessage('ready')

@@ -3,14 +3,14 @@ import type { Writable } from 'node:stream'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
-import { HashPool } from './hash-pool.js'
+import { HashPool, longestRestartPauseMs } from './hash-pool.js'
 
 interface Passwords {
   /**
    * Admission, to be checked before a code is touched. It reserves nothing: requests that are refused later, for example
    * for a wrong code, never take the place of others.
    *
-   * @returns 0 if the expected wait for a thread is within `HASH_MAX_WAIT_MS`, else the seconds until it will be
+   * @returns 0 if the expected wait for a thread is within `HASH_MAX_WAIT_MS`, else the seconds until it may be
    */
   admissionDelaySeconds(): number
   /**
@@ -32,6 +32,8 @@ interface Passwords {
   readonly queueLength: number
   /** How long a new password would wait for a thread. */
   readonly expectedWaitMs: number
+  /** False while no thread can start. */
+  readonly isAvailable: boolean
   /** Whether a PHC string has other parameters than the configured ones. */
   isOutdated(phc: string): boolean
 }
@@ -47,6 +49,7 @@ export const passwords = fp<{ config: Config; observer?: Observer | undefined }>
     // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
     const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
     const pool = new HashPool(hashThreads, parameters)
+    pool.onThreadError = (err) => fastify.log.error({ err }, 'a hash thread failed')
     fastify.addHook('onClose', () => pool.close())
     await pool.ready()
     /** A hash of a random password. A login of an unknown user verifies it, so that it takes as long as any other. */
@@ -57,11 +60,17 @@ export const passwords = fp<{ config: Config; observer?: Observer | undefined }>
     const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
 
     fastify.decorate('passwords', {
-      admissionDelaySeconds: () => Math.ceil(Math.max(0, pool.expectedWaitMs - hashMaxWaitMs) / 1_000),
+      admissionDelaySeconds() {
+        const delayMs = pool.isAvailable ? Math.max(0, pool.expectedWaitMs - hashMaxWaitMs) : longestRestartPauseMs
+        return Math.ceil(delayMs / 1_000)
+      },
       hash: (password, client) => pool.hash(password.normalize('NFKC'), client),
       async verify(phc, password, client) {
         const matches = await pool.verify(phc ?? decoyPhc, password.normalize('NFKC'), client)
         return matches && phc !== undefined
+      },
+      get isAvailable() {
+        return pool.isAvailable
       },
       get queueLength() {
         return pool.queueLength

@@ -42,11 +42,15 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     let lastError: Error | undefined
     const logError = (err: Error) => {
       lastError = err
-      fastify.log.warn({ err }, 'the connection to Redis failed')
+      fastify.log.warn({ err, store: 'redis' }, 'the connection to Redis failed')
     }
     client.on('error', logError)
     // Only a Cluster has this event.
     client.on('node error', logError)
+    client.on('ready', () => {
+      if (lastError !== undefined) fastify.log.info('connected to Redis again')
+      lastError = undefined
+    })
     // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
     fastify.addHook('onClose', () => {
       client.disconnect()
@@ -63,6 +67,8 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
         await client.select(client.options.db ?? 0)
       }
     })
+    const servers = client instanceof Cluster ? client.nodes('master') : [client]
+    await Promise.all(servers.map(assertVersion))
     await fastify.register(fastifyRedis, { client, namespace })
 
     fastify.decorate('isRedisCluster', client instanceof Cluster)
@@ -90,7 +96,16 @@ function connect(
   { enableAutoPipelining }: { enableAutoPipelining: boolean }
 ): Redis | Cluster {
   // Exponential backoff with full jitter.
-  const retryStrategy = (attempt: number) => Math.random() * Math.min(reconnectDelayMaxMs, 50 * 2 ** attempt)
+  const retryStrategy = (attempt: number) => {
+    // A server that is no master accepts connections, so the attempts start from one each time. Yet a failover takes a while.
+    const maxMs = isNoMaster ? reconnectDelayMaxMs : Math.min(reconnectDelayMaxMs, 50 * 2 ** attempt)
+    isNoMaster = false
+    return Math.random() * maxMs
+  }
+  let isNoMaster = false
+  const onNoMaster = () => {
+    isNoMaster = true
+  }
   const redisOptions = {
     ...target.options,
     connectTimeout: storeTimeoutMs,
@@ -114,7 +129,7 @@ function connect(
       // Keeps the host names: TLS checks the certificate against the name.
       dnsLookup: (address, callback) => callback(null, address)
     })
-    cluster.on('+node', dropOnTimeout)
+    cluster.on('+node', (node: Redis) => dropWhenUnusable(node, onNoMaster))
     return cluster
   }
   const options = { ...redisOptions, enableOfflineQueue: false, enableAutoPipelining, retryStrategy }
@@ -128,30 +143,55 @@ function connect(
           enableTLSForSentinelMode: target.options.tls !== undefined,
           ...(target.options.tls && { sentinelTLS: target.options.tls }),
           sentinelCommandTimeout: storeTimeoutMs,
-          sentinelRetryStrategy: retryStrategy,
-          // After a failover the connected server may be a replica, which answers READONLY. Reconnecting finds the new master.
-          // `failoverDetector` is no alternative: if a failover happens while it connects, it ends the client permanently.
-          reconnectOnError: ({ message }: Error) => message.startsWith('READONLY')
+          sentinelRetryStrategy: retryStrategy
         })
-  dropOnTimeout(client)
+  dropWhenUnusable(client, onNoMaster)
   return client
 }
 
+/** @throws if the server is older than 6.2, the first with GETDEL */
+async function assertVersion(server: Redis): Promise<void> {
+  const [, version = '', major, minor] = /redis_version:((\d+)\.(\d+)\S*)/.exec(await server.info('server')) ?? []
+  if (Number(major) > 6 || (Number(major) === 6 && Number(minor) >= 2)) return
+  throw new Error(`Redis is too old: version ${version || 'unknown'}, expected 6.2 or later`)
+}
+
 /**
- * Drops a connection on which a command has timed out, because later commands would wait behind it. `socketTimeout` of
- * ioredis is not enough: any reply resets it, even the reply to another command.
+ * Answers of a server that is no master, or not yet: after a failover behind one address (a VIP, a DNS name), or a restart.
+ * A later connection finds the new master. An error of a script has the word in its middle.
+ *
+ * `failoverDetector` of ioredis is no alternative: if a failover happens while it connects, it ends the client permanently.
+ */
+const noMasterAnswer = /\b(READONLY|LOADING)\b/
+
+/**
+ * Drops a connection on which a command has timed out, because later commands would wait behind it, or whose server is no
+ * master.
+ *
+ * `socketTimeout` of ioredis is not enough for the first: any reply resets it, even the reply to another command. Neither is
+ * `reconnectOnError` for the second: while a server loads, the ready check of ioredis waits on the same connection.
  *
  * Wraps `sendCommand` to remember the socket of each command: after a reconnect the connection has another one. ioredis
- * has no class for the error, so the message tells (test/stores.test.ts).
+ * has no class for the errors, so the message tells (test/stores.test.ts).
  */
-function dropOnTimeout(connection: Redis): void {
+function dropWhenUnusable(connection: Redis, onNoMaster: () => void): void {
   const sendCommand = connection.sendCommand.bind(connection)
   connection.sendCommand = (command, stream) => {
     // A node of a Cluster queues its first command, and has no socket before it connects. The command comes here again then.
     const socket: Socket | undefined = connection.stream
-    command.promise.catch(({ message }: Error) => {
-      if (message === 'Command timed out') socket?.destroy(new Error('a command has timed out'))
-    })
+    function dropNoMaster(answer: string): void {
+      onNoMaster()
+      socket?.destroy(new Error(answer))
+    }
+    command.promise.then(
+      (reply) => {
+        if (command.name === 'info' && `${reply}`.includes('\nloading:1')) dropNoMaster('LOADING')
+      },
+      ({ message }: Error) => {
+        if (noMasterAnswer.test(message)) dropNoMaster(message)
+        else if (message === 'Command timed out') socket?.destroy(new Error('a command has timed out'))
+      }
+    )
     return sendCommand(command, stream)
   }
 }

@@ -1,6 +1,7 @@
 import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
-import { type DestinationStream, destination, stdSerializers } from 'pino'
+import { type DestinationStream, destination, type LogFn, type Logger, stdSerializers } from 'pino'
 import type { Config } from '../config/config.js'
+import { Refusal } from '../outcomes.js'
 
 declare module 'fastify' {
   interface FastifyRequest {
@@ -41,10 +42,54 @@ export function jsonLog(): DestinationStream {
   return stream
 }
 
+/** How often at most the same line about a failing store is logged. */
+const sampleIntervalMs = 10_000
+
+/** More kinds of lines than a service has, unless messages of a store contain something of a request. */
+const samplesMax = 100
+
+/** The fields and the message of a log line, as pino gets them. */
+type LogArguments = Parameters<LogFn>
+
+/** Returns what identifies a line about a failing store among the others, or undefined for any other line. */
+function storeFailureKey([fields, message]: LogArguments): string | undefined {
+  if (typeof fields !== 'object' || fields === null) return undefined
+  const { err, outcome, store, method, route }: Record<string, unknown> = { ...fields }
+  if (outcome === 'storage_unavailable') return `${method} ${route}`
+  const isRefusal = err instanceof Refusal && err.outcome === 'storage_unavailable'
+  if (!isRefusal && store === undefined && message !== 'storage_unavailable') return undefined
+  return `${message}: ${err instanceof Error ? err.message : ''}`
+}
+
+/**
+ * Returns a hook of pino that logs each line about a failing store at most once in 10 s. Otherwise the log would grow with
+ * the traffic while a store is away. `suppressed` is the number of the same lines before that were not logged.
+ */
+function sampleStoreFailures() {
+  const samples = new Map<string, { loggedAt: number; suppressed: number }>()
+  return function logMethod(this: Logger, args: LogArguments, method: LogFn): void {
+    const key = storeFailureKey(args)
+    if (key === undefined) {
+      method.apply(this, args)
+      return
+    }
+    const sample = samples.get(key)
+    if (sample !== undefined && performance.now() - sample.loggedAt < sampleIntervalMs) {
+      sample.suppressed++
+      return
+    }
+    if (samples.size >= samplesMax) samples.clear()
+    samples.set(key, { loggedAt: performance.now(), suppressed: 0 })
+    const [fields, ...rest] = args
+    method.apply(this, [{ ...Object(fields), ...(sample?.suppressed && { suppressed: sample.suppressed }) }, ...rest])
+  }
+}
+
 /** Returns the logger's options. Without a stream the lines go to standard output. */
 export function loggerOptions({ logLevel }: Config, stream?: DestinationStream) {
   return {
     level: logLevel,
+    hooks: { logMethod: sampleStoreFailures() },
     // Also for errors that did not come from a store.
     serializers: { err: (error: Error) => stdSerializers.err(redactError(error)) },
     ...(stream && { stream })

@@ -27,6 +27,9 @@ export interface MetricsSources {
   hashQueueLength(): number
   hashExpectedWaitMs(): number
   postgresConnections(): { total: number; idle: number; waiting: number }
+  /** The names of all stores. */
+  stores: readonly string[]
+  failingStores(): Promise<string[]>
 }
 
 /** The registry of all metrics. It observes the capabilities. */
@@ -120,8 +123,19 @@ export class Metrics implements Observer {
   }
 
   /** Adds the gauges of the service. */
-  addSources({ hashQueueLength, hashExpectedWaitMs, postgresConnections }: MetricsSources): void {
+  addSources(sources: MetricsSources): void {
+    const { hashQueueLength, hashExpectedWaitMs, postgresConnections, stores, failingStores } = sources
     const { registers } = this
+    new Gauge({
+      name: 'mobile_signup_store_available',
+      help: 'Whether a store answers and can be written; checked at each scrape',
+      labelNames: ['store'] as const,
+      registers,
+      async collect() {
+        const failing = await failingStores()
+        for (const name of stores) this.set({ store: name.toLowerCase() }, failing.includes(name) ? 0 : 1)
+      }
+    })
     new Gauge({
       name: 'mobile_signup_hash_queue_length',
       help: 'Passwords that wait for a thread',
