@@ -263,6 +263,23 @@ t.test('after an INSERT of unknown outcome, the code is restored, and the hash o
   }
 })
 
+t.test('G5: while a retry compares its password with the row, its claim stays, so that it may die', async (t) => {
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const body = await signUpBody()
+  proxy.strike('insert_user', { kind: 'cut', bytes: 3 })
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+  await until('the row is committed', async () => (await userRows(body.mobile)).length === 1)
+
+  const barrier = new EventEmitter()
+  const held = proxy.strike('find_user', { kind: 'hold', until: once(barrier, 'release') })
+  const retry = retried(() => signUp(body))
+  await held
+  t.equal((await readClaimRecord(body.mobile)).state, 'pending')
+  barrier.emit('release')
+  t.equal((await retry).statusCode, 201)
+})
+
 t.test('a conflict discards the code: 409, and then 422', async (t) => {
   const body = await signUpBody()
   await signUp(body)

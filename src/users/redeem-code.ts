@@ -127,12 +127,16 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
       return { user: { user_id: userId, name: mobile, mobile }, sessionEpoch: firstSessionEpoch }
     }
     // The mobile is registered. If another request has held the same code, it was probably a retry of the same client, and it
-    // created this user: it came before this request (a reclaim), or it took the code over after this lease had expired.
-    // Then the request succeeds if its password is that of the row. Otherwise the mobile belongs to another user.
+    // created this user. Then the request succeeds if its password is that of the row. Otherwise the mobile belongs to another
+    // user, and the code is discarded.
+    if (claim.isReclaim) {
+      // It came before this request. The claim stays meanwhile: if this instance dies now, the next retry finds it.
+      const owner = await findVerifiedUser(mobile, password, reply)
+      if (owner !== undefined) return owner
+    }
     const wasTakenOver = await discard(claim, request)
-    if (!claim.isReclaim && !wasTakenOver) return undefined
-    const user = await fastify.users.find(mobile)
-    return user && verifyUser(user, mobile, password, reply)
+    // It took the code over after the lease of this request had expired.
+    return wasTakenOver && !claim.isReclaim ? findVerifiedUser(mobile, password, reply) : undefined
   }
 
   /** Needs no case for a reclaim: the UPDATE can be repeated. */
@@ -207,6 +211,12 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     ])
     reply.header('idempotent-replayed', 'true')
     return reply.outcome(redemption.success, { data: { ...owner.user, session: session === 'started' } })
+  }
+
+  /** Returns the user of a mobile if the password is theirs. */
+  async function findVerifiedUser(mobile: string, password: string, reply: FastifyReply) {
+    const user = await fastify.users.find(mobile)
+    return user && verifyUser(user, mobile, password, reply)
   }
 
   /** Returns the user if the password is theirs. Its duration is no secret: the caller has proved the code. */
