@@ -1,8 +1,7 @@
 import { chmod, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import pg from 'pg'
-import { freePort } from '../dist/dev/embedded-stores.js'
+import { connectOnce, freePort } from '../dist/dev/embedded-stores.js'
 import { GuardedServer, unprivileged } from '../dist/dev/guarded-server.js'
 import { findProgram } from '../dist/dev/programs.js'
 
@@ -45,11 +44,7 @@ max_client_conn = 200
   // PgBouncer does not run as root, and must read the files.
   await chmod(directory, 0o755)
   const server = GuardedServer.spawn('PgBouncer', unprivileged([program, config]), join(directory, 'log'))
-  await server.untilReady(async () => {
-    const client = new pg.Client(url.href)
-    await client.connect()
-    await client.end()
-  })
+  await server.untilReady(() => connectOnce(url.href))
   return {
     url: url.href,
     async stop() {

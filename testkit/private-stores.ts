@@ -1,7 +1,7 @@
 import { execFile } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
-import { mkdir, mkdtemp, readFile, rename, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, rename, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -19,8 +19,6 @@ export interface PrivateStores {
   readonly redis: Redis
   /** The variables of a service on these stores. */
   readonly environment: Record<string, string>
-  /** Ends Postgres as an administrator does (`fast`) or as a crash does (`immediate`), and starts it again. */
-  restartPostgres(mode: 'fast' | 'immediate'): Promise<void>
   stop(): Promise<void>
 }
 
@@ -44,14 +42,6 @@ export async function startStores(): Promise<PrivateStores> {
     postgres,
     redis,
     environment: { DATABASE_URL: databaseUrl, REDIS_URL: redisUrl, SESSION_SECRET: sessionSecret },
-    async restartPostgres(mode) {
-      if (mode === 'immediate') {
-        const [pid] = (await readFile(join(directory, 'postgres', 'postmaster.pid'), 'utf8')).split('\n')
-        process.kill(Number(pid), 'SIGQUIT')
-      }
-      await stores.stopPostgres()
-      await stores.startPostgres()
-    },
     async stop() {
       redis.disconnect()
       await postgres.end()
@@ -62,7 +52,7 @@ export async function startStores(): Promise<PrivateStores> {
 }
 
 /** Returns the folder of stores that were initialized, migrated and stopped. It is created once for each version. */
-async function initializedFolder(): Promise<string> {
+export async function initializedFolder(): Promise<string> {
   const cache = fileURLToPath(new URL('../node_modules/.cache/mobile-signup', import.meta.url))
   const folder = join(cache, `stores-${versionOfStores()}`)
   if (existsSync(folder)) return folder

@@ -83,16 +83,9 @@ export class EmbeddedStores {
   async startPostgres(): Promise<void> {
     const data = join(this.directory, 'postgres')
     if (!existsSync(data)) await this.initializePostgres(data)
-    const options = ['listen_addresses=127.0.0.1', 'unix_socket_directories=', `port=${this.postgresPort}`]
-    const command = [postgresBinary('postgres'), '-D', data, ...options.flatMap((option) => ['-c', option])]
-    const logFile = join(this.directory, 'postgres.log')
     this.assertNotStopped()
-    this.postgres = GuardedServer.spawn('Postgres', unprivileged(command), logFile)
-    await this.postgres.untilReady(async () => {
-      const client = new pg.Client(this.databaseUrl)
-      await client.connect()
-      await client.end()
-    })
+    this.postgres = spawnPostgres(data, this.postgresPort, join(this.directory, 'postgres.log'))
+    await this.postgres.untilReady(() => connectOnce(this.databaseUrl))
   }
 
   /** Initializes a temporary folder, then renames it. So a start that is killed leaves no incomplete database. */
@@ -144,6 +137,20 @@ export class EmbeddedStores {
   private assertNotStopped(): void {
     if (this.isStopped) throw new Error('the private stores were stopped')
   }
+}
+
+/** Starts a Postgres on loopback. */
+export function spawnPostgres(data: string, port: number, logFile: string): GuardedServer {
+  const options = ['listen_addresses=127.0.0.1', 'unix_socket_directories=', `port=${port}`]
+  const command = [postgresBinary('postgres'), '-D', data, ...options.flatMap((option) => ['-c', option])]
+  return GuardedServer.spawn('Postgres', unprivileged(command), logFile)
+}
+
+/** @throws if Postgres does not accept a connection */
+export async function connectOnce(databaseUrl: string): Promise<void> {
+  const client = new pg.Client(databaseUrl)
+  await client.connect()
+  await client.end()
 }
 
 /** Reads the secret from its file, or creates both. */

@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FaultProxy } from '../../testkit/fault-proxy.js'
-import type { PrivateStores } from '../../testkit/private-stores.js'
+import type { ReplicatedPostgres } from '../../testkit/replicated-postgres.js'
 import type { Report } from './report.js'
 import type { SeededRandom } from './seeded-random.js'
 import type { ServiceInstance } from './service-instance.js'
@@ -8,9 +8,8 @@ import type { ServiceInstance } from './service-instance.js'
 /** What the faults happen to. */
 export interface Targets {
   instances: [ServiceInstance, ...ServiceInstance[]]
-  stores: PrivateStores
+  postgres: ReplicatedPostgres
   redisProxy: FaultProxy
-  postgresProxy: FaultProxy
 }
 
 /** Causes random faults, one after the other, until the given time. Afterwards everything runs again. */
@@ -20,16 +19,16 @@ export async function causeFaults(
 ): Promise<void> {
   while (Date.now() < until) {
     await sleep(random.between(200, 1_500))
-    report.count(await causeFault(targets, random))
+    report.count(await causeFault(targets, random, report))
   }
 }
 
 /** @returns what it has done */
-async function causeFault(targets: Targets, random: SeededRandom): Promise<string> {
-  const { instances, stores, redisProxy, postgresProxy } = targets
+async function causeFault(targets: Targets, random: SeededRandom, report: Report): Promise<string> {
+  const { instances, postgres, redisProxy } = targets
   const instance = random.oneOf(...instances)
-  const [store, proxy] = random.oneOf(['Redis', redisProxy] as const, ['Postgres', postgresProxy] as const)
-  switch (random.oneOf('kill', 'kill', 'pause', 'restart', 'reset', 'reset', 'stall')) {
+  const [store, proxy] = random.oneOf(['Redis', redisProxy] as const, ['Postgres', postgres.address] as const)
+  switch (random.oneOf('kill', 'kill', 'pause', 'restart', 'reset', 'reset', 'stall', 'failover')) {
     case 'kill':
       await instance.kill()
       await sleep(random.between(0, 500))
@@ -40,7 +39,7 @@ async function causeFault(targets: Targets, random: SeededRandom): Promise<strin
       return 'instances paused'
     case 'restart': {
       const mode = random.oneOf('fast', 'immediate')
-      await stores.restartPostgres(mode)
+      await postgres.restart(mode)
       return `restarts of Postgres, ${mode}`
     }
     case 'reset':
@@ -51,5 +50,15 @@ async function causeFault(targets: Targets, random: SeededRandom): Promise<strin
       await sleep(random.between(100, 1_500))
       await proxy.heal()
       return `stalls of ${store}`
+    case 'failover':
+      // Only asynchronous replication may fall behind. Otherwise no sign-up would be answered meanwhile.
+      if (postgres.mode === 'asynchronous') {
+        await postgres.stopReplicating()
+        await sleep(random.between(0, 1_000))
+      }
+      await postgres.failOver()
+      report.onFailover()
+      await postgres.addStandby()
+      return 'failovers of Postgres'
   }
 }
