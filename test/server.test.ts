@@ -164,6 +164,17 @@ t.test('an invalid environment stops the start with one message and exit code 1'
   )
 })
 
+t.test(
+  'a folder in which no private stores can be created stops the start, and the line says what to do',
+  async (t) => {
+    const folder = await createFolder(t)
+    await writeFile(join(folder, '.data'), 'a file')
+    const service = startEmbedded(t, folder)
+    t.strictSame(await service.exit, [1, null])
+    t.match(service.stderr, /^mobile-signup: cannot create \/.*\.data .*: set DATABASE_URL and REDIS_URL .*\n$/)
+  }
+)
+
 t.test('a PORT in use stops the start with one line and exit code 1', async (t) => {
   const service = startService(t, { PORT: new URL(stores.redisUrl).port })
   t.strictSame(await service.exit, [1, null])

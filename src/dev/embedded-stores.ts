@@ -31,10 +31,14 @@ export class EmbeddedStores {
     private readonly redisPort: number
   ) {}
 
-  /** Chooses free ports, and reads or creates the secret of the folder. Starts nothing. */
+  /**
+   * Chooses free ports, and reads or creates the secret of the folder. Starts nothing.
+   *
+   * @throws {Error} of one line that says what to do, if the folder cannot be created
+   */
   static async prepare(directory: string): Promise<EmbeddedStores> {
     const absolute = resolve(directory)
-    await mkdir(absolute, { recursive: true })
+    await createFolder(absolute)
     const secret = await readOrCreateSecret(join(absolute, 'secret'))
     return new EmbeddedStores(absolute, secret, await freePort(), await freePort())
   }
@@ -151,6 +155,16 @@ export async function connectOnce(databaseUrl: string): Promise<void> {
   const client = new pg.Client(databaseUrl)
   await client.connect()
   await client.end()
+}
+
+/** Creates a folder for the private stores. The image has none: its root is read-only, or belongs to another user. */
+async function createFolder(path: string): Promise<void> {
+  try {
+    await mkdir(path, { recursive: true })
+  } catch {
+    // Without the cause: on a read-only file system Node.js reports ENOENT.
+    throw new Error(`cannot create ${path} for private stores: set DATABASE_URL and REDIS_URL to use your own stores`)
+  }
 }
 
 /** Reads the secret from its file, or creates both. */
