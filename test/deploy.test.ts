@@ -1,4 +1,6 @@
+import { execFile } from 'node:child_process'
 import { readFile } from 'node:fs/promises'
+import { createServer, type RequestListener } from 'node:http'
 import { Deployment } from 'kubernetes-models/apps/v1/Deployment'
 import { HorizontalPodAutoscaler } from 'kubernetes-models/autoscaling/v2/HorizontalPodAutoscaler'
 import { PodDisruptionBudget } from 'kubernetes-models/policy/v1/PodDisruptionBudget'
@@ -7,6 +9,7 @@ import t from 'tap'
 import { parse, parseAllDocuments } from 'yaml'
 import { loadConfig } from '../dist/config/config.js'
 import { describeVariables } from '../testkit/generated-docs.js'
+import { listen } from '../testkit/listen.js'
 
 const read = (file: string) => readFile(new URL(`../${file}`, import.meta.url), 'utf8')
 
@@ -16,6 +19,14 @@ const variables = new Set(describeVariables().map(({ name }) => name))
 const [deployment, service, autoscaler, budget] = parseAllDocuments(await read('deploy/kubernetes.yaml')).map(
   (document) => document.toJS()
 )
+const { services } = parse(await read('compose.yaml'))
+const dockerfile = await read('Dockerfile')
+
+/** Returns the variables that the pod sets, without those of the Secret. */
+function podEnvironment(): Record<string, string> {
+  const [container] = deployment.spec.template.spec.containers
+  return Object.fromEntries(container.env.map(({ name, value }: { name: string; value: string }) => [name, value]))
+}
 
 t.test('the Kubernetes objects are valid against their schemas', async (t) => {
   t.doesNotThrow(() => new Deployment(deployment).validate())
@@ -28,7 +39,7 @@ t.test('the Kubernetes objects are valid against their schemas', async (t) => {
 t.test('a pod grants the CPU, memory and shutdown time that the service needs, and names its ports', async (t) => {
   const { spec } = deployment.spec.template
   const [container] = spec.containers
-  const env = Object.fromEntries(container.env.map(({ name, value }: { name: string; value: string }) => [name, value]))
+  const env = podEnvironment()
   for (const name of Object.keys(env)) t.ok(variables.has(name), name)
   const secret = 'a secret of at least thirty-two characters'
   const stores = { DATABASE_URL: 'postgresql://db/app', REDIS_URL: 'redis://cache', SESSION_SECRET: secret, SMS: 'off' }
@@ -43,11 +54,40 @@ t.test('a pod grants the CPU, memory and shutdown time that the service needs, a
 })
 
 t.test('Compose and the image set only variables that the service reads, and allow a graceful shutdown', async (t) => {
-  const { services } = parse(await read('compose.yaml'))
-  for (const name of Object.keys(services.service.environment)) t.ok(variables.has(name), name)
-  t.ok(Number.parseInt(services.service.stop_grace_period, 10) > 15)
-  const dockerfile = await read('Dockerfile')
+  const { environment, stop_grace_period } = services.service
+  for (const name of Object.keys(environment)) t.ok(variables.has(name), name)
+  t.ok(Number.parseInt(stop_grace_period, 10) > 15)
   const [, env = ''] = /^ENV (.*)$/m.exec(dockerfile) ?? []
   for (const [, name = ''] of env.matchAll(/(\S+)=/g)) t.ok(variables.has(name), name)
   for (const [, command = ''] of dockerfile.matchAll(/CMD (\[.*\])$/gm)) t.equal(JSON.parse(command)[0], 'node')
+})
+
+/** Runs the command of the HEALTHCHECK. */
+function probe(env: Record<string, string>): Promise<{ code: unknown; stdout: string }> {
+  const [, command = ''] = /^HEALTHCHECK [^[]*CMD (\[.*\])$/m.exec(dockerfile) ?? []
+  return new Promise((resolve) => {
+    execFile(process.execPath, JSON.parse(command).slice(1), { env, timeout: 20_000 }, (error, stdout) =>
+      resolve({ code: error ? error.code : 0, stdout })
+    )
+  })
+}
+
+t.test('HEALTHCHECK passes for a live service, and fails by itself for one that hangs', async (t) => {
+  const codeFor = async (listener: RequestListener) => {
+    const url = await listen(t, createServer(listener))
+    return (await probe({ PORT: new URL(url).port })).code
+  }
+  t.equal(await codeFor(({ url }, response) => response.writeHead(url === '/health/live' ? 200 : 404).end()), 0)
+  t.equal(await codeFor((_, response) => response.writeHead(503).end()), 1)
+  t.equal(await codeFor(() => undefined), 1, 'no timeout of the engine is needed')
+})
+
+t.test('HEALTHCHECK asks the default port if PORT is empty, as the service does', async (t) => {
+  const printUrl = 'globalThis.fetch = async (url) => (console.log(url), { ok: true })'
+  const { code, stdout } = await probe({
+    PORT: '',
+    NODE_OPTIONS: `--import="data:text/javascript,${encodeURIComponent(printUrl)}"`
+  })
+  t.equal(code, 0)
+  t.equal(new URL(stdout).port, `${describeVariables().find(({ name }) => name === 'PORT')?.shownDefault}`)
 })
