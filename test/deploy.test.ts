@@ -5,11 +5,14 @@ import { Deployment } from 'kubernetes-models/apps/v1/Deployment'
 import { HorizontalPodAutoscaler } from 'kubernetes-models/autoscaling/v2/HorizontalPodAutoscaler'
 import { PodDisruptionBudget } from 'kubernetes-models/policy/v1/PodDisruptionBudget'
 import { Service } from 'kubernetes-models/v1/Service'
+import pg from 'pg'
 import t from 'tap'
 import { parse, parseAllDocuments } from 'yaml'
 import { loadConfig } from '../dist/config/config.js'
 import { describeVariables } from '../testkit/generated-docs.js'
 import { listen } from '../testkit/listen.js'
+import { startStores } from '../testkit/private-stores.js'
+import { ServerProcess } from '../testkit/server-process.js'
 
 const read = (file: string) => readFile(new URL(`../${file}`, import.meta.url), 'utf8')
 
@@ -54,12 +57,40 @@ t.test('a pod grants the CPU, memory and shutdown time that the service needs, a
 })
 
 t.test('Compose and the image set only variables that the service reads, and allow a graceful shutdown', async (t) => {
-  const { environment, stop_grace_period } = services.service
-  for (const name of Object.keys(environment)) t.ok(variables.has(name), name)
+  const { environment, stop_grace_period, init } = services.service
+  // node-postgres reads PGPASSWORD.
+  for (const name of Object.keys(environment)) t.ok(variables.has(name) || name === 'PGPASSWORD', name)
   t.ok(Number.parseInt(stop_grace_period, 10) > 15)
+  t.equal(init, true, 'SIGTERM works before Node.js has started')
   const [, env = ''] = /^ENV (.*)$/m.exec(dockerfile) ?? []
   for (const [, name = ''] of env.matchAll(/(\S+)=/g)) t.ok(variables.has(name), name)
   for (const [, command = ''] of dockerfile.matchAll(/CMD (\[.*\])$/gm)) t.equal(JSON.parse(command)[0], 'node')
+})
+
+t.test('with Compose, .env sets every variable but those of the port mapping', async (t) => {
+  const { environment, env_file, ports } = services.service
+  t.strictSame(env_file, [{ path: '.env', required: false }])
+  const overrides = Object.entries(environment).filter(([name, value]) => !`${value}`.startsWith(`\${${name}:-`))
+  t.strictSame(overrides.map(([name]) => name).sort(), ['HOST', 'PGPASSWORD', 'PORT'])
+  t.strictSame(ports, [`127.0.0.1:\${PORT:-3000}:${environment.PORT}`])
+})
+
+t.test('with Compose, POSTGRES_PASSWORD may contain any character', async (t) => {
+  const stores = await startStores()
+  t.teardown(() => stores.stop())
+  const password = 'p@ss/w:rd?#%41&=+ \\"'
+  await stores.postgres.query(`ALTER ROLE postgres PASSWORD ${pg.escapeLiteral(password)}`)
+  const { environment } = services.service
+  t.equal(environment.PGPASSWORD, services.postgres.environment.POSTGRES_PASSWORD)
+  const [, url = ''] = /^\$\{DATABASE_URL:-(.*)\}$/.exec(environment.DATABASE_URL) ?? []
+  const databaseUrl = new URL(url)
+  databaseUrl.host = new URL(stores.databaseUrl).host
+  const service = ServerProcess.start(undefined, {
+    env: { ...stores.environment, DATABASE_URL: databaseUrl.href, PGPASSWORD: password }
+  })
+  t.teardown(() => service.dispose())
+  t.match(await service.url(), /^http:/)
+  t.equal(await service.stop(), 0)
 })
 
 /** Runs the command of the HEALTHCHECK. */
