@@ -56,6 +56,24 @@ t.test('a pod grants the CPU, memory and shutdown time that the service needs, a
   t.strictSame(ports, [config.port, config.metricsPort])
 })
 
+t.test('during an update of all pods, Postgres has a connection for each that they may open', async (t) => {
+  const { minReadySeconds, strategy, template } = deployment.spec
+  t.ok(minReadySeconds >= template.spec.terminationGracePeriodSeconds, 'not more than one former pod is still ending')
+  const ending = 1
+  const pods = autoscaler.spec.maxReplicas + strategy.rollingUpdate.maxSurge + ending
+  const migration = 1
+  // The defaults of max_connections and superuser_reserved_connections.
+  t.ok(pods * Number(podEnvironment().PG_POOL_MAX) + migration <= 100 - 3)
+})
+
+t.test('a long migration does not restart a pod, and a node drains also while pods are not ready', async (t) => {
+  const [{ startupProbe, livenessProbe, readinessProbe }] = deployment.spec.template.spec.containers
+  // Live is 200 during a migration, ready is not.
+  for (const probe of [startupProbe, livenessProbe]) t.equal(probe.httpGet.path, '/health/live')
+  t.equal(readinessProbe.httpGet.path, '/health/ready')
+  t.match(budget.spec, { maxUnavailable: 1, unhealthyPodEvictionPolicy: 'AlwaysAllow' })
+})
+
 t.test('Compose and the image set only variables that the service reads, and allow a graceful shutdown', async (t) => {
   const { environment, stop_grace_period, init } = services.service
   // node-postgres reads PGPASSWORD.
