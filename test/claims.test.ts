@@ -305,7 +305,7 @@ t.test('a restore does not overwrite a newer code, and does nothing while a newe
   const newerCode = await issueCode(replaced.mobile)
   const second = signUp({ ...overtaken, sms_code: await issueCode(overtaken.mobile) })
   await inserts.arrived(3)
-  for (const { pid } of rows) await postgres.query('SELECT pg_cancel_backend($1)', [pid])
+  for (const { pid } of rows) await postgres.query('SELECT pg_cancel_backend($1::int)', [pid])
   for (const reply of first) t.strictSame(statusAndErrno(await reply), [503, '4001'])
   t.equal(await redis.get(`sms_code_${replaced.mobile}`), newerCode)
   t.equal(await redis.exists(`sms_code_${overtaken.mobile}`), 0, 'the older code is not restored')

@@ -24,18 +24,26 @@ export interface PrivateStores {
 
 const sessionSecret = 'a secret of at least thirty-two characters'
 
-/** Starts stores in a new folder, which is a copy of an initialized one. */
-export async function startStores(): Promise<PrivateStores> {
+/**
+ * Starts stores in a new folder, which is a copy of an initialized one.
+ *
+ * @param externalPostgresUrl a Postgres to use instead of a private one: migrated, empty, and used by nobody else meanwhile. So
+ * the tests of the contract can run on another engine, or through a pooler.
+ */
+export async function startStores(externalPostgresUrl = process.env.TESTBED_DATABASE_URL): Promise<PrivateStores> {
   const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-'))
-  // fs.cp does not keep the owner, and Postgres insists on its own.
-  await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
+  if (externalPostgresUrl === undefined) {
+    // fs.cp does not keep the owner, and Postgres insists on its own.
+    await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
+  }
   const stores = await EmbeddedStores.prepare(directory)
-  await stores.start()
-  const redis = new Redis(stores.redisUrl)
-  const postgres = new pg.Pool({ connectionString: stores.databaseUrl })
+  await (externalPostgresUrl === undefined ? stores.start() : stores.startRedis())
+  const { redisUrl } = stores
+  const databaseUrl = externalPostgresUrl ?? stores.databaseUrl
+  const redis = new Redis(redisUrl)
+  const postgres = new pg.Pool({ connectionString: databaseUrl })
   // A connection that the pool has released may still hear that the server ends.
   postgres.on('error', () => undefined)
-  const { databaseUrl, redisUrl } = stores
   return {
     databaseUrl,
     redisUrl,

@@ -117,7 +117,7 @@ export class EmbeddedStores {
     await rename(unfinished, data)
   }
 
-  private async startRedis(): Promise<void> {
+  async startRedis(): Promise<void> {
     const data = join(this.directory, 'redis')
     await mkdir(data, { recursive: true })
     const config = join(this.directory, 'redis.conf')
