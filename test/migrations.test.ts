@@ -66,6 +66,31 @@ t.test('G2: an id has the time, so it is new although the counter goes back, as 
   }
 })
 
+t.test('G2: on Citus an id has the node, too, and a node that does not fit is an error', async (t) => {
+  const citusSql = await readFile(new URL('../deploy/citus.sql', import.meta.url), 'utf8')
+  const [createFunction = ''] = /^CREATE FUNCTION[\s\S]*?^\$\$;$/m.exec(citusSql) ?? []
+  await postgres.query(createFunction)
+  const idOf = async (counter: bigint) => {
+    const { rows } = await postgres.query('SELECT make_user_id($1) AS id', [`${counter}`])
+    return BigInt(rows[0].id)
+  }
+  // Node group g counts from g * 2^48 + 1. The coordinator counts as on a single Postgres.
+  const startOf = (group: bigint) => group << 48n
+  for (const [counter, group, shortCounter] of [
+    [0n, 0n, 0n],
+    [4_194_303n, 0n, 65_535n],
+    [startOf(1n) + 1n, 1n, 1n],
+    [startOf(2n) + 65_537n, 2n, 1n],
+    [startOf(63n) + 131_071n, 63n, 65_535n]
+  ] as const) {
+    const id = await idOf(counter)
+    t.strictSame([(id >> 16n) & 63n, id & 65_535n], [group, shortCounter], `${counter}`)
+    const ageMs = Date.now() - (Number(id >> 22n) + Date.UTC(2024))
+    t.ok(ageMs > -1_000 && ageMs < 60_000, `${ageMs} ms`)
+  }
+  await t.rejects(idOf(startOf(64n)), /node group 64/)
+})
+
 t.test(
   'users of a former version keep their ids, and a role that may only use the table can insert users',
   async (t) => {
