@@ -47,7 +47,6 @@ t.test('counters match the requests, and no label identifies a user', async (t) 
   for (const series of ['hash_duration_seconds', 'hash_wait_seconds']) {
     t.equal(sampleOf(await scrape(app), `mobile_signup_${series}_count`), 0, 'the start is not counted')
   }
-  t.equal(sampleOf(await scrape(app), 'mobile_signup_store_round_trip_seconds_count{store="redis"}'), undefined)
   const bodies = await Promise.all(Array.from({ length: 20 }, () => signUpBody()))
   await Promise.all(bodies.map((body) => client(app).signUp(body)))
   await client(app).signUp(await signUpBody({ password: 'short', password2: 'short' }))
@@ -65,9 +64,10 @@ t.test('counters match the requests, and no label identifies a user', async (t) 
   t.notMatch(text, '/health/', 'probes are not counted')
   t.equal(sampleOf(text, 'mobile_signup_hash_duration_seconds_count'), 20)
   t.equal(sampleOf(text, 'mobile_signup_hash_wait_seconds_count'), 20)
-  // Postgres: 20 INSERTs and the readiness probe. Redis: 21 claims, and 20 times a session with the end of the claim.
-  t.equal(sampleOf(text, 'mobile_signup_store_round_trip_seconds_count{store="postgres"}'), 21)
-  t.ok(Number(sampleOf(text, 'mobile_signup_store_round_trip_seconds_count{store="redis"}')) >= 41)
+  // Postgres: 20 INSERTs. Redis: 21 claims, and 20 times a session with the end of the claim. Both: the checks of the probe and
+  // of the scrapes, at most one a second.
+  t.ok(Number(sampleOf(text, 'mobile_signup_store_round_trip_seconds_count{store="postgres"}')) >= 21)
+  t.ok(Number(sampleOf(text, 'mobile_signup_store_round_trip_seconds_count{store="redis"}')) >= 42)
   t.equal(sampleOf(text, 'mobile_signup_store_errors_total{store="postgres"}'), 0)
   t.match(text, 'nodejs_eventloop_lag_p99_seconds')
   for (const { mobile, password, sms_code } of bodies) {

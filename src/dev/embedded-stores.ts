@@ -77,14 +77,10 @@ export class EmbeddedStores {
     this.isStopped = true
     this.initdb?.child.kill()
     await this.initdb?.catch(() => undefined)
-    await Promise.all([this.stopPostgres(), this.redis?.stop()])
+    await Promise.all([this.postgres?.stop(), this.redis?.stop()])
   }
 
-  async stopPostgres(): Promise<void> {
-    await this.postgres?.stop()
-  }
-
-  async startPostgres(): Promise<void> {
+  private async startPostgres(): Promise<void> {
     const data = join(this.directory, 'postgres')
     if (!existsSync(data)) await this.initializePostgres(data)
     this.assertNotStopped()
