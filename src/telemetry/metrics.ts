@@ -127,16 +127,6 @@ export class Metrics implements Observer {
     const { hashQueueLength, hashExpectedWaitMs, postgresConnections, stores, failingStores } = sources
     const { registers } = this
     new Gauge({
-      name: 'mobile_signup_store_available',
-      help: 'Whether a store answers and can be written; checked at each scrape',
-      labelNames: ['store'] as const,
-      registers,
-      async collect() {
-        const failing = await failingStores()
-        for (const name of stores) this.set({ store: name.toLowerCase() }, failing.includes(name) ? 0 : 1)
-      }
-    })
-    new Gauge({
       name: 'mobile_signup_hash_queue_length',
       help: 'Passwords that wait for a thread',
       registers,
@@ -162,6 +152,17 @@ export class Metrics implements Observer {
         this.set({ state: 'busy' }, total - idle)
         this.set({ state: 'idle' }, idle)
         this.set({ state: 'waiting' }, waiting)
+      }
+    })
+    // Last, because the check of Postgres takes a connection.
+    new Gauge({
+      name: 'mobile_signup_store_available',
+      help: 'Whether a store answers and can be written; checked at each scrape',
+      labelNames: ['store'] as const,
+      registers,
+      async collect() {
+        const failing = await failingStores()
+        for (const name of stores) this.set({ store: name.toLowerCase() }, failing.includes(name) ? 0 : 1)
       }
     })
   }
