@@ -180,13 +180,3 @@ t.test('a session of another service, without an epoch, lives until the first re
   t.equal((await api.resetPassword(reset)).statusCode, 200)
   t.equal(await sessionStatus(cookie), 401)
 })
-
-t.test('a login succeeds although Postgres has lost session epochs that Redis has', async (t) => {
-  const { body, userId } = await registerUser()
-  const { mobile, password } = body
-  await redis.set(`{sessions_of:${userId}}:epoch`, 3)
-  const reply = await api.logIn({ mobile, password })
-  t.equal(reply.statusCode, 201)
-  t.equal((await api.whoAmI(cookieOf(reply))).statusCode, 200)
-  t.equal((await userRows(mobile))[0].session_epoch, 3)
-})

@@ -45,7 +45,7 @@ export function logInHandler(fastify: FastifyInstance, config: Config) {
     // A success takes its own try back, and clears the failures of the mobile from this network, which is the owner's.
     const sessionUser = { user_id: user.id, name: user.name, mobile }
     const [session] = await Promise.all([
-      startSession(request, reply, user),
+      fastify.sessions.start(request, reply, sessionUser, user.sessionEpoch),
       refund(refundOnSuccess),
       fastify.rateLimits.reset(resetOnSuccess).catch((err) => logUnrefunded(request, err))
     ])
@@ -71,18 +71,6 @@ export function logInHandler(fastify: FastifyInstance, config: Config) {
     if (retryAfterSeconds > 0) throw new Refusal('busy', undefined, { retryAfterSeconds })
     const matches = await fastify.passwords.verify(user?.passwordHash, password, reply.raw)
     return matches ? user : undefined
-  }
-
-  /** Starts a session, also if Postgres has lost the session epochs that Redis has. */
-  async function startSession(request: LoginRequest, reply: FastifyReply, { id, name, sessionEpoch }: User) {
-    const { mobile } = request.body
-    const start = (epoch: number) => fastify.sessions.start(request, reply, { user_id: id, name, mobile }, epoch)
-    const session = await start(sessionEpoch)
-    if (session !== 'outdated') return session
-    // Redis has a later epoch than the row had. If the row has not changed, a failover or a restore has lost that epoch.
-    const currentEpoch = await fastify.sessions.currentEpoch(id)
-    const isRecovered = await fastify.users.recoverSessionEpoch(mobile, id, sessionEpoch, currentEpoch)
-    return isRecovered ? start(currentEpoch) : session
   }
 
   /** Replaces a hash that has outdated parameters, unless it has been replaced since, or the hash queue is too long. */

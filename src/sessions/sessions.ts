@@ -29,8 +29,6 @@ interface Sessions {
     user: SessionUser,
     epoch: number
   ): Promise<'started' | 'outdated' | 'failed'>
-  /** Returns the oldest epoch of a user whose sessions live. */
-  currentEpoch(userId: string): Promise<number>
   /** Returns the user of the request's session. Only in the scope of `loadSession`. */
   userOf(request: FastifyRequest): SessionUser | undefined
   /** Logs out: destroys the request's session and clears the cookie. Only in the scope of `loadSession`. */
@@ -153,15 +151,13 @@ export const sessions = fp<{ config: Config }>(
       const json = await fastify.withRedis((redis) => redis.get(sessionKey(sessionId)))
       return json === null ? null : parseSession(json)
     }
-    async function readEpoch(userId: string): Promise<number> {
-      return Number((await fastify.withRedis((redis) => redis.get(epochKey(userId)))) ?? firstSessionEpoch)
-    }
     async function load(sessionId: string): Promise<Session | null> {
       const stored = await read(sessionId)
       if (stored === null) return null
       const { user, epoch } = stored
+      const currentEpoch = await fastify.withRedis((redis) => redis.get(epochKey(user.user_id)))
       const cookie = { originalMaxAge: sessionTtlSeconds * 1_000 }
-      return { cookie, ...user, epoch, currentEpoch: await readEpoch(user.user_id) }
+      return { cookie, ...user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) }
     }
 
     const sessionStore: SessionStore = {
@@ -223,8 +219,6 @@ export const sessions = fp<{ config: Config }>(
         reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
         return 'started'
       },
-
-      currentEpoch: readEpoch,
 
       userOf({ session }) {
         const owner = ownerOf(session)

@@ -38,13 +38,6 @@ interface Users {
    * @returns the epoch, or undefined if the user has been deleted
    */
   beginSessionEpoch(mobile: string, userId: string): Promise<number | undefined>
-  /**
-   * Raises the session epoch of a user to that of Redis, if the row still has the given one: then Postgres has lost the later
-   * epochs.
-   *
-   * @returns whether it was raised
-   */
-  recoverSessionEpoch(mobile: string, userId: string, rowEpoch: number, redisEpoch: number): Promise<boolean>
 }
 
 declare module 'fastify' {
@@ -81,11 +74,6 @@ const beginSessionEpoch: NamedStatement = {
          RETURNING session_epoch AS "sessionEpoch"`
 }
 
-const recoverSessionEpoch: NamedStatement = {
-  name: 'recover_session_epoch',
-  text: 'UPDATE users SET session_epoch = $4 WHERE mobile = $1 AND id = $2 AND session_epoch = $3'
-}
-
 /** The users table. */
 export const users = fp(
   async (fastify) => {
@@ -110,10 +98,6 @@ export const users = fp(
         const values = [mobile, userId]
         const { rows } = await fastify.postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, values)
         return rows[0]?.sessionEpoch
-      },
-      async recoverSessionEpoch(mobile, userId, rowEpoch, redisEpoch) {
-        const values = [mobile, userId, rowEpoch, redisEpoch]
-        return (await fastify.postgres.query(recoverSessionEpoch, values)).rowCount === 1
       }
     } satisfies Users)
   },
