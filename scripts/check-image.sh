@@ -290,8 +290,13 @@ step "without store URLs: $(cat "$scratch/message")"
 # As process 1, Node.js ignores SIGTERM until the service handles it, which must be the first thing that it does. A start takes
 # about a second of CPU time, and the handler stands after less than a tenth of it.
 start_service || fail 'the container does not start again'
-cpu_ms() { awk '{ sub(/.*\) /, ""); print ($12 + $13) * 10 }' "/proc/$(process_id)/stat"; }
-until [ "$(cpu_ms)" -ge 200 ]; do sleep 0.02; done
+cpu_ms() {
+  awk -v ticks="$(getconf CLK_TCK)" '{ sub(/.*\) /, ""); print int(($12 + $13) * 1000 / ticks) }' "/proc/$(process_id)/stat"
+}
+until [ "$(cpu_ms)" -ge 200 ]; do
+  [ "$(process_id)" != 0 ] || fail 'the service ended during its start'
+  sleep 0.02
+done
 ! curl -fs -m 1 -o "$scratch/reply" "$url/health/ready" || step 'the start is over before SIGTERM'
 terminate 'during the start'
 

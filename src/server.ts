@@ -52,7 +52,7 @@ async function main(): Promise<void> {
   })
   stop = async () => {
     app.shutdown.announce()
-    await sleep(config.shutdownDelayMs)
+    if (app.server.listening) await sleep(config.shutdownDelayMs)
     setTimeout(() => {
       app.log.error('the shutdown took longer than SHUTDOWN_TIMEOUT_MS')
       process.exit(1)

@@ -52,6 +52,7 @@ t.test('an environment with only the stores gives the documented defaults', asyn
     hashPasses: 2,
     hashThreads: availableParallelism(),
     hashMaxWaitMs: 2_000,
+    pgPooler: 'none',
     pgPoolMax: 10,
     storeTimeoutMs: 1_000,
     docs: true,

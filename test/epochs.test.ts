@@ -5,7 +5,7 @@ import type { Config } from '../dist/config/config.js'
 import { passwords } from '../dist/passwords/passwords.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
-import { retried } from '../testkit/until.js'
+import { retried, until } from '../testkit/until.js'
 
 /*
  * G9: after a reset, or a logout everywhere, has been answered with success, no session that began with an earlier proof
@@ -123,7 +123,8 @@ t.test('G9: of two resets that end in another order than they began, the later p
   const first = await firstReply
   t.strictSame([first.statusCode, first.json().data.session], [200, false], 'the first has no session')
   t.equal(await sessionStatus(cookieOf(secondReply)), 200, 'the second keeps its own')
-  t.equal((await userRows(body.mobile))[0].session_epoch, 2)
+  const [{ id, session_epoch }] = await userRows(body.mobile)
+  t.equal(await redis.get(`{sessions_of:${id}}:epoch`), `${session_epoch}`, 'the later epoch stands')
   const { mobile, password } = second
   t.equal((await api.logIn({ mobile, password })).statusCode, 201)
 })
@@ -179,4 +180,32 @@ t.test('a session of another service, without an epoch, lives until the first re
   await redis.del(`sessions_of:${userId}`)
   t.equal((await api.resetPassword(reset)).statusCode, 200)
   t.equal(await sessionStatus(cookie), 401)
+})
+
+for (const end of ['reset', 'logout everywhere'] as const) {
+  t.test(`a ${end} ends all sessions, also if Postgres has lost the epoch with which they began`, async (t) => {
+    const { body, reset, userId } = await registerUser()
+    const cookie = cookieOf(await api.resetPassword(reset))
+    const other = cookieOf(await api.logIn({ mobile: body.mobile, password: reset.password }))
+    t.equal(await sessionStatus(other), 200)
+    await postgres.query('UPDATE users SET session_epoch = 0 WHERE id = $1', [userId])
+    // A failover takes longer than the second that two epochs need to differ.
+    const second = Math.floor(Date.now() / 1_000)
+    await until('the next second begins', () => Math.floor(Date.now() / 1_000) > second)
+
+    if (end === 'logout everywhere') t.equal((await api.logOut(cookie, '?everywhere=true')).statusCode, 200)
+    else {
+      const again = await api.resetPassword(await signUpBody({ mobile: body.mobile }))
+      t.strictSame([again.statusCode, again.json().data.session], [200, true])
+    }
+    t.equal(await sessionStatus(other), 401)
+  })
+}
+
+t.test('a former password does not log in after Postgres has lost a reset', async (t) => {
+  const { body, reset, userId } = await registerUser()
+  const [{ password_hash }] = await userRows(body.mobile)
+  t.equal((await api.resetPassword(reset)).statusCode, 200)
+  await postgres.query('UPDATE users SET session_epoch = 0, password_hash = $2 WHERE id = $1', [userId, password_hash])
+  t.equal((await api.logIn({ mobile: body.mobile, password: body.password })).statusCode, 401)
 })

@@ -1,14 +1,16 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { syncBuiltinESMExports } from 'node:module'
 import { type AddressInfo, connect, type Socket } from 'node:net'
 import { constants, getPriority } from 'node:os'
 import { join } from 'node:path'
 import { PassThrough } from 'node:stream'
 import { fileURLToPath } from 'node:url'
-import type { Worker } from 'node:worker_threads'
+import workerThreads, { type Worker } from 'node:worker_threads'
 import { verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
+import { Refusal } from '../dist/outcomes.js'
 import { ClientGone, HashPool } from '../dist/passwords/hash-pool.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
@@ -143,6 +145,39 @@ t.test('threads that cannot start are started again with growing pauses; meanwhi
   await writeFile(threadFile, working)
   t.equal((await retried(() => signUp(body))).statusCode, 201)
   t.strictSame(await ready(), [200, []])
+})
+
+t.test('a thread that the operating system refuses is started again later', async (t) => {
+  const workers: Worker[] = []
+  const onWorker = (worker: Worker) => workers.push(worker)
+  process.on('worker', onWorker)
+  const pool = startPool(t, 1)
+  const errors: unknown[] = []
+  pool.onThreadError = (error) => errors.push(error)
+  await pool.ready()
+  process.off('worker', onWorker)
+
+  // With `ulimit -u` the constructor throws, and there is no event.
+  class RefusedWorker {
+    constructor() {
+      throw new Error('ERR_WORKER_INIT_FAILED: EAGAIN')
+    }
+  }
+  const { Worker } = workerThreads
+  replaceWorker(RefusedWorker)
+  t.teardown(() => replaceWorker(Worker))
+  await workers[0]?.terminate()
+  await until('the second start has failed, too', () => errors.length >= 2)
+  t.equal(pool.isAvailable, false)
+  await t.rejects(pool.hash('a password'), new Refusal('busy', undefined, { retryAfterSeconds: 5 }))
+  replaceWorker(Worker)
+  await until('a thread has started', () => pool.isAvailable)
+  t.match(await pool.hash('a password'), /^\$argon2id\$/)
+
+  function replaceWorker(replacement: object): void {
+    Object.assign(workerThreads, { Worker: replacement })
+    syncBuiltinESMExports()
+  }
 })
 
 /** The settings of an instance with one thread, whose requests do not time out. */

@@ -133,7 +133,7 @@ t.test('a Redis connection is also dropped if it has answered another command me
   await untilRedisHasClosed(connectionId)
 })
 
-/** Returns the process ids of the servers behind the connections of an application, which has one connection. */
+/** Returns the process id of Postgres behind the only connection of an application. */
 async function backendOf({ postgres }: FastifyInstance): Promise<number | undefined> {
   const backendId = { name: 'backend_id', text: 'SELECT pg_backend_pid() AS id' }
   return (await postgres.query<{ id: number }>(backendId, [])).rows[0]?.id
@@ -150,6 +150,19 @@ t.test('an SQL error does not cost the connection, also if Postgres has cancelle
     cause: { message: 'canceling statement due to statement timeout' }
   })
   t.equal(await backendOf(app), backend)
+})
+
+t.test('a prepared statement that fails for ever costs the connection, which forgets it', async (t) => {
+  const app = await build(t, { PG_POOL_MAX: '1', STORE_TIMEOUT_MS: '30000' })
+  await postgres.query('CREATE TABLE changed (n integer)')
+  const select = () => app.postgres.query({ name: 'select_changed', text: 'SELECT n FROM changed' }, [])
+  await select()
+  for (const change of ['ALTER TABLE changed ALTER n TYPE bigint', 'DEALLOCATE ALL']) {
+    if (change === 'DEALLOCATE ALL') await app.postgres.query({ name: 'deallocate', text: change }, [])
+    else await postgres.query(change)
+    await t.rejects(select(), { cause: { message: /cached plan|does not exist/ } }, change)
+    await select()
+  }
 })
 
 t.test(

@@ -16,7 +16,7 @@ const standbyName = 'standby'
 /** What a standby may still need after its copy was made. */
 const keptWal = '256MB'
 
-const copy = promisify(execFile)
+const run = promisify(execFile)
 
 /** A Postgres server with its folder. */
 class Server {
@@ -100,7 +100,7 @@ export class ReplicatedPostgres {
   /** @param mode whether a commit waits until the standby has it */
   static async start(mode: 'synchronous' | 'asynchronous'): Promise<ReplicatedPostgres> {
     const primary = await Server.create()
-    await copy('cp', ['-a', join(await initializedFolder(), 'postgres'), primary.data])
+    await run('cp', ['-a', join(await initializedFolder(), 'postgres'), primary.data])
     await primary.start()
     await primary.query(`ALTER SYSTEM SET wal_keep_size = '${keptWal}'`, 'SELECT pg_reload_conf()')
     const replicated = new ReplicatedPostgres(mode, primary, await FaultProxy.open(primary.url))
@@ -145,8 +145,10 @@ export class ReplicatedPostgres {
     const backup = new pg.Client(primary.url)
     await backup.connect()
     await backup.query(`SELECT pg_backup_start('${standbyName}', true)`)
-    // Files may vanish meanwhile. The log has what they had.
-    await copy('cp', ['-a', primary.data, server.data]).catch(() => undefined)
+    // cp fails with 1 if a file vanishes meanwhile. The log has what the file had.
+    await run('cp', ['-a', primary.data, server.data]).catch((error) => {
+      if (error.code !== 1) throw error
+    })
     const { rows } = await backup.query('SELECT labelfile FROM pg_backup_stop(false)')
     await backup.end()
     await rm(join(server.data, 'postmaster.pid'), { force: true })

@@ -32,6 +32,7 @@ export interface Guesser {
 /** One request's claim of a code. It is exclusive until the lease expires. */
 export interface Claim {
   readonly mobile: string
+  /** What a restore puts back. Empty after `reopen`: the claim record alone lets the same request try again. */
   readonly code: string
   /** The MAC of the code in the claim record. */
   readonly mac: string
@@ -56,7 +57,6 @@ interface Issue {
 /** A claim that succeeded earlier. The present request repeats its request. */
 export interface CompletedClaim {
   readonly mobile: string
-  readonly code: string
   readonly userId: string
   readonly claimId: string
 }
@@ -292,7 +292,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
           }
           case 'done': {
             const [state, userId, claimId] = result
-            return { state, mobile, code: presentedCode, userId, claimId }
+            return { state, mobile, userId, claimId }
           }
           default:
             return { state: result[0] }
@@ -316,14 +316,14 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
           )
         ])
       },
-      async reopen({ mobile, code, claimId: completedId }) {
+      async reopen({ mobile, claimId: completedId }) {
         const reopened = await fastify.withRedis((redis) =>
           redis.reopenClaim(recordKey(mobile), completedId, pendingTtlMs)
         )
         if (reopened === null) return undefined
         const [claimId, mac, ttlMs] = reopened
         const claimedAt = performance.now()
-        return { mobile, code, mac, ttlMs, claimId, isReclaim: true, issue: '{}', claimedAt }
+        return { mobile, code: '', mac, ttlMs, claimId, isReclaim: true, issue: '{}', claimedAt }
       },
       async endReplay({ mobile, claimId }, { passwordWasWrong }) {
         await fastify.withRedis((redis) => redis.endReplay(recordKey(mobile), claimId, passwordWasWrong ? 1 : 0))

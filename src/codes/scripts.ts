@@ -132,8 +132,7 @@ redis.call('DEL', KEYS[2])
 `
 
 /**
- * Claims a completed code again, because Postgres has lost the row. The code may then be restored for as long as the claim
- * could have been replayed.
+ * Claims a completed code again, because Postgres has lost the row.
  *
  * KEYS[1] is the record. ARGV: the completed claim's `at`, the TTL of the record in ms. Returns the new claim's `at`, `mac` and
  * `ttl`, or nothing if the record is another one by now.

@@ -59,12 +59,6 @@ type Read = <T>(name: string, parser: Parser<T>, whenAbsent: T, meaning: string,
 
 /** Every variable but NODE_ENV: its field, name, parser, default and meaning. docs/configuration.md lists the same. */
 export function readVariables(read: Read, production: boolean) {
-  const pgPooler = read(
-    'PG_POOLER',
-    oneOf('none', 'transaction'),
-    'none',
-    '`transaction`: between the service and Postgres is a pooler in transaction mode, such as PgBouncer. See [operating.md](operating.md#poolers).'
-  )
   return {
     port: read('PORT', integer(0, 65_535), 3000, 'Port to listen on; 0 takes a free one.'),
     host: read('HOST', hostName, '127.0.0.1', 'Address to listen on.'),
@@ -195,7 +189,12 @@ export function readVariables(read: Read, production: boolean) {
       2_000,
       'A request whose hash would wait longer is refused with 503 `4500`. Milliseconds.'
     ),
-    pgPooler,
+    pgPooler: read(
+      'PG_POOLER',
+      oneOf('none', 'transaction'),
+      'none',
+      '`transaction`: between the service and Postgres is a pooler in transaction mode, such as PgBouncer. See [operating.md](operating.md#poolers).'
+    ),
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10, 'Connections to Postgres.'),
     storeTimeoutMs: read(
       'STORE_TIMEOUT_MS',
@@ -237,9 +236,8 @@ export function readVariables(read: Read, production: boolean) {
     migrate: read(
       'MIGRATE',
       trueOrFalse,
-      pgPooler === 'none',
-      'Whether a start applies pending migrations. It must not with a pooler, so the default is then `false`.',
-      'true'
+      true,
+      'Whether a start applies pending migrations. It cannot with a pooler, so the default is then `false`.'
     )
   }
 }
@@ -301,11 +299,13 @@ export function loadConfig(environment: Environment, embeddedStores?: Environmen
   const production = env.NODE_ENV === 'production'
   const faults: string[] = []
   const variables = readVariables(environmentReader(env, faults), production)
-  const config: Config = { ...variables, production, embedded: embeddedStores !== undefined }
+  const hasPooler = variables.pgPooler === 'transaction'
+  // The lock of the migrations does not work through a pooler.
+  const migrate = variables.migrate && !(hasPooler && !env.MIGRATE)
+  const config: Config = { ...variables, migrate, production, embedded: embeddedStores !== undefined }
   faults.push(...storeFaults(env, production))
-  if (config.pgPooler === 'transaction' && config.migrate) {
-    faults.push('MIGRATE: is true; expected false with PG_POOLER=transaction: migrate over a direct connection')
-  }
+  if (hasPooler && migrate) faults.push('MIGRATE: is true; expected false with PG_POOLER=transaction')
+  if (hasPooler && embeddedStores) faults.push('PG_POOLER: is transaction; expected none with private stores')
   if (production) faults.push(...productionFaults(env, config))
   if (faults.length > 0) throw new ConfigError(faults)
   return Object.freeze(config)

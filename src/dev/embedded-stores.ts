@@ -72,7 +72,7 @@ export class EmbeddedStores {
     }
   }
 
-  /** Stops both, also if they are still starting. Then `start` rejects. */
+  /** Stops both. A `start` in progress rejects. */
   async stop(): Promise<void> {
     this.isStopped = true
     this.initdb?.child.kill()

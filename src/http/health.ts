@@ -1,8 +1,12 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import { Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 
 /** How long a result of the checks is reused, so that many probes cost no more than one. */
 const maxAgeMs = 1_000
+
+/** How long an answer waits for a check, in ms. Kubernetes gives a probe one second by default. */
+const patienceMs = 500
 
 const FailingData = Type.Object({
   failing: Type.Array(Type.String(), {
@@ -13,28 +17,46 @@ const FailingData = Type.Object({
 
 /** Checks of the stores by their names. A check that rejects has failed. */
 export class StoreChecks {
-  private lastResult: Promise<string[]> | undefined
-  private lastCheckAt = Number.NEGATIVE_INFINITY
-
-  constructor(private readonly checks: Record<string, () => Promise<unknown>>) {}
-
   /** The names of all stores. */
-  get names(): string[] {
-    return Object.keys(this.checks)
+  readonly names: readonly string[]
+  private readonly checks: readonly StoreCheck[]
+
+  constructor(checks: Record<string, () => Promise<unknown>>) {
+    this.names = Object.keys(checks)
+    this.checks = Object.values(checks).map((check) => new StoreCheck(check))
   }
 
-  /** Returns the names of the stores that fail. Checks at most once a second. */
-  failing(): Promise<string[]> {
-    if (this.lastResult === undefined || performance.now() - this.lastCheckAt > maxAgeMs) {
-      this.lastCheckAt = performance.now()
-      this.lastResult = this.findFailing()
+  /** Returns the names of the stores that fail, or do not answer within half a second. */
+  async failing(): Promise<string[]> {
+    const results = await Promise.all(this.checks.map((check) => check.hasFailed()))
+    return this.names.filter((_, index) => results[index])
+  }
+}
+
+/** The check of one store, which runs at most once at a time, and at most once a second. */
+class StoreCheck {
+  private lastResult: Promise<boolean> | undefined
+  private lastStartAt = Number.NEGATIVE_INFINITY
+  private isRunning = false
+
+  constructor(private readonly check: () => Promise<unknown>) {}
+
+  hasFailed(): Promise<boolean> {
+    if (!this.isRunning && performance.now() - this.lastStartAt > maxAgeMs) this.lastResult = this.run()
+    return Promise.race([this.lastResult ?? true, sleep(patienceMs, true, { ref: false })])
+  }
+
+  private async run(): Promise<boolean> {
+    this.isRunning = true
+    this.lastStartAt = performance.now()
+    try {
+      await this.check()
+      return false
+    } catch {
+      return true
+    } finally {
+      this.isRunning = false
     }
-    return this.lastResult
-  }
-
-  private async findFailing(): Promise<string[]> {
-    const results = await Promise.allSettled(Object.values(this.checks).map((check) => check()))
-    return this.names.filter((_, index) => results[index]?.status === 'rejected')
   }
 }
 

@@ -48,6 +48,9 @@ export class ClientGone extends Refusal {
   }
 }
 
+/** No thread can start. */
+const unavailable = () => new Refusal('busy', undefined, { retryAfterSeconds: longestRestartPauseMs / 1_000 })
+
 /** argon2id in threads, strictly first come, first served. */
 export class HashPool {
   private readonly threads: Thread[] = []
@@ -120,7 +123,8 @@ export class HashPool {
 
   private run(job: HashJob, client?: Writable): Promise<string | boolean> {
     const result = new Promise<string | boolean>((resolve, reject) => {
-      if (this.isClosed || !this.isAvailable) throw new Refusal('busy')
+      if (this.isClosed) throw new Refusal('busy')
+      if (!this.isAvailable) throw unavailable()
       if (client?.closed) throw new ClientGone()
       const queued: QueuedJob = { job, queuedAt: performance.now(), resolve, reject }
       this.queue.add(queued)
@@ -188,19 +192,29 @@ export class HashPool {
     this.threads.splice(this.threads.indexOf(thread), 1)
     thread.current?.reject(new Error('the hash thread has ended'))
     if (this.isClosed) return
-    if (thread.isReady) {
-      this.startThread()
-      return
-    }
+    if (thread.isReady) this.restartThread()
+    else this.startThreadLater()
+  }
+
+  /** Starts a thread after a pause, because one could not start. If there is no other, nothing can be hashed meanwhile. */
+  private startThreadLater(): void {
     if (this.threads.every(({ isReady }) => !isReady)) {
       this.isAvailable = false
-      for (const job of this.queue) job.reject(new Refusal('busy'))
+      for (const job of this.queue) job.reject(unavailable())
       this.queue.clear()
     }
-    const restart = () => {
-      if (!this.isClosed) this.startThread()
-    }
-    setTimeout(restart, this.restartPauseMs).unref()
+    setTimeout(() => this.restartThread(), this.restartPauseMs).unref()
     this.restartPauseMs = Math.min(2 * this.restartPauseMs, longestRestartPauseMs)
+  }
+
+  private restartThread(): void {
+    if (this.isClosed) return
+    try {
+      this.startThread()
+    } catch (error) {
+      // The operating system refuses a thread, for example because of `ulimit -u`.
+      this.onThreadError?.(error)
+      this.startThreadLater()
+    }
   }
 }

@@ -168,12 +168,18 @@ async function hasStatementTimeout(pool: Pool, storeTimeoutMs: number): Promise<
 }
 
 /**
+ * The SQL errors after which a connection must not be used again: Postgres ends it (57P01 to 57P05, class 08), the server is
+ * read-only and so no longer the primary (25006), or a prepared statement of the connection would fail again each time
+ * (0A000 after a change of the table, 26000, 42P05).
+ */
+const unusableAfter = /^(57P|08|25006|0A000|26000|42P05)/
+
+/**
  * Whether a connection can be used again after an error. An SQL error leaves it usable. If each of them cost a connection,
- * errors of one part of the database would become a storm of reconnections. Not usable are connections that Postgres ends
- * (57P01 to 57P05) and those to a server that is read-only (25006): it is no longer the primary.
+ * errors of one part of the database would become a storm of reconnections.
  */
 function isUsableAfter(error: unknown): boolean {
-  return error instanceof pg.DatabaseError && error.severity === 'ERROR' && !/^(57P|25006)/.test(error.code ?? '')
+  return error instanceof pg.DatabaseError && !unusableAfter.test(error.code ?? '')
 }
 
 /** @throws if Postgres does not answer on a new connection */

@@ -47,10 +47,6 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     client.on('error', logError)
     // Only a Cluster has this event.
     client.on('node error', logError)
-    client.on('ready', () => {
-      if (lastError !== undefined) fastify.log.info('connected to Redis again')
-      lastError = undefined
-    })
     // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
     fastify.addHook('onClose', () => {
       client.disconnect()
@@ -68,7 +64,11 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
       }
     })
     const servers = client instanceof Cluster ? client.nodes('master') : [client]
-    await Promise.all(servers.map(assertVersion))
+    await Promise.all(servers.map(assertVersion)).catch((error) => {
+      client.disconnect()
+      throw error
+    })
+    lastError = undefined
     await fastify.register(fastifyRedis, { client, namespace })
 
     fastify.decorate('isRedisCluster', client instanceof Cluster)
@@ -77,7 +77,11 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     })
     fastify.decorate('withRedis', async <T>(run: (redis: Redis | Cluster) => Promise<T>) => {
       try {
-        return await observeRoundTrip(observer, 'redis', run(client))
+        const result = await observeRoundTrip(observer, 'redis', run(client))
+        // Not when it connects: a server that is no master accepts connections, too.
+        if (lastError !== undefined) fastify.log.info({ store: 'redis' }, 'Redis answers again')
+        lastError = undefined
+        return result
       } catch (cause) {
         throw new Refusal('storage_unavailable', redactError(cause))
       }

@@ -42,46 +42,50 @@ export function jsonLog(): DestinationStream {
   return stream
 }
 
-/** How often at most the same line about a failing store is logged. */
+/** For how long the lines of a kind about a failing store are counted instead of logged, after one was. */
 const sampleIntervalMs = 10_000
 
-/** More kinds of lines than a service has, unless messages of a store contain something of a request. */
-const samplesMax = 100
+/** More kinds than a service has, unless messages of a store contain something of a request. */
+const sampledKindsMax = 100
 
 /** The fields and the message of a log line, as pino gets them. */
 type LogArguments = Parameters<LogFn>
 
-/** Returns what identifies a line about a failing store among the others, or undefined for any other line. */
-function storeFailureKey([fields, message]: LogArguments): string | undefined {
+/** Returns the kind of a line about a failing store, or undefined for any other line. */
+function storeFailureKind([fields, message]: LogArguments): string | undefined {
   if (typeof fields !== 'object' || fields === null) return undefined
   const { err, outcome, store, method, route }: Record<string, unknown> = { ...fields }
   if (outcome === 'storage_unavailable') return `${method} ${route}`
   const isRefusal = err instanceof Refusal && err.outcome === 'storage_unavailable'
   if (!isRefusal && store === undefined && message !== 'storage_unavailable') return undefined
-  return `${message}: ${err instanceof Error ? err.message : ''}`
+  return err instanceof Error ? `${message}: ${err.message}` : message
 }
 
 /**
- * Returns a hook of pino that logs each line about a failing store at most once in 10 s. Otherwise the log would grow with
- * the traffic while a store is away. `suppressed` is the number of the same lines before that were not logged.
+ * Returns a hook of pino that logs one line in 10 s of each kind about a failing store. Otherwise the log would grow with the
+ * traffic while a store is away. After the 10 s a line with `suppressed` has the number of the others.
  */
 function sampleStoreFailures() {
-  const samples = new Map<string, { loggedAt: number; suppressed: number }>()
+  const suppressedByKind = new Map<string, number>()
   return function logMethod(this: Logger, args: LogArguments, method: LogFn): void {
-    const key = storeFailureKey(args)
-    if (key === undefined) {
+    const kind = storeFailureKind(args)
+    if (kind === undefined) {
       method.apply(this, args)
       return
     }
-    const sample = samples.get(key)
-    if (sample !== undefined && performance.now() - sample.loggedAt < sampleIntervalMs) {
-      sample.suppressed++
+    const sampled = suppressedByKind.has(kind) || suppressedByKind.size < sampledKindsMax ? kind : 'other kinds'
+    const suppressed = suppressedByKind.get(sampled)
+    if (suppressed !== undefined) {
+      suppressedByKind.set(sampled, suppressed + 1)
       return
     }
-    if (samples.size >= samplesMax) samples.clear()
-    samples.set(key, { loggedAt: performance.now(), suppressed: 0 })
-    const [fields, ...rest] = args
-    method.apply(this, [{ ...Object(fields), ...(sample?.suppressed && { suppressed: sample.suppressed }) }, ...rest])
+    suppressedByKind.set(sampled, 0)
+    method.apply(this, args)
+    setTimeout(() => {
+      const count = suppressedByKind.get(sampled)
+      suppressedByKind.delete(sampled)
+      if (count) method.apply(this, [{ suppressed: count }, sampled])
+    }, sampleIntervalMs).unref()
   }
 }
 

@@ -195,8 +195,10 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
       await endReplay({ passwordWasWrong: false })
       throw error
     }
-    // A failover or a restore of Postgres has lost the row. A reset cannot be repeated without a user.
-    if (user === undefined && redemption === signUpRedemption) {
+    // A failover or a restore of Postgres has lost the row.
+    if (user === undefined) {
+      // The user that the lost row described exists no more.
+      await fastify.sessions.endBefore(completed.userId, firstSessionEpoch + 1)
       const claim = await fastify.codes.reopen(completed)
       return claim === undefined ? reply.outcome('busy') : writePassword(request, reply, claim, redemption)
     }

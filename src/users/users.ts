@@ -57,9 +57,15 @@ const findUser: NamedStatement = {
   text: `SELECT id, name, password_hash AS "passwordHash", session_epoch AS "sessionEpoch" FROM users WHERE mobile = $1`
 }
 
+/**
+ * A later epoch is greater, also than one that Postgres has lost in a failover: the seconds since 2024, or one more. `now()`
+ * and not `clock_timestamp()`, because Citus takes no volatile function in an UPDATE.
+ */
+const nextEpoch = 'GREATEST(session_epoch + 1, extract(epoch FROM now())::int - 1704067200)'
+
 const setPassword: NamedStatement = {
   name: 'set_password',
-  text: `UPDATE users SET password_hash = $2, session_epoch = session_epoch + 1 WHERE mobile = $1
+  text: `UPDATE users SET password_hash = $2, session_epoch = ${nextEpoch} WHERE mobile = $1
          RETURNING id, name, session_epoch AS "sessionEpoch"`
 }
 
@@ -70,7 +76,7 @@ const replaceHash: NamedStatement = {
 
 const beginSessionEpoch: NamedStatement = {
   name: 'begin_session_epoch',
-  text: `UPDATE users SET session_epoch = session_epoch + 1 WHERE mobile = $1 AND id = $2
+  text: `UPDATE users SET session_epoch = ${nextEpoch} WHERE mobile = $1 AND id = $2
          RETURNING session_epoch AS "sessionEpoch"`
 }
 
