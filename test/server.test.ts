@@ -2,6 +2,7 @@ import { execFile } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { createServer } from 'node:http'
 import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -10,6 +11,7 @@ import pg from 'pg'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
 import { client, statusAndErrno } from '../testkit/client.js'
+import { listen } from '../testkit/listen.js'
 import { ServerProcess } from '../testkit/server-process.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
@@ -192,15 +194,17 @@ t.test('an unavailable store stops the start after 10 s with one line and exit c
   }
 })
 
-t.test('SIGTERM during the start ends it with exit code 0, also while it waits for a store', async (t) => {
-  const waiting = { DATABASE_URL: 'postgresql://postgres@127.0.0.1:1/postgres' }
-  // Prints when the service has set its handler.
-  const announce = `process.nextTick(() => process.stdout.write('handles SIGTERM'))`
-  const code = `process.on('newListener', (name) => name === 'SIGTERM' && ${announce})`
-  const announceHandler = `--import=data:text/javascript,${encodeURIComponent(code)}`
-  for (const env of [{}, waiting, { ...waiting, OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' }]) {
-    const service = startService(t, { ...env, NODE_OPTIONS: announceHandler })
-    await service.waitFor(/handles SIGTERM/)
+t.test('SIGTERM while the start waits for a store ends it with exit code 0', async (t) => {
+  const silentStore = createServer()
+  const storeUrl = new URL(await listen(t, silentStore))
+  for (const env of [
+    { DATABASE_URL: `postgresql://postgres@${storeUrl.host}/postgres` },
+    { REDIS_URL: `redis://${storeUrl.host}` },
+    { REDIS_URL: `redis://${storeUrl.host}`, OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' }
+  ]) {
+    const connected = once(silentStore, 'connection')
+    const service = startService(t, env)
+    await connected
     service.kill('SIGTERM')
     t.strictSame(await service.exit, [0, null])
     t.equal(service.stderr, '')
