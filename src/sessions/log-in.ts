@@ -51,7 +51,8 @@ export function logInHandler(fastify: FastifyInstance, config: Config) {
     ])
     // A login without a session is useless.
     if (session === 'failed') return reply.outcome('storage_unavailable')
-    // The password was reset, or the user logged out everywhere, after this login had read the row.
+    // The password was reset, or the user logged out everywhere, after this login had read the row. Or Postgres has lost that in
+    // a failover; then only a new reset helps, because this may be the former password.
     if (session === 'outdated') return reply.outcome('wrong_login')
 
     // Not awaited: it does not delay the answer. A shutdown waits for it.

@@ -99,16 +99,16 @@ function connect(
   storeTimeoutMs: number,
   { enableAutoPipelining }: { enableAutoPipelining: boolean }
 ): Redis | Cluster {
-  // Exponential backoff with full jitter.
-  const retryStrategy = (attempt: number) => {
-    // A server that is no master accepts connections, so the attempts start from one each time. Yet a failover takes a while.
-    const maxMs = isNoMaster ? reconnectDelayMaxMs : Math.min(reconnectDelayMaxMs, 50 * 2 ** attempt)
-    isNoMaster = false
-    return Math.random() * maxMs
-  }
   let isNoMaster = false
   const onNoMaster = () => {
     isNoMaster = true
+  }
+  // Exponential backoff with full jitter.
+  const retryStrategy = (attempt: number) => {
+    // A server that is no master accepts connections, so ioredis counts attempts from one each time. But a failover takes a while.
+    const maxMs = isNoMaster ? reconnectDelayMaxMs : Math.min(reconnectDelayMaxMs, 50 * 2 ** attempt)
+    isNoMaster = false
+    return Math.random() * maxMs
   }
   const redisOptions = {
     ...target.options,
