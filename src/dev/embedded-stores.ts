@@ -171,9 +171,14 @@ async function readOrCreateSecret(file: string): Promise<string> {
   return secret
 }
 
+/** The ports that this process has chosen. Their servers may not have bound them yet. */
+const chosenPorts = new Set<number>()
+
 /** Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. */
 export async function freePort(): Promise<number> {
   const port = randomInt(10_000, 32_000)
+  if (chosenPorts.has(port)) return freePort()
+  chosenPorts.add(port)
   const server = createServer()
   const isFree = await new Promise<boolean>((resolve) => {
     server.once('error', () => resolve(false))

@@ -61,7 +61,7 @@ const findUser: NamedStatement = {
  * A later epoch is greater, also than one that Postgres has lost in a failover: the seconds since 2024, or one more. `now()`
  * and not `clock_timestamp()`, because Citus takes no volatile function in an UPDATE.
  */
-const nextEpoch = 'GREATEST(session_epoch + 1, extract(epoch FROM now())::int - 1704067200)'
+const nextEpoch = 'GREATEST(session_epoch + 1, floor(extract(epoch FROM now()))::int - 1704067200)'
 
 const setPassword: NamedStatement = {
   name: 'set_password',
