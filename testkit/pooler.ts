@@ -8,8 +8,11 @@ import { findProgram } from '../dist/dev/programs.js'
 /** Fewer than the connections of a service, so that its statements change their connection to Postgres. */
 const poolSize = 3
 
-/** The default of `STORE_TIMEOUT_MS`. The service cannot set it through the pooler. */
-const statementTimeoutMs = 1_000
+/**
+ * The timeout of statements, and of the round trips of the applications. Longer than the default, because on a busy machine the
+ * pooler is one more process that may have to wait.
+ */
+export const poolerTimeoutMs = 5_000
 
 export interface Pooler {
   /** The URL of Postgres through the pooler. */
@@ -29,7 +32,7 @@ export async function startPooler(databaseUrl: string): Promise<Pooler> {
   await writeFile(
     config,
     `[databases]
-* = host=${hostname} port=${port} connect_query='SET statement_timeout = ${statementTimeoutMs}'
+* = host=${hostname} port=${port} connect_query='SET statement_timeout = ${poolerTimeoutMs}'
 [pgbouncer]
 listen_addr = 127.0.0.1
 listen_port = ${url.port}

@@ -5,7 +5,7 @@ import { type BuildOptions, buildApp } from '../dist/app.js'
 import { type Config, type Environment, loadConfig } from '../dist/config/config.js'
 import type { Reply } from './client.js'
 import { FaultProxy } from './fault-proxy.js'
-import { startPooler } from './pooler.js'
+import { poolerTimeoutMs, startPooler } from './pooler.js'
 import { startStores } from './private-stores.js'
 import { ServerProcess } from './server-process.js'
 import { until } from './until.js'
@@ -28,7 +28,11 @@ export async function startTestbed(t: Test) {
   const pooler = process.env.TESTBED_POOLER ? await startPooler(stores.databaseUrl) : undefined
   const environment: Record<string, string> = {
     ...stores.environment,
-    ...(pooler && { DATABASE_URL: pooler.url, PG_POOLER: 'transaction' })
+    ...(pooler && {
+      DATABASE_URL: pooler.url,
+      PG_POOLER: 'transaction',
+      STORE_TIMEOUT_MS: `${poolerTimeoutMs}`
+    })
   }
 
   let log = ''
