@@ -27,8 +27,8 @@ const sessionSecret = 'a secret of at least thirty-two characters'
 /**
  * Starts stores in a new folder, which is a copy of an initialized one.
  *
- * @param externalPostgresUrl a Postgres to use instead of a private one: migrated, empty, and used by nobody else meanwhile. So
- * the tests of the contract can run on another engine, or through a pooler.
+ * @param externalPostgresUrl a Postgres to use instead of a private one, for example another engine. It must be migrated and
+ * empty, and nobody else may use it meanwhile.
  */
 export async function startStores(externalPostgresUrl = process.env.TESTBED_DATABASE_URL): Promise<PrivateStores> {
   const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-'))

@@ -7,6 +7,7 @@ import pg from 'pg'
 import { connectOnce, freePort, spawnPostgres } from '../dist/dev/embedded-stores.js'
 import type { GuardedServer } from '../dist/dev/guarded-server.js'
 import { FaultProxy } from './fault-proxy.js'
+import { postmasterPid, queryOnce } from './postgres-admin.js'
 import { initializedFolder } from './private-stores.js'
 import { until } from './until.js'
 
@@ -42,7 +43,7 @@ class Server {
     return join(this.directory, 'postgres')
   }
 
-  /** Writes a file of the server, which does not run as root. */
+  /** Writes a file into the data folder. It belongs to the user of the server, which does not run as root. */
   async write(name: string, text: string): Promise<void> {
     const file = join(this.data, name)
     const { uid, gid } = await stat(this.data)
@@ -62,8 +63,7 @@ class Server {
 
   /** Ends it as a crash does. */
   async kill(): Promise<void> {
-    const [pid] = (await readFile(join(this.data, 'postmaster.pid'), 'utf8')).split('\n')
-    process.kill(Number(pid), 'SIGKILL')
+    process.kill(postmasterPid(this.data), 'SIGKILL')
     await this.stop()
   }
 
@@ -72,18 +72,14 @@ class Server {
     await rm(this.directory, { recursive: true, force: true })
   }
 
-  /** Runs statements on a connection of their own. @returns the rows of the last one */
-  async query<Row extends pg.QueryResultRow>(...statements: string[]): Promise<Row[]> {
-    const client = new pg.Client(this.url)
-    client.on('error', () => undefined)
-    await client.connect()
-    try {
-      let rows: Row[] = []
-      for (const statement of statements) rows = (await client.query<Row>(statement)).rows
-      return rows
-    } finally {
-      await client.end()
-    }
+  query<Row extends pg.QueryResultRow>(statement: string): Promise<Row[]> {
+    return queryOnce<Row>(this.url, statement)
+  }
+
+  /** Changes a setting without a restart. */
+  async set(name: string, value: string): Promise<void> {
+    await this.query(`ALTER SYSTEM SET ${name} = '${value}'`)
+    await this.query('SELECT pg_reload_conf()')
   }
 }
 
@@ -102,7 +98,7 @@ export class ReplicatedPostgres {
     const primary = await Server.create()
     await run('cp', ['-a', join(await initializedFolder(), 'postgres'), primary.data])
     await primary.start()
-    await primary.query(`ALTER SYSTEM SET wal_keep_size = '${keptWal}'`, 'SELECT pg_reload_conf()')
+    await primary.set('wal_keep_size', keptWal)
     const replicated = new ReplicatedPostgres(mode, primary, await FaultProxy.open(primary.url))
     await replicated.addStandby()
     return replicated
@@ -137,7 +133,7 @@ export class ReplicatedPostgres {
     await this.primary.start()
   }
 
-  /** Makes a standby from a copy of the running primary, and waits until it has all that the primary has. */
+  /** Creates a standby from a copy of the running primary, and waits until it is in sync. */
   async addStandby(): Promise<void> {
     const { primary } = this
     const link = await FaultProxy.open(primary.url)
@@ -163,9 +159,7 @@ primary_conninfo = 'host=${hostname} port=${port} user=${username} password=${pa
     )
     await server.start()
     this.standby = { server, link }
-    if (this.mode === 'synchronous') {
-      await primary.query(`ALTER SYSTEM SET synchronous_standby_names = '${standbyName}'`, 'SELECT pg_reload_conf()')
-    }
+    if (this.mode === 'synchronous') await primary.set('synchronous_standby_names', standbyName)
     await until('the standby has all that the primary has', async () => {
       const [row] = await primary.query<{ inSync: boolean }>(
         `SELECT state = 'streaming' AND replay_lsn = pg_current_wal_lsn() AND

@@ -46,5 +46,5 @@ export const noSmsLimits = {
   SMS_HOURLY_MAX: '0'
 }
 
-/** No limit on messages except what a test sets, and timeouts of the stores that a busy machine does not reach. */
+/** No limits on messages unless a test sets one, and store timeouts that are long enough for a busy machine. */
 export const unlimitedSms = { ...noSmsLimits, STORE_TIMEOUT_MS: '20000' }

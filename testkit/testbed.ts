@@ -186,7 +186,7 @@ export async function startTestbed(t: Test) {
     return JSON.parse(record)
   }
 
-  /** Makes a claim or a running replay older, so that a test need not wait for the end of its lease. */
+  /** Moves the start of a claim or a running replay into the past, so that a test does not wait until the lease expires. */
   async function ageClaim(mobile: string, ms: number): Promise<void> {
     const record = await readClaimRecord(mobile)
     const start = record.state === 'done' ? 'checking' : 'at'

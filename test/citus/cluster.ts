@@ -5,10 +5,11 @@ import { mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import pg from 'pg'
+import type pg from 'pg'
 import { freePort } from '../../dist/dev/embedded-stores.js'
 import { GuardedServer, isRoot, unprivileged, unprivilegedId } from '../../dist/dev/guarded-server.js'
 import { migrate } from '../../dist/stores/migrations.js'
+import { postmasterPid, queryOnce } from '../../testkit/postgres-admin.js'
 
 /** Enough for the 50 connections of a test, each of which is a connection to every worker, too. */
 const commonSettings = ['listen_addresses=127.0.0.1', 'unix_socket_directories=', 'max_connections=300']
@@ -68,17 +69,8 @@ export class Node {
     await this.server?.stop()
   }
 
-  /** Runs a statement on a connection of its own. @returns the rows */
-  async query<Row extends pg.QueryResultRow>(text: string, values: unknown[] = []): Promise<Row[]> {
-    const client = new pg.Client(this.url)
-    // A failed query rejects. The event comes without a query.
-    client.on('error', () => undefined)
-    await client.connect()
-    try {
-      return (await client.query<Row>(text, values)).rows
-    } finally {
-      await client.end()
-    }
+  query<Row extends pg.QueryResultRow>(text: string, values: unknown[] = []): Promise<Row[]> {
+    return queryOnce<Row>(this.url, text, values)
   }
 
   /** Signals all processes, as if the machine crashed (SIGKILL) or hung (SIGSTOP). */
@@ -94,9 +86,9 @@ export class Node {
 
   /** Returns the process ids, that of the parent first, so that it starts no others. */
   private processes(): number[] {
-    const pidFile = join(this.directory, this.name, 'postmaster.pid')
-    if (!existsSync(pidFile)) return []
-    const parent = Number(readFileSync(pidFile, 'utf8').split('\n')[0])
+    const data = join(this.directory, this.name)
+    if (!existsSync(join(data, 'postmaster.pid'))) return []
+    const parent = postmasterPid(data)
     const children = readdirSync('/proc')
       .map(Number)
       .filter((pid) => pid > 0 && parentOf(pid) === parent)
