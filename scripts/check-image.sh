@@ -7,7 +7,7 @@
 # Exit code 1: the image breaks a promise. A machine that cannot build or run any image ends the check with the line
 # `image: not checked: REASON` and exit code 0. Only the preparations may end so: they build and run the base alone. What
 # fails after them is the image's fault.
-# shellcheck disable=SC2016 # the hooks of mmdebstrap expand $1
+# shellcheck disable=SC2016 # mmdebstrap's hooks expand $1, not this script
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 
-/** Whether a signal has come. */
+/** Whether a signal has been received. */
 let isStopping = false
 /** Ends gracefully what the start has begun so far. */
 let stop = async (): Promise<void> => undefined
@@ -16,13 +16,13 @@ for (const signal of ['SIGINT', 'SIGTERM'] as const) {
   })
 }
 
-/** A short migration ends before the server listens. During a long one, the server must answer the liveness probe. */
+/** How long the start waits for migrations before the server listens. During longer ones it must answer the liveness probe. */
 const migrationPatienceMs = 5_000
 
 try {
   await main()
 } catch (error) {
-  // What a shutdown ends may fail.
+  // After a signal, a failure is a consequence of the shutdown.
   if (!isStopping) {
     process.stderr.write(`mobile-signup: ${messagesOf(error).join(': ')}\n`)
     process.exit(1)

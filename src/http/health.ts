@@ -15,7 +15,7 @@ const FailingData = Type.Object({
   })
 })
 
-/** Checks of the stores by their names. A check that rejects has failed. */
+/** Runs the checks of the stores. A check fails if its promise rejects. */
 export class StoreChecks {
   /** The names of all stores. */
   readonly names: readonly string[]

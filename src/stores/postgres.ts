@@ -60,11 +60,12 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = poolOf(fastify)
 
-    // Without these listeners, a connection that fails ends the process: one for idle connections, and one for those in use.
+    // If a connection fails and nobody listens to its error, the process ends. The pool has the idle connections, and `connect`
+    // gives those in use a listener.
     pool.on('error', (err) => fastify.log.warn({ err, store: 'postgres' }, 'an idle Postgres connection failed'))
     pool.on('connect', (client) => client.on('error', () => undefined))
 
-    /** @param check rejects a result that shows that the connection must not be used again */
+    /** @param check throws if the rows show that the connection must not be used again */
     async function runOnPool<Row extends QueryResultRow>(
       { name, text }: NamedStatement,
       values: unknown[],

@@ -126,9 +126,9 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     if (userId !== undefined) {
       return { user: { user_id: userId, name: mobile, mobile }, sessionEpoch: firstSessionEpoch }
     }
-    // The mobile is registered. If another request has held the same code, it was probably a retry of the same client, and it
-    // created this user. Then the request succeeds if its password is that of the row. Otherwise the mobile belongs to another
-    // user, and the code is discarded.
+    // The mobile is registered. If another request has held the same code, probably the same client sent it, and it created this
+    // user. Then this request succeeds if its password matches the row. Otherwise the mobile belongs to another user, and the
+    // code is discarded.
     if (claim.isReclaim) {
       // It came before this request. The claim stays meanwhile: if this instance dies now, the next retry finds it.
       const owner = await findVerifiedUser(mobile, password, reply)
