@@ -32,8 +32,10 @@ function expectedOutcome(body: unknown): OutcomeName {
   if (mobile.length !== 11 || !/^1[3-9]/.test(mobile) || /[^0-9]/.test(mobile)) return 'invalid_mobile'
   if (password !== password2) return 'passwords_differ'
   if ([...password].length < 8 || [...password].length > 128) return 'password_length'
-  if (password === mobile || ['password', '12345678', 'iloveyou'].includes(password.toLowerCase()))
+  const canonical = password.normalize('NFKC').toLowerCase()
+  if (canonical === mobile || ['password', 'password1', '12345678', 'iloveyou'].includes(canonical)) {
     return 'password_common'
+  }
   return 'wrong_code'
 }
 

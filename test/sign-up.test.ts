@@ -100,7 +100,12 @@ const invalidBodies: [string, Record<string, unknown>, string][] = [
   ['129 characters', { password: 'x'.repeat(129), password2: 'x'.repeat(129) }, '密码须为8至128个字符'],
   ['a short password before a common one', { password: '123456', password2: '123456' }, '密码须为8至128个字符'],
   ['a common password', { password: 'password', password2: 'password' }, '密码过于常见'],
-  ['a common password in capitals', { password: 'QWERTYUIOP', password2: 'QWERTYUIOP' }, '密码过于常见']
+  ['a common password in capitals', { password: 'QWERTYUIOP', password2: 'QWERTYUIOP' }, '密码过于常见'],
+  [
+    'a common password in full-width letters',
+    { password: 'ｐａｓｓｗｏｒｄ', password2: 'ｐａｓｓｗｏｒｄ' },
+    '密码过于常见'
+  ]
 ]
 
 t.test('400: a body is refused for its first fault, and the code stays', async (t) => {

@@ -30,6 +30,8 @@ export function passwordFault(
   if (password !== password2) return 'passwords_differ'
   const { length } = [...password]
   if (length < minLength || length > passwordMax) return 'password_length'
-  if (password === mobile || commonPasswords.has(password.toLowerCase())) return 'password_common'
+  // As it is hashed: a common password in full-width letters would let its plain form log in.
+  const canonical = password.normalize('NFKC')
+  if (canonical === mobile || commonPasswords.has(canonical.toLowerCase())) return 'password_common'
   return undefined
 }
