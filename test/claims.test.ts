@@ -302,6 +302,22 @@ t.test('G5: while a retry compares its password with the row, its claim stays, s
   t.equal((await retry).statusCode, 201)
 })
 
+t.test('G5: a request with another password does not end the retries of an earlier one', async (t) => {
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const body = await signUpBody()
+  const withOtherPassword = { ...body, password: 'another password', password2: 'another password' }
+  proxy.strike('insert_user', { kind: 'cut', bytes: 3 })
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+  await until('the row is committed', async () => (await userRows(body.mobile)).length === 1)
+
+  t.strictSame(statusAndErrno(await retried(() => signUp(withOtherPassword))), [409, '4003'])
+  const retry = await signUp(body)
+  t.strictSame([retry.statusCode, retry.headers['idempotent-replayed']], [201, 'true'])
+  t.strictSame(statusAndErrno(await signUp(withOtherPassword)), [409, '4003'], 'the second wrong password')
+  t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'])
+})
+
 t.test('a conflict discards the code: 409, and then 422', async (t) => {
   const body = await signUpBody()
   await signUp(body)

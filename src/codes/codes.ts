@@ -15,7 +15,8 @@ import { Tickets } from './tickets.js'
  * 1. This service (`issue`) or another one stores the code in Redis.
  * 2. `claim` deletes the code and writes a claim record in one step. While the lease of the claim runs, every other request
  *    with this code is in progress. After the lease, a request with the same code can claim it again: a reclaim.
- * 3. The claim ends: `complete` after success, `restore` after a server-side failure, `discard` if there can be no success.
+ * 3. The claim ends: `complete` after success, `restore` after a server-side failure, `discard` if there can be no success,
+ *    `concede` if an earlier request with the code may have had the success.
  * 4. For 300 s after `complete`, the same request is a replay: it gets the same success, until `endReplay`. If Postgres has
  *    lost the row, `reopen` makes it a claim again.
  */
@@ -120,6 +121,11 @@ interface Codes {
    */
   complete(claim: Claim, userId: string): Promise<void>
   /**
+   * Ends a reclaim that has met a user with another password. The earlier request may have created the user, so its retry
+   * must still succeed.
+   */
+  concede(claim: Claim, userId: string): Promise<void>
+  /**
    * Claims the code of a replay again, because Postgres has lost the row.
    *
    * @returns undefined if the replay has lasted too long, and another request has claimed the code
@@ -152,6 +158,7 @@ declare module 'ioredis' {
     claimCode(...keysAndArgs: (string | number)[]): Result<ClaimScriptResult, Context>
     endClaim(...keysAndArgs: (string | number)[]): Result<0 | 1, Context>
     completeClaim(recordKey: string, guessesKey: string, record: string, ttlMs: number): Result<null, Context>
+    concedeClaim(recordKey: string, claimId: string, mac: string, userId: string, ttlMs: number): Result<null, Context>
     reopenClaim(
       recordKey: string,
       claimId: string,
@@ -187,6 +194,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       claimCode: { numberOfKeys: 4, lua: scripts.claimCode },
       endClaim: { numberOfKeys: 3, lua: scripts.endClaim },
       completeClaim: { numberOfKeys: 2, lua: scripts.completeClaim },
+      concedeClaim: { numberOfKeys: 1, lua: scripts.concedeClaim },
       reopenClaim: { numberOfKeys: 1, lua: scripts.reopenClaim },
       endReplay: { numberOfKeys: 1, lua: scripts.endReplay },
       issueCode: { numberOfKeys: 2, lua: scripts.issueCode },
@@ -315,6 +323,9 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
             fastify.log.error({ err }, 'the limits of a used code could not be refunded')
           )
         ])
+      },
+      async concede({ mobile, claimId, mac }, userId) {
+        await fastify.withRedis((redis) => redis.concedeClaim(recordKey(mobile), claimId, mac, userId, replayTtlMs))
       },
       async reopen({ mobile, claimId: completedId }) {
         const reopened = await fastify.withRedis((redis) =>

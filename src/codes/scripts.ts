@@ -132,6 +132,19 @@ redis.call('DEL', KEYS[2])
 `
 
 /**
+ * Ends a reclaim without success: the record names the user that the earlier request may have created, and the password of
+ * this request counts as the first wrong one of its replays. If another request has claimed the code since, nothing changes.
+ *
+ * KEYS[1] is the record. ARGV: the claim's `at` and `mac`, the user's id, the TTL of the record in ms.
+ */
+export const concedeClaim = `
+local stored = redis.call('GET', KEYS[1])
+if stored and cjson.decode(stored).at ~= ARGV[1] then return end
+local done = { state = 'done', mac = ARGV[2], at = ARGV[1], user_id = ARGV[3], passwords = 1 }
+redis.call('SET', KEYS[1], cjson.encode(done), 'PX', ARGV[4])
+`
+
+/**
  * Claims a completed code again, because Postgres has lost the row.
  *
  * KEYS[1] is the record. ARGV: the completed claim's `at`, the TTL of the record in ms. Returns the new claim's `at`, `mac` and

@@ -127,16 +127,18 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
       return { user: { user_id: userId, name: mobile, mobile }, sessionEpoch: firstSessionEpoch }
     }
     // The mobile is registered. If another request has held the same code, probably the same client sent it, and it created this
-    // user. Then this request succeeds if its password matches the row. Otherwise the mobile belongs to another user, and the
-    // code is discarded.
+    // user. Then this request succeeds if its password matches the row.
     if (claim.isReclaim) {
       // It came before this request. The claim stays meanwhile: if this instance dies now, the next retry finds it.
-      const owner = await findVerifiedUser(mobile, password, reply)
-      if (owner !== undefined) return owner
+      const user = await fastify.users.find(mobile)
+      const owner = user && (await verifyUser(user, mobile, password, reply))
+      if (user === undefined || owner !== undefined) return owner
+      await fastify.codes.concede(claim, user.id).catch((err) => logUnendedClaim(request, err))
+      return undefined
     }
     const wasTakenOver = await discard(claim, request)
     // It took the code over after the lease of this request had expired.
-    return wasTakenOver && !claim.isReclaim ? findVerifiedUser(mobile, password, reply) : undefined
+    return wasTakenOver ? findVerifiedUser(mobile, password, reply) : undefined
   }
 
   /** Needs no case for a reclaim: the UPDATE can be repeated. */
