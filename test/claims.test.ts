@@ -16,9 +16,6 @@ const testbed = await startTestbed(t)
 const { build, config, cookieOf, holdInserts, issueCode, newMobile, openProxy, postgres, redis } = testbed
 const { ageClaim, readClaimRecord, signUpBody, stores, untilClaimed, userRows } = testbed
 
-/** No round trip times out, and no lease expires, however busy the machine is. */
-const patient = { STORE_TIMEOUT_MS: '30000' }
-
 /** Replaces the hash pool by one that calls a function before each hash. The function may wait or throw. */
 const passwordsThatHashAfter = (beforeHash: () => Promise<unknown>) =>
   fp(
@@ -43,15 +40,15 @@ async function failToHash(): Promise<void> {
   throw new Error('no memory for a hash')
 }
 
-const instance = client(await build(t, patient))
+const instance = client(await build(t))
 const { signUp } = instance
-const failing = client(await build(t, patient, { overrides: { passwords: passwordsThatHashAfter(failToHash) } }))
+const failing = client(await build(t, {}, { overrides: { passwords: passwordsThatHashAfter(failToHash) } }))
 
 const fillRedis = () => redis.config('SET', 'maxmemory', '1')
 const emptyRedis = () => redis.config('SET', 'maxmemory', '0')
 
 t.test('G5: the same request again gets the same success, with a new session and Idempotent-Replayed', async (t) => {
-  const other = client(await build(t, patient))
+  const other = client(await build(t))
   const body = await signUpBody()
   const first = await signUp(body)
   t.equal(first.headers['idempotent-replayed'], undefined)
@@ -120,7 +117,7 @@ t.test('the same request signs up again if Postgres has lost the row, with a new
 
 t.test('G4: after a failure while a lost row is written again, the same request succeeds', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
-  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const { signUp } = client(await build(t, { DATABASE_URL: proxy.url }))
   const body = await signUpBody()
   await signUp(body)
   await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
@@ -133,7 +130,7 @@ t.test('G4: after a failure while a lost row is written again, the same request 
 
 t.test('a replay whose row is lost leaves the claim of a newer code alone', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
-  const { signUp: signUpSlowly } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const { signUp: signUpSlowly } = client(await build(t, { DATABASE_URL: proxy.url }))
   const body = await signUpBody()
   await signUp(body)
   await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
@@ -158,14 +155,14 @@ t.test('a reset is not repeated if Postgres has lost the row: the mobile has no 
   const registered = await signUpBody()
   await signUp(registered)
   const body = await signUpBody({ mobile: registered.mobile })
-  const { resetPassword } = client(await build(t, patient))
+  const { resetPassword } = client(await build(t))
   t.equal((await resetPassword(body)).statusCode, 200)
   await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
   t.strictSame(statusAndErrno(await resetPassword(body)), [422, '4004'])
 })
 
 t.test('the claim record has a keyed MAC of the code, and no trace of the code or the password', async (t) => {
-  const otherSecret = await build(t, { ...patient, SESSION_SECRET: 'another secret of at least 32 characters' })
+  const otherSecret = await build(t, { SESSION_SECRET: 'another secret of at least 32 characters' })
   const body = await signUpBody()
   await signUp(body)
   const record = await readClaimRecord(body.mobile)
@@ -190,9 +187,8 @@ t.test('the claim record has a keyed MAC of the code, and no trace of the code o
 
 t.test('G5: a retry is a replay also after a rotation of SESSION_SECRET', async (t) => {
   const oldSecret = 'an old secret of at least thirty-two characters'
-  const before = await build(t, { ...patient, SESSION_SECRET: oldSecret })
+  const before = await build(t, { SESSION_SECRET: oldSecret })
   const after = await build(t, {
-    ...patient,
     SESSION_SECRET: `a new secret of at least thirty-two characters,${oldSecret}`
   })
   const body = await signUpBody()
@@ -226,7 +222,7 @@ t.test('while a code is claimed, the same code gets 503 4500 and a wrong one 422
 t.test(
   'G4: the code of an instance that died can be claimed again after the lease, by the same code only',
   async (t) => {
-    const env = { ...patient, HASH_MAX_WAIT_MS: '600000' }
+    const env = { HASH_MAX_WAIT_MS: '600000' }
     const proxy = await openProxy(t, 'REDIS_URL')
     const dying = client(await build(t, { ...env, REDIS_URL: proxy.url }))
     const other = client(await build(t, env))
@@ -263,7 +259,7 @@ t.test('a lease expires by the clock of Redis', async (t) => {
 
 t.test('after an INSERT of unknown outcome, the code is restored, and the hash of the row decides', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
-  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const { signUp } = client(await build(t, { DATABASE_URL: proxy.url }))
   for (const isSamePassword of [true, false]) {
     const body = await signUpBody()
     await redis.pexpire(`sms_code_${body.mobile}`, 100_000)
@@ -287,7 +283,7 @@ t.test('after an INSERT of unknown outcome, the code is restored, and the hash o
 
 t.test('G5: while a retry compares its password with the row, its claim stays, so that it may die', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
-  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const { signUp } = client(await build(t, { DATABASE_URL: proxy.url }))
   const body = await signUpBody()
   proxy.strike('insert_user', { kind: 'cut', bytes: 3 })
   t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
@@ -304,7 +300,7 @@ t.test('G5: while a retry compares its password with the row, its claim stays, s
 
 t.test('G5: a request with another password does not end the retries of an earlier one', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
-  const { signUp } = client(await build(t, { ...patient, DATABASE_URL: proxy.url }))
+  const { signUp } = client(await build(t, { DATABASE_URL: proxy.url }))
   const body = await signUpBody()
   const withOtherPassword = { ...body, password: 'another password', password2: 'another password' }
   proxy.strike('insert_user', { kind: 'cut', bytes: 3 })
@@ -353,13 +349,17 @@ t.test('a restore does not overwrite a newer code, and does nothing while a newe
 
 t.test('G5: a slow request whose claim was taken over gets the same success, not 409', async (t) => {
   const barrier = new EventEmitter()
-  const slow = await build(t, patient, {
-    overrides: { passwords: passwordsThatHashAfter(() => once(barrier, 'open')) }
-  })
+  const slow = await build(
+    t,
+    {},
+    {
+      overrides: { passwords: passwordsThatHashAfter(() => once(barrier, 'open')) }
+    }
+  )
   const body = await signUpBody()
   const first = client(slow).signUp(body)
   await untilClaimed(body)
-  await ageClaim(body.mobile, leaseMsOf(config(patient)))
+  await ageClaim(body.mobile, leaseMsOf(config()))
   t.equal((await signUp(body)).statusCode, 201)
   await until('the slow request is at the barrier', () => barrier.listenerCount('open') === 1)
   barrier.emit('open')
@@ -391,14 +391,14 @@ t.test('G4: if a full Redis refuses the restore, the code can be claimed again a
     await fillRedis()
     await failToHash()
   }
-  const filling = await build(t, patient, { overrides: { passwords: passwordsThatHashAfter(fillRedisAndFail) } })
+  const filling = await build(t, {}, { overrides: { passwords: passwordsThatHashAfter(fillRedisAndFail) } })
   t.teardown(emptyRedis)
   const body = await signUpBody()
   t.strictSame(statusAndErrno(await client(filling).signUp(body)), [500, '4500'])
   t.equal((await readClaimRecord(body.mobile)).state, 'pending')
   await emptyRedis()
   t.strictSame(statusAndErrno(await signUp(body)), [503, '4500'])
-  await ageClaim(body.mobile, leaseMsOf(config(patient)))
+  await ageClaim(body.mobile, leaseMsOf(config()))
   t.equal((await signUp(body)).statusCode, 201)
 })
 

@@ -121,7 +121,7 @@ t.test('a body that is too large or absent is refused in the envelope', async (t
 })
 
 t.test('shutdown answers accepted requests, refuses later ones with 503, and closes idle connections', async (t) => {
-  const { app, port } = await listen(t, { STORE_TIMEOUT_MS: '60000' })
+  const { app, port } = await listen(t)
   const idle = await openConnection(app, port)
   const idleClosed = untilClosed(idle)
   const { socket, closed, replies } = await openRecorded(app, port)
@@ -159,7 +159,7 @@ t.test('shutdown does not wait for a request that never arrives completely', asy
 })
 
 t.test('good requests before garbage on a connection are answered first, in order', async (t) => {
-  const { app, port } = await listen(t, { STORE_TIMEOUT_MS: '60000' })
+  const { app, port } = await listen(t)
   for (const [name, garbage, status] of [
     ['not HTTP', 'GARBAGE\r\n\r\n', 400],
     ['a chunk without a valid size', `POST / HTTP/1.1\r\n${json}Transfer-Encoding: chunked\r\n\r\nzz\r\n`, 400],

@@ -4,7 +4,7 @@ import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
 import { loggerOptions } from '../dist/telemetry/log.js'
 import { client } from '../testkit/client.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
 const { build, config, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy, signUpBody } =
@@ -63,7 +63,7 @@ t.test('X-Request-Id is logged and returned, and replaced if it is not safe to l
 })
 
 t.test('G7: no secret of a request is logged, also while a store fails', async (t) => {
-  const { app, lines } = await buildWithLog(t, { LOG_LEVEL: 'trace' })
+  const { app, lines } = await buildWithLog(t, { LOG_LEVEL: 'trace', ...impatient })
   const cookie = cookieOf(await client(app).signUp(await signUpBody()))
   const duringPostgresFailure = await signUpBody()
   const duringRedisFailure = await signUpBody()
@@ -93,7 +93,7 @@ t.test('G7: no secret of a request is logged, also while a store fails', async (
 })
 
 t.test('the cause of a server-side failure is logged once at level error, and a wrong code has none', async (t) => {
-  const { app, lines } = await buildWithLog(t)
+  const { app, lines } = await buildWithLog(t, impatient)
   await client(app).signUp({ ...(await signUpBody()), sms_code: 'wrong' })
   t.strictSame(
     lines.map(({ level, outcome }) => [level, outcome]),

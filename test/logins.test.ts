@@ -139,7 +139,7 @@ t.test('429: a /48 has 20 failures for a mobile in ten minutes', async (t) => {
 t.test(
   '503 4500: a login joins the hash queue only if its wait is within HASH_MAX_WAIT_MS at that moment',
   async (t) => {
-    const slow = { HASH_THREADS: '1', HASH_MEMORY_KIB: '65536', HASH_MAX_WAIT_MS: '300', STORE_TIMEOUT_MS: '60000' }
+    const slow = { HASH_THREADS: '1', HASH_MEMORY_KIB: '65536', HASH_MAX_WAIT_MS: '300' }
     const app = await build(t, { ...slow, PG_POOL_MAX: '1' })
     // All logins pass the first check, because their users are read after all of them have arrived.
     const connection = await postgres.connect()
@@ -195,8 +195,7 @@ t.test('a login replaces a hash that has outdated parameters, but never a newer 
     // Without a pooler: its timeout is short, and here statements wait for locks.
     DATABASE_URL: stores.databaseUrl,
     PG_POOLER: 'none',
-    HASH_PASSES: '2',
-    STORE_TIMEOUT_MS: '60000'
+    HASH_PASSES: '2'
   })
   const phcOf = async (mobile: string): Promise<string> => (await userRows(mobile))[0].password_hash
   const untilRehashes = (count: number, state: 'run' | 'wait for a lock') =>

@@ -9,9 +9,6 @@ import { until } from '../testkit/until.js'
 
 const { stores, build, startService, openProxy, redis, signUpBody, newMobile, holdInserts } = await startTestbed(t)
 
-/** A timeout that a held INSERT, or a busy machine, does not reach. */
-const STORE_TIMEOUT_MS = '30000'
-
 async function scrape(app: FastifyInstance): Promise<string> {
   const reply = await fetch(app.metricsUrl ?? '')
   return reply.text()
@@ -43,7 +40,7 @@ t.test('metrics are off by default, and are served on a port of their own', asyn
 })
 
 t.test('counters match the requests, and no label identifies a user', async (t) => {
-  const app = await build(t, { METRICS_PORT: '0', STORE_TIMEOUT_MS })
+  const app = await build(t, { METRICS_PORT: '0' })
   for (const series of ['hash_duration_seconds', 'hash_wait_seconds']) {
     t.equal(sampleOf(await scrape(app), `mobile_signup_${series}_count`), 0, 'the start is not counted')
   }
@@ -77,7 +74,7 @@ t.test('counters match the requests, and no label identifies a user', async (t) 
 })
 
 t.test('sent codes, used codes and the refusals of each limit are counted', async (t) => {
-  const app = await build(t, { METRICS_PORT: '0', STORE_TIMEOUT_MS })
+  const app = await build(t, { METRICS_PORT: '0' })
   const { logIn, sendCode, signUp } = client(app)
   const body = await signUpBody()
   const { mobile } = body
@@ -120,7 +117,7 @@ t.test('gauges show the hash queue and the Postgres pool at the time of the scra
   await Promise.all(hashes)
   t.equal(sampleOf(await scrape(hashing), 'mobile_signup_hash_queue_length'), 0)
 
-  const inserting = await build(t, { METRICS_PORT: '0', STORE_TIMEOUT_MS })
+  const inserting = await build(t, { METRICS_PORT: '0' })
   const inserts = await holdInserts()
   const replies = [client(inserting).signUp(await signUpBody()), client(inserting).signUp(await signUpBody())]
   await inserts.arrived(2)
@@ -131,7 +128,7 @@ t.test('gauges show the hash queue and the Postgres pool at the time of the scra
 })
 
 t.test('metrics are served until a shutdown has answered the accepted requests', async (t) => {
-  const app = await build(t, { METRICS_PORT: '0', STORE_TIMEOUT_MS })
+  const app = await build(t, { METRICS_PORT: '0' })
   const url = await app.listen({ port: 0, host: '127.0.0.1' })
   const inserts = await holdInserts()
   const reply = client(url).signUp(await signUpBody())

@@ -74,12 +74,7 @@ const ready = 'GET /health/ready'
 t.test('the reply of every outcome on every route matches its description', async (t) => {
   const proxies = [await openProxy(t, 'REDIS_URL'), await openProxy(t, 'DATABASE_URL')] as const
   const [redisProxy, postgresProxy] = proxies
-  const app = await build(t, {
-    REDIS_URL: redisProxy.url,
-    DATABASE_URL: postgresProxy.url,
-    // Longer than a busy machine needs. Only refused connections fail.
-    STORE_TIMEOUT_MS: '20000'
-  })
+  const app = await build(t, { REDIS_URL: redisProxy.url, DATABASE_URL: postgresProxy.url })
   const api = client(app)
   const { check, seen } = replyChecker(t, (await documentOf(app)).paths)
   const operationsWithBody = [

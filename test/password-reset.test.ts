@@ -1,6 +1,6 @@
 import t from 'tap'
 import { client } from '../testkit/client.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried } from '../testkit/until.js'
 
 const { build, cookieOf, openProxy, redis, signUpBody, userRows } = await startTestbed(t)
@@ -70,7 +70,7 @@ t.test('a reset forgets the failed logins of the mobile, and is never refused be
 
 t.test('a server-side failure restores the code, and a retry is safe before and after the success', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
-  const app = await build(t, { DATABASE_URL: proxy.url })
+  const app = await build(t, { DATABASE_URL: proxy.url, ...impatient })
   const { reset, userId } = await registerUser()
   const codeKey = `sms_code_${reset.mobile}`
   await redis.pexpire(codeKey, 200_000)

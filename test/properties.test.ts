@@ -40,7 +40,7 @@ function expectedOutcome(body: unknown): OutcomeName {
 }
 
 t.test('a body gets the outcome of the first fault in the order of docs/api.md', async (t) => {
-  const { signUp } = client(await build(t, { STORE_TIMEOUT_MS: '30000' }))
+  const { signUp } = client(await build(t))
   const password = fc.oneof(
     fc.constantFrom(
       'password',
@@ -287,8 +287,7 @@ async function buildCodes(t: Test): Promise<FastifyInstance['codes']> {
     config: config({
       SMS_CODE_ATTEMPTS: '1000',
       SMS_GUESS_DAILY_MAX: '0',
-      HASH_MAX_WAIT_MS: '600000',
-      STORE_TIMEOUT_MS: '30000'
+      HASH_MAX_WAIT_MS: '600000'
     })
   }
   await app.register(redisPlugin, options)

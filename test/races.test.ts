@@ -9,7 +9,7 @@ const { build, holdInserts, issueCode, signUpBody, untilClaimed, userRows } = aw
 /** Builds two instances, and returns a function that sends the sign-up of an index to one of them. */
 async function buildTwoInstances(t: Test) {
   // A connection for each of the 50 sign-ups, and a timeout that no wait at the barrier reaches.
-  const env = { PG_POOL_MAX: '25', STORE_TIMEOUT_MS: '30000', HASH_THREADS: '2' }
+  const env = { PG_POOL_MAX: '25', HASH_THREADS: '2' }
   const [even, odd] = [client(await build(t, env)), client(await build(t, env))]
   return (index: number, body: object) => (index % 2 === 0 ? even : odd).signUp(body)
 }

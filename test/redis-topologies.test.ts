@@ -23,8 +23,6 @@ t.jobs = 3
 const credentials = `:${encodeURIComponent(password)}@`
 
 const unlimited = { SMS_IP_HOURLY_MAX: '0', SMS_PREFIX_HOURLY_MAX: '0' }
-/** For requests that must succeed on a busy machine. */
-const patient = { ...unlimited, STORE_TIMEOUT_MS: '20000' }
 /** For requests that meet a dead server. It bounds the lease of a lost claim, too. */
 const impatient = { ...unlimited, STORE_TIMEOUT_MS: '1000', HASH_MAX_WAIT_MS: '500' }
 
@@ -121,7 +119,7 @@ async function signUpDuring(
 t.test('Redis Cluster', async (t) => {
   const { servers, failOver } = await startCluster(t)
   const REDIS_URL = `redis://${credentials}${addressesOf(servers).join()}`
-  const app = await build(t, { ...patient, REDIS_URL })
+  const app = await build(t, { ...unlimited, REDIS_URL })
   const [master, otherMaster] = servers
   if (master === undefined || otherMaster === undefined) throw new Error('no masters')
 
@@ -197,7 +195,7 @@ t.test('Redis Cluster', async (t) => {
 t.test('Redis Sentinel', async (t) => {
   const { sentinels, master, failOver } = await startSentinels(t)
   const REDIS_URL = `redis+sentinel://${credentials}${addressesOf(sentinels).join()}/${masterName}/0`
-  const app = await build(t, { ...patient, REDIS_URL })
+  const app = await build(t, { ...unlimited, REDIS_URL })
   const impatientApp = await build(t, { ...impatient, REDIS_URL })
 
   await t.test('the contract holds', async (t) => checkContract(t, app, (await master()).admin))
@@ -240,7 +238,7 @@ t.test('Redis behind one address, whose master changes', async (t) => {
   for (const answer of ['READONLY', 'LOADING'] as const) {
     await t.test(`${answer}: the connection is dropped, and the next one finds the new master`, async (t) => {
       const { former, next, address } = await startMasters()
-      const app = await build(t, { ...patient, REDIS_URL: address.url })
+      const app = await build(t, { ...unlimited, REDIS_URL: address.url })
       t.equal((await client(app).signUp(await bodyIn(former.admin))).statusCode, 201)
 
       if (answer === 'READONLY') await former.admin.replicaof('127.0.0.1', next.port)
@@ -256,7 +254,7 @@ t.test('Redis behind one address, whose master changes', async (t) => {
 
   await t.test('a server that loads is left, also if it does so when the service connects', async (t) => {
     const { former, next, address } = await startMasters()
-    const app = await build(t, { ...patient, REDIS_URL: address.url })
+    const app = await build(t, { ...unlimited, REDIS_URL: address.url })
     await load(former)
     await address.apply('reset')
     await until('the service meets the server that loads', () => address.connectionCount >= 3)
@@ -270,7 +268,7 @@ t.test('Redis behind one address, whose master changes', async (t) => {
     const [, version = ''] = /redis_version:(\S+)/.exec(await former.admin.info('server')) ?? []
     const old = `5${version.slice(1)}`
     address.strike('\r\nserver\r\n', { kind: 'replace', from: `version:${version}`, to: `version:${old}` })
-    await t.rejects(build(t, { ...patient, REDIS_URL: address.url }), {
+    await t.rejects(build(t, { ...unlimited, REDIS_URL: address.url }), {
       message: `Redis is too old: version ${old}, expected 6.2 or later`
     })
   })

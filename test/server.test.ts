@@ -27,9 +27,12 @@ async function createFolder(t: Test): Promise<string> {
   return folder
 }
 
-/** Starts the built service with private stores, which keep their data in the folder. */
+/**
+ * Starts the built service with private stores, which keep their data in the folder. They may be slow on a machine that is
+ * busy with other work.
+ */
 function startEmbedded(t: Test, folder: string, env: Environment = {}): ServerProcess {
-  const service = ServerProcess.start(undefined, { env, cwd: folder })
+  const service = ServerProcess.start(undefined, { env: { STORE_TIMEOUT_MS: '30000', ...env }, cwd: folder })
   t.teardown(() => service.dispose())
   return service
 }
@@ -117,7 +120,6 @@ t.test('production loads nothing of src/dev', async (t) => {
     TRUST_PROXY: 'none',
     HASH_MEMORY_KIB: '7168',
     HASH_PASSES: '5',
-    STORE_TIMEOUT_MS: '20000',
     NODE_OPTIONS: recordModules(productionFile)
   })
   t.equal((await client(await production.url()).signUp(await signUpBody())).statusCode, 201)
@@ -142,7 +144,7 @@ t.test('a start on an empty database migrates it, and the log has only JSON line
   await postgres.query('CREATE DATABASE empty')
   const databaseUrl = new URL(stores.databaseUrl)
   databaseUrl.pathname = '/empty'
-  const service = startService(t, { DATABASE_URL: databaseUrl.href, STORE_TIMEOUT_MS: '20000' })
+  const service = startService(t, { DATABASE_URL: databaseUrl.href })
   const body = await signUpBody()
   t.equal((await client(await service.url()).signUp(body)).statusCode, 201)
   const connection = new pg.Client(databaseUrl.href)
@@ -237,7 +239,7 @@ t.test('a long migration does not keep the liveness probe waiting, and requests 
   await other.connect()
   // Another instance migrates: this is the lock of node-pg-migrate.
   await other.query('SELECT pg_advisory_lock(7241865325823964)')
-  const service = startService(t, { DATABASE_URL: databaseUrl.href, STORE_TIMEOUT_MS: '20000' })
+  const service = startService(t, { DATABASE_URL: databaseUrl.href })
   const url = await service.url()
   t.equal((await fetch(`${url}/health/live`)).status, 200)
   const ready = await fetch(`${url}/health/ready`)
@@ -276,7 +278,7 @@ t.test('a second signal skips the graceful shutdown', async (t) => {
 })
 
 t.test('a shutdown that exceeds SHUTDOWN_TIMEOUT_MS ends with exit code 1', async (t) => {
-  const service = startService(t, { STORE_TIMEOUT_MS: '60000', SHUTDOWN_TIMEOUT_MS: '500' })
+  const service = startService(t, { SHUTDOWN_TIMEOUT_MS: '500' })
   const url = await service.url()
   const inserts = await holdInserts()
   const disconnected = t.rejects(client(url).signUp(await signUpBody()))

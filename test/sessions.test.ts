@@ -1,7 +1,7 @@
 import { Signer } from '@fastify/cookie'
 import t from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { impatient, startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, holdRedisWrites, redis, signUpBody, stores } = await startTestbed(t)
 
@@ -171,7 +171,7 @@ t.test('of several secrets the first signs, all verify, and no valid cookie is c
 })
 
 t.test('503 4001: a session cannot be ended while Redis does not answer', async (t) => {
-  const app = await build(t)
+  const app = await build(t, impatient)
   const cookie = cookieOf(await client(app).signUp(await signUpBody()))
   const writes = await holdRedisWrites()
   const reply = await client(app).logOut(cookie)

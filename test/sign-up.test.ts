@@ -5,7 +5,7 @@ import type { Config } from '../dist/config/config.js'
 import { outcomes } from '../dist/outcomes.js'
 import { passwords } from '../dist/passwords/passwords.js'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { recordKey, startTestbed } from '../testkit/testbed.js'
+import { impatient, recordKey, startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, holdInserts, holdRedisWrites, issueCode, newMobile, openProxy, redis, signUpBody, userRows } =
   await startTestbed(t)
@@ -221,7 +221,7 @@ t.test('404: an unknown route or method is refused, also with a content type tha
 })
 
 t.test('503 4001: Redis does not answer within STORE_TIMEOUT_MS', async (t) => {
-  const app = await build(t, { STORE_TIMEOUT_MS: '500' })
+  const app = await build(t, impatient)
   const body = await signUpBody()
   const writes = await holdRedisWrites()
   const reply = await client(app).signUp(body)
@@ -231,7 +231,7 @@ t.test('503 4001: Redis does not answer within STORE_TIMEOUT_MS', async (t) => {
 })
 
 t.test('503 4001: Postgres does not answer within STORE_TIMEOUT_MS, and nothing is written', async (t) => {
-  const app = await build(t)
+  const app = await build(t, impatient)
   const body = await signUpBody()
   const inserts = await holdInserts()
   const reply = await client(app).signUp(body)
@@ -247,7 +247,7 @@ t.test('503 4001: Postgres does not answer within STORE_TIMEOUT_MS, and nothing 
 
 t.test('201 with session false and without a cookie: Redis fails after the row is committed', async (t) => {
   const proxy = await openProxy(t, 'REDIS_URL')
-  const app = await build(t, { REDIS_URL: proxy.url })
+  const app = await build(t, { REDIS_URL: proxy.url, ...impatient })
   const body = await signUpBody()
   proxy.strike('session:', { kind: 'stall' })
   const reply = await client(app).signUp(body)

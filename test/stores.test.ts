@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
 /*
@@ -78,7 +78,7 @@ t.test('a statement that waits for a lock does not make other requests fail', as
 
 t.test('while Redis is away no command is queued, and afterwards none is sent again', async (t) => {
   const proxy = await openProxy(t, 'REDIS_URL')
-  const { signUp } = client(await build(t, { REDIS_URL: proxy.url, STORE_TIMEOUT_MS: '30000' }))
+  const { signUp } = client(await build(t, { REDIS_URL: proxy.url }))
   const body = await signUpBody()
   const wrong = { ...(await signUpBody()), sms_code: 'wrong' }
   proxy.strike(`sms_code_${body.mobile}`, { kind: 'refuse' })
@@ -106,7 +106,7 @@ const untilRedisHasClosed = (connectionId: unknown) =>
   })
 
 t.test('a Redis connection on which a command has timed out is dropped, and a new one is opened', async (t) => {
-  const app = await build(t)
+  const app = await build(t, impatient)
   const connectionId = await redisConnectionId(app)
   const [heldBody, nextBody] = [await signUpBody(), await signUpBody()]
   const writes = await holdRedisWrites()
@@ -119,7 +119,7 @@ t.test('a Redis connection on which a command has timed out is dropped, and a ne
 
 // With ioredis's `socketTimeout` it is kept: each reply starts that timeout again.
 t.test('a Redis connection is also dropped if it has answered another command meanwhile', async (t) => {
-  const app = await build(t)
+  const app = await build(t, impatient)
   const connectionId = await redisConnectionId(app)
   const writes = await holdRedisWrites()
   // WAIT is answered after 300 ms, and SET not before the release.
@@ -140,7 +140,7 @@ async function backendOf({ postgres }: FastifyInstance): Promise<number | undefi
 }
 
 t.test('an SQL error does not cost the connection, also if Postgres has cancelled the statement', async (t) => {
-  const app = await build(t, { PG_POOL_MAX: '1', STORE_TIMEOUT_MS: '30000' })
+  const app = await build(t, { PG_POOL_MAX: '1' })
   const backend = await backendOf(app)
   await t.rejects(app.postgres.query({ name: 'fails', text: 'SELECT 1 / 0' }, []), {
     cause: { message: 'division by zero' }
@@ -153,7 +153,7 @@ t.test('an SQL error does not cost the connection, also if Postgres has cancelle
 })
 
 t.test('a prepared statement that fails for ever costs the connection, which forgets it', async (t) => {
-  const app = await build(t, { PG_POOL_MAX: '1', STORE_TIMEOUT_MS: '30000' })
+  const app = await build(t, { PG_POOL_MAX: '1' })
   await postgres.query('CREATE TABLE changed (n integer)')
   const select = () => app.postgres.query({ name: 'select_changed', text: 'SELECT n FROM changed' }, [])
   await select()
@@ -168,7 +168,7 @@ t.test('a prepared statement that fails for ever costs the connection, which for
 t.test(
   'a connection to a Postgres that is read-only or ends it is dropped, and the check of Postgres fails',
   async (t) => {
-    const app = await build(t, { PG_POOL_MAX: '1', STORE_TIMEOUT_MS: '30000' })
+    const app = await build(t, { PG_POOL_MAX: '1' })
     const setReadOnly = { name: 'set_read_only', text: 'SET default_transaction_read_only = on' }
     const { signUp } = client(app)
 
@@ -197,7 +197,7 @@ t.test('with a pooler, a start warns if Postgres has no statement_timeout', asyn
     const url = new URL(stores.databaseUrl)
     url.searchParams.set('options', `-c statement_timeout=${timeout}`)
     const before = log().length
-    await build(t, { DATABASE_URL: url.href, PG_POOLER: 'transaction' })
+    await build(t, { DATABASE_URL: url.href, PG_POOLER: 'transaction', ...impatient })
     t.equal(warning.test(log().slice(before)), warns, timeout)
   }
 })

@@ -16,8 +16,7 @@ import { startTestbed } from '../testkit/testbed.js'
 const testbed = await startTestbed(t)
 const { build, issueCode, newMobile, postgres, redis, signUpBody, holdInserts, stores } = testbed
 
-const patient = { STORE_TIMEOUT_MS: '30000' }
-const api = client(await build(t, { ...patient, ...unlimitedSms }))
+const api = client(await build(t, unlimitedSms))
 
 const guessesKey = (mobile: string) => `{sms_code_${mobile}}:guesses`
 const network = (n: number) => `198.18.${n >> 8}.${n & 255}`
@@ -52,7 +51,7 @@ function buildFailing(t: Test, env: Environment = {}) {
     await fastify.register(passwords, options)
     fastify.passwords.hash = () => Promise.reject(new Error('no memory for a hash'))
   })
-  return build(t, { ...patient, ...env }, { overrides: { passwords: failingPasswords } })
+  return build(t, env, { overrides: { passwords: failingPasswords } })
 }
 
 t.test(
@@ -75,7 +74,7 @@ t.test(
 )
 
 t.test('G8: tries are counted before a code is looked at, so parallel guesses do not slip through', async (t) => {
-  const apis = [api, client(await build(t, patient))]
+  const apis = [api, client(await build(t))]
   const body = await signUpBody()
   const statuses = await Promise.all(Array.from({ length: 60 }, (_, n) => guess(body, network(1), apis[n % 2])))
   t.equal(statuses.filter((status) => status === 422).length, 5)
@@ -108,8 +107,8 @@ t.test('G8: all without a ticket have SMS_GUESS_DAILY_MAX wrong codes for a mobi
   await ageGuesses(body.mobile, 86_400)
   t.equal(await redeem(body, network(50)), 201)
 
-  const limited = client(await build(t, { ...patient, SMS_GUESS_DAILY_MAX: '2' }))
-  const unlimited = client(await build(t, { ...patient, SMS_GUESS_DAILY_MAX: '0' }))
+  const limited = client(await build(t, { SMS_GUESS_DAILY_MAX: '2' }))
+  const unlimited = client(await build(t, { SMS_GUESS_DAILY_MAX: '0' }))
   const other = await signUpBody()
   for (const expected of [422, 422, 429]) t.equal(await guess(other, network(expected), limited), expected)
   t.equal(await guess(other, network(3), unlimited), 422)
@@ -125,7 +124,7 @@ t.test('G8: an IPv6 /64 is a guesser, and a /48 has four times the number', asyn
 t.test('a forged or expired ticket, or one for another mobile, counts as absent', async (t) => {
   const [body, other] = [await requestCode(), await requestCode()]
   const [id, expiry, mac] = `${body.ticket}`.split('.')
-  const otherSecret = client(await build(t, { ...patient, SESSION_SECRET: 'another secret of thirty-two characters' }))
+  const otherSecret = client(await build(t, { SESSION_SECRET: 'another secret of thirty-two characters' }))
   const foreign = await requestCode(body.mobile, otherSecret)
   const invalid = [
     other.ticket,
@@ -148,7 +147,6 @@ t.test('a forged or expired ticket, or one for another mobile, counts as absent'
 t.test('a ticket survives a rotation of SESSION_SECRET, and a rotation gives no guesses back', async (t) => {
   const rotated = client(
     await build(t, {
-      ...patient,
       SESSION_SECRET: `a newer secret of thirty-two characters,${stores.environment.SESSION_SECRET}`
     })
   )
@@ -192,7 +190,7 @@ t.test('a wrong code is counted only where there is something to guess', async (
 
 t.test('G8: new codes, failed messages and restores give no guesses back; a success gives all back', async (t) => {
   const webhook = await startWebhook(t)
-  const sender = client(await build(t, { ...patient, ...unlimitedSms, SMS_WEBHOOK_URL: webhook.url }))
+  const sender = client(await build(t, { ...unlimitedSms, SMS_WEBHOOK_URL: webhook.url }))
   const failing = client(await buildFailing(t))
   const body = await signUpBody()
   const { mobile } = body
@@ -219,7 +217,6 @@ t.test('G8: codes whose messages fail for certain cannot be guessed without boun
   webhook.answer = answerWith(400)
   const attacked = client(
     await build(t, {
-      ...patient,
       ...unlimitedSms,
       SMS_RESEND_S: '60',
       SMS_DAILY_MAX: '10',

@@ -19,9 +19,6 @@ const { stores, postgres, build, startService, signUpBody } = await startTestbed
 // A service that cannot connect waits for 10 s, so all tests run in parallel, each on its own stores.
 t.jobs = 4
 
-/** Longer than a handshake on a busy machine, so that the last failure is not a timeout. */
-const STORE_TIMEOUT_MS = '20000'
-
 const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-tls-'))
 t.teardown(() => rm(directory, { recursive: true }))
 if (isRoot) chownSync(directory, unprivilegedId, unprivilegedId)
@@ -108,8 +105,7 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
     DATABASE_URL: tlsPostgres.url,
     PGSSLROOTCERT: ca.certificate,
     REDIS_URL: tlsRedis.url,
-    NODE_EXTRA_CA_CERTS: ca.certificate,
-    STORE_TIMEOUT_MS
+    NODE_EXTRA_CA_CERTS: ca.certificate
   })
   const url = await service.url()
   const body = await signUpBody()
@@ -124,8 +120,7 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
 t.test('PGSSLROOTCERT has no effect on a URL without TLS', async (t) => {
   const app = await build(t, {
     DATABASE_URL: withUser(stores.databaseUrl),
-    PGSSLROOTCERT: ca.certificate,
-    STORE_TIMEOUT_MS
+    PGSSLROOTCERT: ca.certificate
   })
   t.equal((await client(app).signUp(await signUpBody())).statusCode, 201)
 })
@@ -154,7 +149,7 @@ t.test('the service does not start with a certificate of an unknown CA or for an
 /** Starts services that must end with exit code 1 and one line, which begins with the key and contains no password. */
 async function checkRefusedStarts(t: Test, environments: Record<string, Environment>) {
   const checks = Object.entries(environments).map(async ([error, env]) => {
-    const service = startService(t, { STORE_TIMEOUT_MS, ...env })
+    const service = startService(t, env)
     t.strictSame(await service.exit, [1, null])
     const { stdout, stderr } = service
     t.ok(stderr.startsWith(`mobile-signup: ${error}`), stderr)

@@ -49,8 +49,7 @@ t.test('a sign-up is one span of the gateway’s trace, above its round trips, a
   const service = startService(t, {
     OTEL_EXPORTER_OTLP_ENDPOINT: collector.url,
     OTEL_RESOURCE_ATTRIBUTES: 'zone=a',
-    OTEL_BSP_SCHEDULE_DELAY: '100',
-    STORE_TIMEOUT_MS: '20000'
+    OTEL_BSP_SCHEDULE_DELAY: '100'
   })
   const url = await service.url()
   const bodies = await Promise.all(Array.from({ length: 8 }, () => signUpBody()))
