@@ -314,6 +314,22 @@ t.test('G5: a request with another password does not end the retries of an earli
   t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'])
 })
 
+t.test('G1: a success uses up a code that another request has put back, but no newer one', async (t) => {
+  for (const isNewer of [false, true]) {
+    const body = await signUpBody()
+    const putBack = isNewer ? await issueCode(newMobile()) : body.sms_code
+    const app = await build(
+      t,
+      {},
+      {
+        overrides: { passwords: passwordsThatHashAfter(() => redis.set(`sms_code_${body.mobile}`, putBack)) }
+      }
+    )
+    t.equal((await client(app).signUp(body)).statusCode, 201)
+    t.equal(await redis.get(`sms_code_${body.mobile}`), isNewer ? putBack : null)
+  }
+})
+
 t.test('a conflict discards the code: 409, and then 422', async (t) => {
   const body = await signUpBody()
   await signUp(body)

@@ -157,7 +157,7 @@ declare module 'ioredis' {
   interface RedisCommander<Context> {
     claimCode(...keysAndArgs: (string | number)[]): Result<ClaimScriptResult, Context>
     endClaim(...keysAndArgs: (string | number)[]): Result<0 | 1, Context>
-    completeClaim(recordKey: string, guessesKey: string, record: string, ttlMs: number): Result<null, Context>
+    completeClaim(...keysAndArgs: (string | number)[]): Result<null, Context>
     concedeClaim(recordKey: string, claimId: string, mac: string, userId: string, ttlMs: number): Result<null, Context>
     reopenClaim(
       recordKey: string,
@@ -193,7 +193,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
     fastify.defineRedisScripts({
       claimCode: { numberOfKeys: 4, lua: scripts.claimCode },
       endClaim: { numberOfKeys: 3, lua: scripts.endClaim },
-      completeClaim: { numberOfKeys: 2, lua: scripts.completeClaim },
+      completeClaim: { numberOfKeys: 4, lua: scripts.completeClaim },
       concedeClaim: { numberOfKeys: 1, lua: scripts.concedeClaim },
       reopenClaim: { numberOfKeys: 1, lua: scripts.reopenClaim },
       endReplay: { numberOfKeys: 1, lua: scripts.endReplay },
@@ -315,10 +315,11 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       },
       // Without a check whose claim it is: if another request has taken the code over, its success is the same row.
       async complete(claim, userId) {
-        const { mobile, mac, claimId } = claim
+        const { mobile, code, mac, claimId } = claim
         const record = JSON.stringify({ state: 'done', mac, at: claimId, user_id: userId })
+        const keys = [recordKey(mobile), guessesKey(mobile), codeKey(mobile), issueKey(mobile)]
         await Promise.all([
-          fastify.withRedis((redis) => redis.completeClaim(recordKey(mobile), guessesKey(mobile), record, replayTtlMs)),
+          fastify.withRedis((redis) => redis.completeClaim(...keys, record, replayTtlMs, code)),
           refundSends(claim).catch((err) =>
             fastify.log.error({ err }, 'the limits of a used code could not be refunded')
           )

@@ -125,10 +125,16 @@ end
 return 1
 `
 
-/** Ends a claim with success, and gives all guesses at the mobile back. KEYS: the record, the guesses. ARGV: the record, its TTL in ms. */
+/**
+ * Ends a claim with success, and gives all guesses at the mobile back. If another request has held the same code meanwhile and
+ * put it back, the code is used up.
+ *
+ * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, the claimed code.
+ */
 export const completeClaim = `
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('DEL', KEYS[2])
+if redis.call('GET', KEYS[3]) == ARGV[3] then redis.call('DEL', KEYS[3], KEYS[4]) end
 `
 
 /**
