@@ -1,0 +1,72 @@
+import type { Patch } from './system.js'
+
+/** Bugs of the protocol that the search must find. */
+export const bugs: readonly { name: string; patches: readonly Patch[] }[] = [
+  {
+    name: 'a restore ignores a newer owner',
+    patches: [
+      {
+        file: 'codes/scripts.js',
+        text: `local is_own = not stored or record.at == ARGV[1]
+if record.mac == ARGV[2] and not is_own then return 0 end`,
+        replacement: 'local is_own = true'
+      }
+    ]
+  },
+  {
+    name: 'a lease is compared the wrong way',
+    patches: [
+      {
+        file: 'codes/scripts.js',
+        text: 'now - since < tonumber(ARGV[3])',
+        replacement: 'now - since > tonumber(ARGV[3])'
+      }
+    ]
+  },
+  {
+    name: 'a replay does not verify the password',
+    patches: [
+      {
+        file: 'users/redeem-code.js',
+        text: 'owner = user && (await verifyUser(user, mobile, password, reply));',
+        replacement:
+          'owner = user && { user: { user_id: user.id, name: user.name, mobile }, sessionEpoch: user.sessionEpoch };'
+      }
+    ]
+  },
+  {
+    name: 'the claim record is written after the code is taken',
+    patches: [
+      {
+        file: 'codes/scripts.js',
+        text: `  redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[4]), ttl))
+  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue) }`,
+        replacement: `  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue) }`
+      },
+      {
+        file: 'codes/codes.js',
+        text: 'const claim = { mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 };',
+        replacement: `const claim = { mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 };
+                    await fastify.withRedis((redis) => redis.set(recordKey(mobile), JSON.stringify({ state: 'pending', mac, at: claimId, ttl: ttlMs, issue: {} }), 'PX', pendingTtlMs));`
+      }
+    ]
+  },
+  {
+    name: 'the budget of guesses is checked after the code',
+    patches: [
+      {
+        file: 'codes/scripts.js',
+        text: `if wait > 0 then return { 'spent', wait, spent } end
+
+local code`,
+        replacement: 'local code'
+      },
+      {
+        file: 'codes/scripts.js',
+        text: `if code or record.state == 'pending'`,
+        replacement: `if wait > 0 then return { 'spent', wait, spent } end
+if code or record.state == 'pending'`
+      }
+    ]
+  }
+]
