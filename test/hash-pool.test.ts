@@ -104,6 +104,8 @@ t.test('threads that cannot start are started again with growing pauses; meanwhi
   const copy = await mkdtemp(fileURLToPath(new URL('../node_modules/.cache/mobile-signup-copy-', import.meta.url)))
   t.teardown(() => rm(copy, { recursive: true }))
   await cp(fileURLToPath(new URL('../dist', import.meta.url)), join(copy, 'dist'), { recursive: true })
+  // Without it the files would count as CommonJS, because the copy is in node_modules.
+  await cp(fileURLToPath(new URL('../package.json', import.meta.url)), join(copy, 'package.json'))
   const threadFile = join(copy, 'dist/passwords/hash-thread.js')
   const working = await readFile(threadFile, 'utf8')
   const { passwords }: typeof import('../dist/passwords/passwords.js') = await import(

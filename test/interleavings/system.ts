@@ -44,6 +44,8 @@ export async function buildSystem(stores: PrivateStores, patches: readonly Patch
     recursive: true,
     dereference: true
   })
+  // Without it the files would count as CommonJS, because the copy is in node_modules.
+  await cp(fileURLToPath(new URL('../../package.json', import.meta.url)), join(copy, 'package.json'))
   for (const { file, text, replacement } of [ownClock, ...patches]) {
     const path = join(copy, 'dist', file)
     const source = await readFile(path, 'utf8')
