@@ -240,6 +240,7 @@ class CodeModel {
   }
 
   complete(code: string, claim: number): void {
+    if (this.code === code) this.code = undefined
     this.record = { state: 'done', code, claim }
   }
 
