@@ -1,17 +1,17 @@
 import { readdirSync, readFileSync } from 'node:fs'
-import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { readFile, rm, writeFile } from 'node:fs/promises'
 import { syncBuiltinESMExports } from 'node:module'
 import { type AddressInfo, connect, type Socket } from 'node:net'
 import { constants, getPriority } from 'node:os'
 import { join } from 'node:path'
 import { PassThrough } from 'node:stream'
-import { fileURLToPath } from 'node:url'
 import workerThreads, { type Worker } from 'node:worker_threads'
 import { verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
 import { Refusal } from '../dist/outcomes.js'
 import { ClientGone, HashPool } from '../dist/passwords/hash-pool.js'
+import { copyBuild } from '../testkit/built-copy.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
@@ -100,12 +100,9 @@ t.test('a client that disconnects removes its job from the queue, but not a job 
 })
 
 t.test('threads that cannot start are started again with growing pauses; meanwhile nobody loses a code', async (t) => {
-  // A copy of the service, whose threads can be broken. It lies here, so that it finds its packages.
-  const copy = await mkdtemp(fileURLToPath(new URL('../node_modules/.cache/mobile-signup-copy-', import.meta.url)))
+  // A copy of the service, whose threads can be broken.
+  const copy = await copyBuild()
   t.teardown(() => rm(copy, { recursive: true }))
-  await cp(fileURLToPath(new URL('../dist', import.meta.url)), join(copy, 'dist'), { recursive: true })
-  // Without it the files would count as CommonJS, because the copy is in node_modules.
-  await cp(fileURLToPath(new URL('../package.json', import.meta.url)), join(copy, 'package.json'))
   const threadFile = join(copy, 'dist/passwords/hash-thread.js')
   const working = await readFile(threadFile, 'utf8')
   const { passwords }: typeof import('../dist/passwords/passwords.js') = await import(

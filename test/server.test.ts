@@ -13,7 +13,7 @@ import type { Environment } from '../dist/config/config.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { ServerProcess } from '../testkit/server-process.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { patient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
 const { stores, postgres, startService, signUpBody, holdInserts } = await startTestbed(t)
@@ -27,12 +27,9 @@ async function createFolder(t: Test): Promise<string> {
   return folder
 }
 
-/**
- * Starts the built service with private stores, which keep their data in the folder. They may be slow on a machine that is
- * busy with other work.
- */
+/** Starts the built service with private stores, which keep their data in the folder. */
 function startEmbedded(t: Test, folder: string, env: Environment = {}): ServerProcess {
-  const service = ServerProcess.start(undefined, { env: { STORE_TIMEOUT_MS: '30000', ...env }, cwd: folder })
+  const service = ServerProcess.start(undefined, { env: { ...patient, ...env }, cwd: folder })
   t.teardown(() => service.dispose())
   return service
 }

@@ -13,8 +13,8 @@ import { until } from './until.js'
 /** Makes tests fast: cheap hashes, one hash thread, and no page /docs. */
 const fastSettings = { HASH_MEMORY_KIB: '64', HASH_PASSES: '1', HASH_THREADS: '1', DOCS: 'false' }
 
-/** By default no round trip times out, and no lease expires: a store that is slow on a busy machine has not failed. */
-const patientTimeoutMs = 30_000
+/** The default of tests: no round trip times out, and no lease expires. A store that is slow on a busy machine has not failed. */
+export const patient = { STORE_TIMEOUT_MS: '30000' }
 
 /** For a test in which a store hangs. */
 export const impatient = { STORE_TIMEOUT_MS: process.env.TESTBED_POOLER ? `${poolerTimeoutMs}` : '2000' }
@@ -34,7 +34,7 @@ export async function startTestbed(t: Test) {
   const pooler = process.env.TESTBED_POOLER ? await startPooler(stores.databaseUrl) : undefined
   const environment: Record<string, string> = {
     ...stores.environment,
-    STORE_TIMEOUT_MS: `${patientTimeoutMs}`,
+    ...patient,
     ...(pooler && {
       DATABASE_URL: pooler.url,
       PG_POOLER: 'transaction',

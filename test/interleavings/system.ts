@@ -1,10 +1,11 @@
-import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { hash } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import type { Environment } from '../../dist/config/config.js'
+import { copyBuild } from '../../testkit/built-copy.js'
 import type { PrivateStores } from '../../testkit/private-stores.js'
+import { patient } from '../../testkit/testbed.js'
 import { Requests } from './requests.js'
 
 /** Longer than any lease, shorter than the window of a guess budget. */
@@ -39,13 +40,7 @@ export interface System {
 
 /** Builds the service from a copy of dist, with the clock and further patches. */
 export async function buildSystem(stores: PrivateStores, patches: readonly Patch[], env: Environment): Promise<System> {
-  const copy = await mkdtemp(fileURLToPath(new URL('../../node_modules/.cache/mobile-signup-copy-', import.meta.url)))
-  await cp(fileURLToPath(new URL('../../dist', import.meta.url)), join(copy, 'dist'), {
-    recursive: true,
-    dereference: true
-  })
-  // Without it the files would count as CommonJS, because the copy is in node_modules.
-  await cp(fileURLToPath(new URL('../../package.json', import.meta.url)), join(copy, 'package.json'))
+  const copy = await copyBuild()
   for (const { file, text, replacement } of [ownClock, ...patches]) {
     const path = join(copy, 'dist', file)
     const source = await readFile(path, 'utf8')
@@ -61,7 +56,7 @@ export async function buildSystem(stores: PrivateStores, patches: readonly Patch
     HASH_PASSES: '1',
     HASH_THREADS: '1',
     DOCS: 'false',
-    STORE_TIMEOUT_MS: '30000',
+    ...patient,
     ...env
   })
   const app = await buildApp(config, { logStream: { write: () => undefined } })
@@ -78,7 +73,7 @@ export async function buildSystem(stores: PrivateStores, patches: readonly Patch
       const values = [mobile, formerHash]
       await stores.postgres.query('INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)', values)
     },
-    // Requests whose process has died never end, so the application cannot be closed.
+    // A request whose process has died never ends, so closing the application would wait forever.
     close: () => rm(copy, { recursive: true })
   }
 }

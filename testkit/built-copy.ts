@@ -1,0 +1,18 @@
+import { cp, mkdtemp } from 'node:fs/promises'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+
+const inProject = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url))
+
+/**
+ * Copies the built service, so that a test can change its files. The copy is in node_modules, where it finds its packages.
+ *
+ * @returns the folder of the copy, which contains `dist`
+ */
+export async function copyBuild(): Promise<string> {
+  const copy = await mkdtemp(inProject('node_modules/.cache/mobile-signup-copy-'))
+  await cp(inProject('dist'), join(copy, 'dist'), { recursive: true, dereference: true })
+  // Without it Node takes the files for CommonJS, because they are in node_modules.
+  await cp(inProject('package.json'), join(copy, 'package.json'))
+  return copy
+}
