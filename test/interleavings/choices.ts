@@ -1,9 +1,9 @@
-/** The choices of one run. The first ones are given; after them each is the default, which is option 0, or random. */
+/** Makes the choices of one run. It repeats the given choices first. After them `later` decides. */
 export class Choices {
-  /** The choices so far: the chosen option, and the number of options. */
+  /** Each choice so far: the option that was taken, and how many options there were. */
   readonly made: { option: number; options: number }[] = []
 
-  /** @param later chooses after the given ones; by default the default option */
+  /** @param later returns an option; without it, always the default option 0 */
   constructor(
     private readonly given: readonly number[],
     private readonly later: (options: number) => number = () => 0
@@ -17,21 +17,20 @@ export class Choices {
 }
 
 /**
- * Enumerates all runs with a number of deviations, depth first: of choices that are not the default option. A run with few
- * deviations is easy to read, and most bugs of concurrency need few (delay-bounded scheduling).
+ * Runs every sequence of choices with at most so many deviations, depth first. A deviation is a choice that is not the default
+ * option. A run with few deviations is easy to read, and most bugs of concurrency need few (delay-bounded scheduling).
  *
- * @param run makes its choices with `choices.choose`, and makes the same ones again after the same choices
- * @returns the number of runs; `run` ends the search by returning true
+ * @param run calls `choices.choose` for each choice. The same choices must lead to the same options. It returns true to end
+ * the search.
+ * @returns the number of runs
  */
 export async function enumerate(deviations: number, run: (choices: Choices) => Promise<boolean>): Promise<number> {
   let runs = 0
   let given: number[] | undefined = []
   while (given !== undefined) {
     const choices = new Choices(given)
-    const isExact = given.filter((option) => option > 0).length === deviations
-    // A run with fewer deviations leads to others, and has been checked before.
-    if (isExact) runs++
-    if ((await run(choices)) && isExact) return runs
+    runs++
+    if (await run(choices)) break
     given = next(choices.made, deviations)
   }
   return runs
