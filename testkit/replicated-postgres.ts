@@ -43,7 +43,7 @@ class Server {
     return join(this.directory, 'postgres')
   }
 
-  /** Writes a file into the data folder. It belongs to the user of the server, which does not run as root. */
+  /** Writes a file into the data folder, and makes the user of the server its owner. Postgres does not run as root. */
   async write(name: string, text: string): Promise<void> {
     const file = join(this.data, name)
     const { uid, gid } = await stat(this.data)

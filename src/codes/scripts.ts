@@ -138,8 +138,9 @@ if redis.call('GET', KEYS[3]) == ARGV[3] then redis.call('DEL', KEYS[3], KEYS[4]
 `
 
 /**
- * Ends a reclaim without success: the record names the user that the earlier request may have created, and the password of
- * this request counts as the first wrong one of its replays. If another request has claimed the code since, nothing changes.
+ * Ends a reclaim without success. The record becomes done, with the user that the earlier request may have created. The
+ * password of this request counts as the first wrong password of a replay. Nothing changes if another request has claimed the
+ * code since.
  *
  * KEYS[1] is the record. ARGV: the claim's `at` and `mac`, the user's id, the TTL of the record in ms.
  */

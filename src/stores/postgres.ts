@@ -60,8 +60,8 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = poolOf(fastify)
 
-    // If a connection fails and nobody listens to its error, the process ends. The pool has the idle connections, and `connect`
-    // gives those in use a listener.
+    // An `error` event without a listener ends the process. The pool emits those of idle connections. The second line adds a
+    // listener for those of connections in use.
     pool.on('error', (err) => fastify.log.warn({ err, store: 'postgres' }, 'an idle Postgres connection failed'))
     pool.on('connect', (client) => client.on('error', () => undefined))
 

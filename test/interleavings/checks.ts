@@ -75,7 +75,7 @@ export async function findViolations(system: System, history: History): Promise<
   return violations
 }
 
-/** Returns the password of a client that a hash verifies. */
+/** Returns the password that matches the hash, or undefined if no client has it. */
 async function findPassword(phc: string, clients: History['clients']): Promise<string | undefined> {
   for (const { password } of clients) if (await verify(phc, password)) return password
   return undefined

@@ -20,7 +20,7 @@ export interface History {
   clients: readonly Client[]
   /** Each step in a line. */
   log: string[]
-  /** The clients whose claims Redis has run, in that order. */
+  /** For each claim that Redis has run, its client, in order. */
   claims: Client[]
   /** Whether the code has expired or was replaced. */
   isCodeGone: boolean

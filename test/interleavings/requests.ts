@@ -41,7 +41,7 @@ export class Attempt {
 /** The passes of the event loop after which a request that does not wait for a step has ended. */
 const passes = 6
 
-/** Holds each step of the requests of an application until it is told how the step ends. */
+/** Stops the requests of an application before each step. The caller decides when a step goes on, and how it ends. */
 export class Requests {
   private readonly current = new AsyncLocalStorage<Attempt>()
   /** Counts what happens, so that {@link settle} sees when nothing more does. */

@@ -15,7 +15,7 @@ export interface Scenario {
   clients: readonly ClientSpec[]
   /** Whether the mobile has a user before. */
   isRegistered?: boolean
-  /** Whether a new code may be sent, or the code may expire, at any moment. */
+  /** What may happen once, at any moment. */
   events?: readonly ('a new code is sent' | 'the code expires')[]
   /** Whether the lease passes before each request, so that requests overtake each other. */
   isSlow?: boolean
