@@ -32,6 +32,21 @@ function startPool(t: Test, size: number): HashPool {
   return pool
 }
 
+/** Starts a pool, and collects its threads, also those that it starts later. */
+function startWatchedPool(t: Test, size: number): { pool: HashPool; workers: Worker[] } {
+  const workers = watchWorkers(t)
+  return { pool: startPool(t, size), workers }
+}
+
+/** Collects the threads that are started during a test. */
+function watchWorkers(t: Test): Worker[] {
+  const workers: Worker[] = []
+  const onWorker = (worker: Worker) => workers.push(worker)
+  process.on('worker', onWorker)
+  t.teardown(() => process.off('worker', onWorker))
+  return workers
+}
+
 t.test('the pool hashes and verifies, and a job that fails does not stop it', async (t) => {
   const pool = startPool(t, 2)
   const phc = await pool.hash('a password')
@@ -84,19 +99,59 @@ t.test('a pool with invalid parameters does not become ready', async (t) => {
   await t.rejects(pool.ready(), /[Mm]emory/)
 })
 
-t.test('a client that disconnects removes its job from the queue, but not a job that has started', async (t) => {
-  const pool = startPool(t, 1)
+t.test(
+  'a client that disconnects removes its job from the queue, unless a thread has begun it or has it next',
+  async (t) => {
+    const pool = startPool(t, 1)
+    await pool.ready()
+    const clients = [new PassThrough(), new PassThrough(), new PassThrough()] as const
+    const begun = pool.verify(slowPhc, 'begun', clients[0])
+    const next = pool.verify(slowPhc, 'next', clients[1])
+    const waiting = pool.hash('waiting', clients[2])
+    t.equal(pool.queueLength, 2)
+    const expectedWaitMs = pool.expectedWaitMs
+    clients[2].destroy()
+    await t.rejects(waiting, new ClientGone())
+    t.equal(pool.queueLength, 1)
+    t.equal(pool.expectedWaitMs, expectedWaitMs / 2)
+    for (const client of clients) client.destroy()
+    t.strictSame(await Promise.all([begun, next]), [false, false])
+    t.equal(pool.expectedWaitMs, 0)
+    await t.rejects(
+      pool.hash('late', clients[2]),
+      new ClientGone(),
+      'a client that has disconnected before adds no job'
+    )
+  }
+)
+
+t.test('a thread has its next job before it has finished one, so it is never idle while jobs wait', async (t) => {
+  const { workers, pool } = startWatchedPool(t, 2)
   await pool.ready()
-  const [first, second] = [new PassThrough(), new PassThrough()]
-  const started = pool.verify(slowPhc, 'started', first)
-  const waiting = pool.hash('waiting', second)
-  t.ok(pool.expectedWaitMs > 0)
-  second.destroy()
-  await t.rejects(waiting, new ClientGone())
-  t.equal(pool.expectedWaitMs, 0)
-  first.destroy()
-  t.equal(await started, false)
-  await t.rejects(pool.hash('late', second), new ClientGone(), 'a client that has disconnected before adds no job')
+  const jobs: number[] = []
+  for (const [index, worker] of workers.entries()) {
+    const { postMessage } = worker
+    worker.postMessage = (message) => {
+      jobs.push(index)
+      postMessage.call(worker, message)
+    }
+  }
+  const hashes = ['first', 'second', 'third', 'fourth', 'fifth'].map((password) => pool.hash(password))
+  t.strictSame(jobs, [0, 1, 0, 1], 'the idle threads come first, and no thread has more than one job in advance')
+  await Promise.all(hashes)
+  t.equal(jobs.length, 5)
+})
+
+t.test('if a thread ends, another one computes the job that it had next', async (t) => {
+  const { workers, pool } = startWatchedPool(t, 1)
+  await pool.ready()
+  const begun = pool.verify(slowPhc, 'begun')
+  const others = ['next', 'waiting'].map((password) => pool.hash(password))
+  const finished: string[] = []
+  for (const [index, hash] of others.entries()) hash.then(() => finished.push(['next', 'waiting'][index] ?? ''))
+  await Promise.all([t.rejects(begun, /has ended/), workers[0]?.terminate()])
+  await Promise.all(others)
+  t.strictSame(finished, ['next', 'waiting'], 'in their order')
 })
 
 t.test('threads that cannot start are started again with growing pauses; meanwhile nobody loses a code', async (t) => {
@@ -108,12 +163,8 @@ t.test('threads that cannot start are started again with growing pauses; meanwhi
   const { passwords }: typeof import('../dist/passwords/passwords.js') = await import(
     join(copy, 'dist/passwords/passwords.js')
   )
-  const workers: Worker[] = []
-  const onWorker = (worker: Worker) => workers.push(worker)
-  process.on('worker', onWorker)
-  t.teardown(() => process.off('worker', onWorker))
-
-  const app = await build(t, { HASH_THREADS: '2', STORE_TIMEOUT_MS: '30000' }, { overrides: { passwords } })
+  const workers = watchWorkers(t)
+  const app = await build(t, { HASH_THREADS: '2' }, { overrides: { passwords } })
   const { signUp } = client(app)
   const ready = async () => {
     const reply = await app.inject('/health/ready')
@@ -147,14 +198,10 @@ t.test('threads that cannot start are started again with growing pauses; meanwhi
 })
 
 t.test('a thread that the operating system refuses is started again later', async (t) => {
-  const workers: Worker[] = []
-  const onWorker = (worker: Worker) => workers.push(worker)
-  process.on('worker', onWorker)
-  const pool = startPool(t, 1)
+  const { workers, pool } = startWatchedPool(t, 1)
   const errors: unknown[] = []
   pool.onThreadError = (error) => errors.push(error)
   await pool.ready()
-  process.off('worker', onWorker)
 
   // With `ulimit -u` the constructor throws, and there is no event.
   class RefusedWorker {
@@ -180,10 +227,10 @@ t.test('a thread that the operating system refuses is started again later', asyn
 })
 
 /** The settings of an instance with one thread, whose requests do not time out. */
-const oneThread = { HASH_THREADS: '1', STORE_TIMEOUT_MS: '30000' }
+const oneThread = { HASH_THREADS: '1' }
 
 /** Occupies the thread of an instance for a while. */
-async function occupyThread({ passwords }: FastifyInstance): Promise<boolean> {
+function occupyThread({ passwords }: FastifyInstance): Promise<boolean> {
   return passwords.verify(slowPhc, 'a password', new PassThrough())
 }
 
@@ -235,9 +282,9 @@ t.test('a client that disconnects while its sign-up waits is not hashed, and its
   const { signUp } = client(app)
   const [disconnecting, replaced] = [await signUpBody(), await signUpBody()]
   await redis.pexpire(`sms_code_${disconnecting.mobile}`, 100_000)
-  const occupied = occupyThread(app)
+  const occupied = [occupyThread(app), occupyThread(app)]
   const sockets = [sendSignUp(app, disconnecting), sendSignUp(app, replaced)]
-  await until('both sign-ups wait for the thread', () => app.passwords.queueLength === 2)
+  await until('both sign-ups wait, and neither is the next', () => app.passwords.queueLength === 3)
   const newerCode = await issueCode(replaced.mobile)
   for (const socket of sockets) socket.destroy()
   await until('the code is restored', async () => (await redis.exists(`sms_code_${disconnecting.mobile}`)) === 1)
@@ -245,7 +292,7 @@ t.test('a client that disconnects while its sign-up waits is not hashed, and its
   const ttlMs = await redis.pttl(`sms_code_${disconnecting.mobile}`)
   t.ok(ttlMs > 0 && ttlMs <= 100_000, 'the code has its remaining TTL')
 
-  t.equal(await occupied, false)
+  t.strictSame(await Promise.all(occupied), [false, false])
   t.strictSame([await userRows(disconnecting.mobile), await userRows(replaced.mobile)], [[], []], 'nothing is written')
   t.equal(await redis.get(`sms_code_${replaced.mobile}`), newerCode, 'a newer code is not overwritten')
   t.equal((await signUp(disconnecting)).statusCode, 201, 'the code still works')
@@ -258,14 +305,14 @@ t.test('shutdown waits for sign-ups whose clients have disconnected, and restore
   const occupied = occupyThread(app)
   const first = sendSignUp(app, started)
   await until('the first sign-up waits', () => app.passwords.queueLength === 1)
-  const occupiedAfterFirst = occupyThread(app)
+  const occupiedAfterFirst = [occupyThread(app), occupyThread(app)]
   const second = sendSignUp(app, waiting)
-  await until('the second sign-up waits', () => app.passwords.queueLength === 3)
+  await until('the second sign-up waits', () => app.passwords.queueLength === 4)
   // Now the hash of the first sign-up starts.
   await occupied
   for (const socket of [first, second]) socket.destroy()
   await app.close()
-  t.equal(await occupiedAfterFirst, false)
+  t.strictSame(await Promise.all(occupiedAfterFirst), [false, false])
   t.equal(await redis.get(`sms_code_${waiting.mobile}`), waiting.sms_code)
   t.equal((await userRows(started.mobile)).length, 1, 'a hash that has started is finished, and its row is written')
 })

@@ -24,12 +24,20 @@ interface Thread {
   started: Promise<unknown>
   /** Whether it has started, and so takes jobs. */
   isReady: boolean
-  /** The job of the thread, or undefined while it is idle. */
-  current: (QueuedJob & { startedAt: number }) | undefined
+  /** The job that it computes, and those that wait in its port. */
+  jobs: QueuedJob[]
+  /** When it has begun the first of its jobs. */
+  startedAt: number
 }
 
 /** The message of a thread when it has started, and after each job. */
-type ThreadMessage = 'ready' | { result: string | boolean } | { error: unknown }
+type ThreadMessage = 'ready' | (({ result: string | boolean } | { error: unknown }) & { durationMs: number })
+
+/**
+ * How many jobs a thread has in hand. With one it would be idle after each job until the event loop gives it another. A job
+ * in hand does not leave when its client disconnects, so not more than two.
+ */
+const jobsInHand = 2
 
 /** The first pause before a thread that could not start is started again. It doubles up to the longest. */
 const firstRestartPauseMs = 100
@@ -51,11 +59,11 @@ export class ClientGone extends Refusal {
 /** No thread can start. */
 const unavailable = () => new Refusal('busy', undefined, { retryAfterSeconds: longestRestartPauseMs / 1_000 })
 
-/** argon2id in threads, strictly first come, first served. */
+/** argon2id in threads, first come, first served. */
 export class HashPool {
   private readonly threads: Thread[] = []
-  /** In order of arrival. A set, because a job can leave from any position. */
-  private readonly queue = new Set<QueuedJob>()
+  /** The jobs that no thread has in hand, in order of arrival. A set, because a job can leave from any position. */
+  private queue = new Set<QueuedJob>()
   private readonly jobs = new InFlight()
   private averageJobMs = 0
   private restartPauseMs = firstRestartPauseMs
@@ -63,7 +71,7 @@ export class HashPool {
   /** False from the failure of the last thread until one has started. */
   isAvailable = true
 
-  /** Called after each job with its time in the queue and in the thread. */
+  /** Called after each job with the time that it has waited, and its time in the thread. */
   onJob: ((waitMs: number, durationMs: number) => void) | undefined
   /** Called when a thread has failed. */
   onThreadError: ((error: unknown) => void) | undefined
@@ -90,18 +98,18 @@ export class HashPool {
     await hashInEachThread()
   }
 
-  /** The number of jobs that wait. */
+  /** The number of jobs that wait for a thread. */
   get queueLength(): number {
-    return this.queue.size
+    return this.threads.reduce((waiting, { jobs }) => waiting + Math.max(0, jobs.length - 1), this.queue.size)
   }
 
   /** How long a new job would wait: queue length × average job time ÷ threads. */
   get expectedWaitMs(): number {
-    return (this.queue.size * this.averageJobMs) / Math.max(1, this.threads.length)
+    return (this.queueLength * this.averageJobMs) / Math.max(1, this.threads.length)
   }
 
   /**
-   * @param client removes the job from the queue when it closes; a job that has started is finished
+   * @param client removes the job from the queue when it closes; a job that has begun, or is the next of a thread, is finished
    * @returns a PHC string
    * @throws {ClientGone}
    */
@@ -131,18 +139,29 @@ export class HashPool {
       client?.once('close', () => {
         if (this.queue.delete(queued)) reject(new ClientGone())
       })
-      const idleThread = this.threads.find(({ isReady, current }) => isReady && current === undefined)
-      if (idleThread) this.startNextJob(idleThread)
+      this.dispatch()
     })
     return this.jobs.track(result)
   }
 
-  private startNextJob(thread: Thread): void {
-    const [next] = this.queue
-    if (next === undefined) return
-    this.queue.delete(next)
-    thread.current = { ...next, startedAt: performance.now() }
-    thread.worker.postMessage(next.job)
+  /** Gives the threads the next jobs of the queue. */
+  private dispatch(): void {
+    for (const next of this.queue) {
+      const thread = this.nextThread()
+      if (thread === undefined) return
+      this.queue.delete(next)
+      if (thread.jobs.length === 0) thread.startedAt = performance.now()
+      thread.jobs.push(next)
+      thread.worker.postMessage(next.job)
+    }
+  }
+
+  /** Returns the thread that will begin another job first: an idle one, or the one that has begun its job first. */
+  private nextThread(): Thread | undefined {
+    const [first] = this.threads
+      .filter(({ isReady, jobs }) => isReady && jobs.length < jobsInHand)
+      .sort((a, b) => a.jobs.length - b.jobs.length || a.startedAt - b.startedAt)
+    return first
   }
 
   private startThread(): void {
@@ -153,7 +172,7 @@ export class HashPool {
       execArgv: [],
       env: {}
     })
-    const thread: Thread = { worker, started: once(worker, 'message'), isReady: false, current: undefined }
+    const thread: Thread = { worker, started: once(worker, 'message'), isReady: false, jobs: [], startedAt: 0 }
     thread.started.catch(() => undefined)
     this.threads.push(thread)
 
@@ -162,7 +181,7 @@ export class HashPool {
       else this.onResult(thread, message)
     })
     worker.on('error', (error) => {
-      thread.current?.reject(error)
+      thread.jobs[0]?.reject(error)
       this.onThreadError?.(error)
     })
     worker.on('exit', () => this.replace(thread))
@@ -172,26 +191,30 @@ export class HashPool {
     thread.isReady = true
     this.isAvailable = true
     this.restartPauseMs = firstRestartPauseMs
-    this.startNextJob(thread)
+    this.dispatch()
   }
 
   private onResult(thread: Thread, message: Exclude<ThreadMessage, 'ready'>): void {
-    const { current } = thread
-    thread.current = undefined
-    this.startNextJob(thread)
-    if (current === undefined) return
-    const durationMs = performance.now() - current.startedAt
+    const job = thread.jobs.shift()
+    const now = performance.now()
+    thread.startedAt = now
+    this.dispatch()
+    if (job === undefined) return
+    const { durationMs } = message
     this.averageJobMs += (durationMs - this.averageJobMs) * (this.averageJobMs === 0 ? 1 : newestJobWeight)
-    this.onJob?.(current.startedAt - current.queuedAt, durationMs)
-    if ('result' in message) current.resolve(message.result)
-    else current.reject(message.error)
+    this.onJob?.(Math.max(0, now - job.queuedAt - durationMs), durationMs)
+    if ('result' in message) job.resolve(message.result)
+    else job.reject(message.error)
   }
 
   /** A thread that fails, for example without memory, is replaced at once. One that cannot start is started again later. */
   private replace(thread: Thread): void {
     this.threads.splice(this.threads.indexOf(thread), 1)
-    thread.current?.reject(new Error('the hash thread has ended'))
+    const [current, ...waiting] = thread.jobs
+    current?.reject(new Error('the hash thread has ended'))
     if (this.isClosed) return
+    this.queue = new Set([...waiting, ...this.queue])
+    this.dispatch()
     if (thread.isReady) this.restartThread()
     else this.startThreadLater()
   }

@@ -10,11 +10,15 @@ const { parameters, niceness } = workerData
 if (process.platform === 'linux') setPriority(Math.min(constants.priority.PRIORITY_LOW, getPriority() + niceness))
 
 parentPort?.on('message', (/** @type {import('./hash-pool.js').HashJob} */ { password, phc }) => {
-  try {
-    const result = phc === undefined ? hashSync(password, parameters) : verifySync(phc, password)
-    parentPort?.postMessage({ result })
-  } catch (error) {
-    parentPort?.postMessage({ error })
+  const startedAt = performance.now()
+  /** @returns {{ result: string | boolean } | { error: unknown }} */
+  function compute() {
+    try {
+      return { result: phc === undefined ? hashSync(password, parameters) : verifySync(phc, password) }
+    } catch (error) {
+      return { error }
+    }
   }
+  parentPort?.postMessage({ ...compute(), durationMs: performance.now() - startedAt })
 })
 parentPort?.postMessage('ready')
