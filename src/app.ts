@@ -38,8 +38,18 @@ export interface BuildOptions {
   overrides?: Overrides
 }
 
+export interface SignUpOptions {
+  config: Config
+  /**
+   * Whether the event loop may sleep for some milliseconds while passwords are queued. It makes sign-ups cheaper, but
+   * everything else in the process waits, too. `false` by default.
+   */
+  coalesceEvents?: boolean
+}
+
 interface CapabilityOptions {
   config: Config
+  coalesceEvents: boolean
   observer?: Observer | undefined
   overrides?: Overrides | undefined
 }
@@ -48,20 +58,20 @@ interface CapabilityOptions {
  * The routes with everything that they need, for any Fastify 5 application: `register(signUp, { prefix, config })`. Its
  * error handler, validator and stores do not leave its scope.
  */
-export const signUp: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
+export const signUp: FastifyPluginAsync<SignUpOptions> = async (fastify, { config, coalesceEvents = false }) => {
   await fastify.register(replies, { config })
   await fastify.register(strictJson)
-  await fastify.register(capabilities, { config })
+  await fastify.register(capabilities, { config, coalesceEvents })
   await fastify.register(routes, { config })
 }
 
 /** What the routes need, as decorators. */
-const capabilities = fp<CapabilityOptions>(async (fastify, { config, observer, overrides }) => {
+const capabilities = fp<CapabilityOptions>(async (fastify, { config, coalesceEvents, observer, overrides }) => {
   await fastify.register(postgres, { config, observer })
   await fastify.register(redis, { config, observer })
   await fastify.register(rateLimits, { observer })
   await fastify.register(codes, { config, observer })
-  await fastify.register(overrides?.passwords ?? passwords, { config, observer })
+  await fastify.register(overrides?.passwords ?? passwords, { config, observer, coalesceEvents })
   await fastify.register(users)
   await fastify.register(sessions, { config })
   if (config.sms) await fastify.register(sms, { config, observer })
@@ -87,7 +97,12 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
   await app.register(startUp)
   await app.register(shutdown)
   await app.register(badRequests, { config })
-  await app.register(capabilities, { config, observer: metrics, overrides: options.overrides })
+  await app.register(capabilities, {
+    config,
+    coalesceEvents: true,
+    observer: metrics,
+    overrides: options.overrides
+  })
   await app.register(openapi, { config })
   const storeChecks = new StoreChecks(checksOf(app))
   if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app, storeChecks) })

@@ -73,6 +73,8 @@ export class HashPool {
 
   /** Called after each job with the time that it has waited, and its time in the thread. */
   onJob: ((waitMs: number, durationMs: number) => void) | undefined
+  /** Called when a job has joined the queue, because every thread has as many jobs in hand as it takes. */
+  onBacklog: (() => void) | undefined
   /** Called when a thread has failed. */
   onThreadError: ((error: unknown) => void) | undefined
 
@@ -108,6 +110,11 @@ export class HashPool {
     return (this.queueLength * this.averageJobMs) / Math.max(1, this.threads.length)
   }
 
+  /** How long no thread needs the event loop, in milliseconds: each has a job in advance. 0 while the queue is short. */
+  get slackMs(): number {
+    return this.queue.size < Math.max(1, this.threads.length) ? 0 : this.averageJobMs
+  }
+
   /**
    * @param client removes the job from the queue when it closes; a job that has begun, or is the next of a thread, is finished
    * @returns a PHC string
@@ -140,6 +147,7 @@ export class HashPool {
         if (this.queue.delete(queued)) reject(new ClientGone())
       })
       this.dispatch()
+      if (this.queue.has(queued)) this.onBacklog?.()
     })
     return this.jobs.track(result)
   }

@@ -3,6 +3,7 @@ import type { Writable } from 'node:stream'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
+import { EventCoalescing } from './event-coalescing.js'
 import { HashPool, longestRestartPauseMs } from './hash-pool.js'
 
 interface Passwords {
@@ -44,8 +45,15 @@ declare module 'fastify' {
   }
 }
 
-export const passwords = fp<{ config: Config; observer?: Observer | undefined }>(
-  async (fastify, { config: { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }, observer }) => {
+interface PasswordsOptions {
+  config: Config
+  observer?: Observer | undefined
+  /** Whether the event loop may sleep while hashes are queued. Everything else that runs in this process waits, too. */
+  coalesceEvents?: boolean
+}
+
+export const passwords = fp<PasswordsOptions>(
+  async (fastify, { config: { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }, observer, coalesceEvents }) => {
     // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
     const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
     const pool = new HashPool(hashThreads, parameters)
@@ -56,6 +64,10 @@ export const passwords = fp<{ config: Config; observer?: Observer | undefined }>
     const decoyPhc = await pool.hash(randomUUID())
     // Hashes of the start are not observed.
     pool.onJob = observer?.onHash.bind(observer)
+    if (coalesceEvents) {
+      const coalescing = new EventCoalescing(() => pool.slackMs)
+      pool.onBacklog = () => coalescing.start()
+    }
     /** `$argon2id$v=19$m=…,t=…,p=1$`: what all hashes with the configured parameters begin with. */
     const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
 

@@ -1,0 +1,110 @@
+import { createServer } from 'node:http'
+import { connect } from 'node:net'
+import { setImmediate as endOfPass } from 'node:timers/promises'
+import Fastify, { type FastifyInstance } from 'fastify'
+import t, { type Test } from 'tap'
+import { signUp } from '../dist/app.js'
+import { EventCoalescing } from '../dist/passwords/event-coalescing.js'
+import { client } from '../testkit/client.js'
+import { listen } from '../testkit/listen.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
+
+const { build, config, signUpBody } = await startTestbed(t)
+
+/** Hashes of about 10 ms, in one thread. */
+const realHashes = { HASH_MEMORY_KIB: '19456', HASH_PASSES: '2', HASH_THREADS: '1' }
+
+/** Collects the sleeps of the event loop during a test, in milliseconds. */
+function watchSleeps(t: Test): number[] {
+  const sleeps: number[] = []
+  const { wait } = Atomics
+  const watched = (array: Int32Array, index: number, value: number, ms = Number.POSITIVE_INFINITY) => {
+    sleeps.push(ms)
+    return wait(array, index, value, ms)
+  }
+  Object.assign(Atomics, { wait: watched })
+  t.teardown(() => Object.assign(Atomics, { wait }))
+  return sleeps
+}
+
+/** Sends sign-ups one after the other on a number of connections. */
+async function signUpOn(app: FastifyInstance, connections: number, count: number): Promise<void> {
+  const { signUp } = client(app)
+  const bodies = await Promise.all(Array.from({ length: count }, () => signUpBody()))
+  await Promise.all(
+    Array.from({ length: connections }, async () => {
+      for (let body = bodies.pop(); body !== undefined; body = bodies.pop()) {
+        t.equal((await signUp(body)).statusCode, 201)
+      }
+    })
+  )
+}
+
+t.test('the event loop sleeps while there is slack: for less than that, and at most 10 ms', async (t) => {
+  const sleeps = watchSleeps(t)
+  for (const [slackMs, longestMs] of [
+    [8, 8],
+    [1_000, 10]
+  ] as const) {
+    let slackNowMs: number = slackMs
+    let questions = 0
+    sleeps.length = 0
+    const coalescing = new EventCoalescing(() => {
+      questions++
+      return slackNowMs
+    })
+    coalescing.start()
+    await until('it has slept three times', () => endOfPass(sleeps.length >= 3))
+    for (const ms of sleeps) t.ok(ms > 0 && ms <= longestMs, `${ms} ms`)
+
+    slackNowMs = 0
+    await endOfPass()
+    const questionsBefore = questions
+    await endOfPass()
+    t.equal(questions, questionsBefore, 'without slack it ends')
+  }
+})
+
+t.test('the event loop does not sleep while connections wait to be accepted', async (t) => {
+  const sleeps = watchSleeps(t)
+  let slackMs = 1_000
+  /** How often it had slept when each connection was accepted. */
+  const sleepsBefore: number[] = []
+  const server = createServer().on('connection', () => sleepsBefore.push(sleeps.length))
+  const { port } = new URL(await listen(t, server))
+  const sockets = Array.from({ length: 20 }, () => connect(Number(port), '127.0.0.1'))
+  new EventCoalescing(() => slackMs).start()
+  await until('all are accepted', () => endOfPass(sleepsBefore.length === sockets.length))
+  t.equal(sleepsBefore.at(-1), sleepsBefore[0], 'no sleep from the first to the last of them')
+  await until('then it sleeps', () => endOfPass(sleeps.length > 0))
+  slackMs = 0
+  for (const socket of sockets) socket.destroy()
+})
+
+t.test('hashes that take less than a millisecond cause no sleep', async (t) => {
+  const sleeps = watchSleeps(t)
+  new EventCoalescing(() => 1).start()
+  await endOfPass()
+  t.strictSame(sleeps, [])
+})
+
+t.test('the service sleeps while more hashes are queued than its threads have in hand, and else never', async (t) => {
+  const app = await build(t, realHashes)
+  const sleeps = watchSleeps(t)
+  await signUpOn(app, 2, 6)
+  t.strictSame(sleeps, [], 'one thread has two hashes in hand')
+  await signUpOn(app, 12, 48)
+  t.ok(sleeps.length > 0)
+})
+
+t.test('in a host application the event loop sleeps only if the host asks for it', async (t) => {
+  const sleeps = watchSleeps(t)
+  for (const options of [{}, { coalesceEvents: true }]) {
+    const host = Fastify()
+    t.after(() => host.close())
+    await host.register(signUp, { prefix: '/api/v1.0', config: config(realHashes), ...options })
+    await signUpOn(host, 12, 48)
+    t.equal(sleeps.length > 0, 'coalesceEvents' in options)
+  }
+})
