@@ -1,4 +1,6 @@
+import fsPromises from 'node:fs/promises'
 import { createServer } from 'node:http'
+import { syncBuiltinESMExports } from 'node:module'
 import { connect } from 'node:net'
 import { setImmediate as endOfPass } from 'node:timers/promises'
 import Fastify, { type FastifyInstance } from 'fastify'
@@ -106,5 +108,25 @@ t.test('in a host application the event loop sleeps only if the host asks for it
     await host.register(signUp, { prefix: '/api/v1.0', config: config(realHashes), ...options })
     await signUpOn(host, 12, 48)
     t.equal(sleeps.length > 0, 'coalesceEvents' in options)
+  }
+})
+
+t.test('a start warns where transparent huge pages are off', async (t) => {
+  const { readFile } = fsPromises
+  const replaceReadFile = (replacement: object) => {
+    Object.assign(fsPromises, { readFile: replacement })
+    syncBuiltinESMExports()
+  }
+  t.teardown(() => replaceReadFile(readFile))
+  for (const [setting, warnings] of [
+    ['always [madvise] never', 0],
+    ['always madvise [never]', 1]
+  ] as const) {
+    replaceReadFile((path: string, ...rest: never[]) =>
+      path.includes('transparent_hugepage') ? Promise.resolve(setting) : readFile(path, ...rest)
+    )
+    const lines: string[] = []
+    await build(t, {}, { logStream: { write: (line) => void lines.push(line) } })
+    t.equal(lines.filter((line) => line.includes('transparent huge pages are off')).length, warnings, setting)
   }
 })

@@ -5,6 +5,7 @@ import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
 import { EventCoalescing } from './event-coalescing.js'
 import { HashPool, longestRestartPauseMs } from './hash-pool.js'
+import { areHugePagesOff, hugePagesAdvice } from './huge-pages.js'
 
 interface Passwords {
   /**
@@ -60,6 +61,7 @@ export const passwords = fp<PasswordsOptions>(
     pool.onThreadError = (err) => fastify.log.error({ err }, 'a hash thread failed')
     fastify.addHook('onClose', () => pool.close())
     await pool.ready()
+    if (await areHugePagesOff()) fastify.log.warn(hugePagesAdvice)
     /** A hash of a random password. A login of an unknown user verifies it, so that it takes as long as any other. */
     const decoyPhc = await pool.hash(randomUUID())
     // Hashes of the start are not observed.
