@@ -43,6 +43,8 @@ const allowedImports: Record<string, string[]> = {
   dev: ['config'],
   'app.ts': [...features, 'http', 'stores', 'telemetry', 'dev', ...foundation],
   'index.ts': ['app.ts', 'config', 'stores'],
+  'calibrate.ts': ['config', 'passwords'],
+  'cli.ts': ['calibrate.ts', 'migrate.ts', 'server.ts'],
   'migrate.ts': ['config', 'stores'],
   'server.ts': ['app.ts', 'config', 'dev', 'stores', 'telemetry']
 }

@@ -1,0 +1,29 @@
+#!/usr/bin/env node
+/* The command of the package. server.ts must be the first module that it loads, because it handles the signals. */
+
+const usage = `usage:
+  mobile-signup             starts the service
+      Needs DATABASE_URL and REDIS_URL; with NODE_ENV=production also SESSION_SECRET, TRUST_PROXY
+      and SMS_WEBHOOK_URL (or SMS=off).
+  mobile-signup migrate     applies the pending migrations, and exits
+      Needs DATABASE_URL.
+  mobile-signup calibrate   finds the argon2id setting that this machine computes fastest, in less than a minute
+      Needs an idle machine, and no variable.
+  mobile-signup --help      prints this text
+docs/configuration.md describes all variables.
+`
+
+const commands = new Map<string | undefined, () => Promise<unknown>>([
+  [undefined, () => import('./server.js')],
+  ['migrate', () => import('./migrate.js')],
+  ['calibrate', () => import('./calibrate.js')]
+])
+
+const args = process.argv.slice(2)
+const run = args.length > 1 ? undefined : commands.get(args[0])
+if (args.includes('--help')) process.stdout.write(usage)
+else if (run) await run()
+else {
+  process.stderr.write(usage)
+  process.exitCode = 1
+}

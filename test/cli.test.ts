@@ -1,0 +1,44 @@
+import { execFile } from 'node:child_process'
+import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
+import t from 'tap'
+
+const command = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
+
+const run = (args: string[], env: Record<string, string> = {}) =>
+  promisify(execFile)(process.execPath, [command, ...args], { env })
+
+t.test('mobile-signup --help says what each command needs', async (t) => {
+  for (const args of [['--help'], ['migrate', '--help']]) {
+    const { stdout } = await run(args)
+    for (const text of ['mobile-signup migrate', 'mobile-signup calibrate', 'DATABASE_URL', 'TRUST_PROXY']) {
+      t.match(stdout, text)
+    }
+  }
+})
+
+t.test('an unknown command prints the usage and fails', async (t) => {
+  for (const args of [['unknown'], ['migrate', 'unknown']]) {
+    await t.rejects(run(args), { code: 1, stdout: '', stderr: /^usage:/ })
+  }
+})
+
+t.test('mobile-signup starts the service, and mobile-signup migrate the migrations', async (t) => {
+  await t.rejects(run([], { NODE_ENV: 'production' }), { code: 1, stderr: /^mobile-signup: invalid environment:/ })
+  await t.rejects(run(['migrate']), { code: 1, stderr: /^migrate: invalid environment:/ })
+})
+
+t.test('mobile-signup calibrate measures the settings of OWASP and prints the variables of the fastest', async (t) => {
+  const { stdout } = await run(['calibrate'])
+  for (const [memoryKib, passes] of [
+    [47_104, 1],
+    [19_456, 2],
+    [12_288, 3],
+    [9_216, 4],
+    [7_168, 5]
+  ]) {
+    t.match(stdout, new RegExp(`^ *${memoryKib} +${passes} +1 +[\\d.]+ +[\\d.]+ `, 'm'))
+  }
+  t.match(stdout, /^HASH_MEMORY_KIB=\d+\nHASH_PASSES=\d$/m)
+  t.match(stdout, /completes about \d+ sign-ups\/s/)
+})
