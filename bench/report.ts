@@ -11,6 +11,8 @@ export interface Row {
   /** `npm run bench -- compare` finds the same figure in two result files by its name. */
   name: string
   figure: number
+  /** The lowest and the highest of the rounds whose median the figure is. */
+  spread?: readonly [number, number]
   /** What the figure must meet. docs/performance.md defines P1 to P8. */
   target?: Target
   /** The measurements behind the figure. */
@@ -30,14 +32,21 @@ export interface Results {
 
 export const resultsFolder = new URL('./results/', import.meta.url)
 
+/** Returns a row whose figure is the median of the values of the rounds. */
+export function medianRow(name: string, values: readonly number[], raw: unknown, target?: Target): Row {
+  const spread = [Math.min(...values), Math.max(...values)] as const
+  return { name, figure: median(values), spread, ...(target && { target }), raw }
+}
+
 /** Returns a row whose figure is the median of the ratios. */
 export function ratioRow(name: string, pairs: readonly (readonly [number, number])[], target?: Target): Row {
-  return {
+  const ratios = pairs.map(([numerator, denominator]) => numerator / denominator)
+  return medianRow(
     name,
-    figure: median(pairs.map(([numerator, denominator]) => numerator / denominator)),
-    ...(target && { target }),
-    raw: pairs.map((pair) => pair.map(round))
-  }
+    ratios,
+    pairs.map((pair) => pair.map(round)),
+    target
+  )
 }
 
 /** Shows the current step on standard error: a terminal gets one changing line, a log gets a line for each step. */
@@ -55,6 +64,7 @@ export function printTable(rows: readonly Row[]): void {
     const columns = [
       row.name.padEnd(62),
       String(round(row.figure)).padStart(8),
+      (row.spread?.map(round).join('–') ?? '').padEnd(11),
       describeTarget(row).padEnd(7),
       describeVerdict(row).padEnd(8)
     ]

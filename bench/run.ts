@@ -1,6 +1,5 @@
 /* The commands of `npm run bench`: see `usage`. */
 import { compare } from './compare.js'
-import { frameworkOverhead } from './framework-overhead.js'
 import { hashingLimit } from './hashing-limit.js'
 import { insertScale } from './insert-scale.js'
 import { login } from './login.js'
@@ -17,7 +16,6 @@ const benchmarks = new Map<string, Benchmark>([
   ['limit', hashingLimit],
   ['priority', refusalLatency],
   ['overload', overload],
-  ['overhead', frameworkOverhead],
   ['metrics', metricsCost],
   ['refusals', refusalThroughput],
   ['login', login],

@@ -101,6 +101,13 @@ export class ServerProcess {
     return ((Number(fields[11]) + Number(fields[12])) * 1_000) / ticksPerSecond
   }
 
+  /** Returns the CPU time of its main thread, which runs the event loop, in milliseconds. */
+  mainThreadMs(): number {
+    const { pid } = this.child
+    // The first field is the time on a CPU in nanoseconds (Documentation/scheduler/sched-stats.rst of Linux).
+    return Number(readFileSync(`/proc/${pid}/task/${pid}/schedstat`, 'utf8').split(' ')[0]) / 1e6
+  }
+
   /** Returns its resident memory, in MiB. */
   residentMib(): number {
     const [, kib] = /^VmRSS:\s+(\d+)/m.exec(readFileSync(`/proc/${this.child.pid}/status`, 'utf8')) ?? []
