@@ -66,14 +66,14 @@ export async function closedLoop(
 
   await sleep(rampMs)
   replies = []
-  const { process } = server
-  const [startedAt, cpuMsBefore, eventLoopMsBefore] = [performance.now(), process.cpuMs(), process.mainThreadMs()]
+  const { process: service } = server
+  const [startedAt, cpuMsBefore, eventLoopMsBefore] = [performance.now(), service.cpuMs(), service.mainThreadMs()]
   await sleep(seconds * 1_000)
   const counted = replies
   const result = {
     perSecond: (counted.length * 1_000) / (performance.now() - startedAt),
-    cpuMs: (process.cpuMs() - cpuMsBefore) / counted.length,
-    eventLoopMs: (process.mainThreadMs() - eventLoopMsBefore) / counted.length,
+    cpuMs: (service.cpuMs() - cpuMsBefore) / counted.length,
+    eventLoopMs: (service.mainThreadMs() - eventLoopMsBefore) / counted.length,
     replies: counted
   }
   load.stop()
@@ -81,7 +81,7 @@ export async function closedLoop(
   return result
 }
 
-/** Signs up for five seconds, so that V8 has optimized most of the service and its connections to the stores are open. */
+/** Signs up for five seconds, so that V8 has optimized much of the service, and its connections to the stores are open. */
 export async function warmUp(service: Server, redis: Redis): Promise<void> {
   await closedLoop(service, { seconds: 5, bodies: await issueSignUps(redis, 4_000) })
 }

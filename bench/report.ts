@@ -32,8 +32,17 @@ export interface Results {
 
 export const resultsFolder = new URL('./results/', import.meta.url)
 
-/** Returns a row whose figure is the median of the values of the rounds. */
-export function medianRow(name: string, values: readonly number[], raw: unknown, target?: Target): Row {
+/**
+ * Returns a row whose figure is the median of the values of the rounds.
+ *
+ * @param raw the measurements behind the values, if they are not the values themselves
+ */
+export function medianRow(
+  name: string,
+  values: readonly number[],
+  target?: Target,
+  raw: unknown = values.map(round)
+): Row {
   const spread = [Math.min(...values), Math.max(...values)] as const
   return { name, figure: median(values), spread, ...(target && { target }), raw }
 }
@@ -44,8 +53,8 @@ export function ratioRow(name: string, pairs: readonly (readonly [number, number
   return medianRow(
     name,
     ratios,
-    pairs.map((pair) => pair.map(round)),
-    target
+    target,
+    pairs.map((pair) => pair.map(round))
   )
 }
 

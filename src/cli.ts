@@ -7,7 +7,7 @@ const usage = `usage:
       and SMS_WEBHOOK_URL (or SMS=off).
   mobile-signup migrate     applies the pending migrations, and exits
       Needs DATABASE_URL.
-  mobile-signup calibrate   finds the argon2id setting that this machine computes fastest, in less than a minute
+  mobile-signup calibrate   finds the argon2id setting that this machine computes fastest, in about a minute
       Needs an idle machine, and no variable.
   mobile-signup --help      prints this text
 docs/configuration.md describes all variables.

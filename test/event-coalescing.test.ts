@@ -43,55 +43,70 @@ async function signUpOn(app: FastifyInstance, connections: number, count: number
   )
 }
 
-t.test('the event loop sleeps while there is slack: for less than that, and at most 10 ms', async (t) => {
-  const sleeps = watchSleeps(t)
-  for (const [slackMs, longestMs] of [
-    [8, 8],
-    [1_000, 10]
-  ] as const) {
-    let slackNowMs: number = slackMs
-    let questions = 0
-    sleeps.length = 0
-    const coalescing = new EventCoalescing(() => {
-      questions++
-      return slackNowMs
-    })
-    coalescing.start()
-    await until('it has slept three times', () => endOfPass(sleeps.length >= 3))
-    for (const ms of sleeps) t.ok(ms > 0 && ms <= longestMs, `${ms} ms`)
+/** Starts to coalesce events, and ends it after the test at the latest: else the process never ends. */
+function coalesce(t: Test, slackMs: number, timeoutMs = 30_000) {
+  const control = { slackMs, questions: 0 }
+  t.teardown(() => {
+    control.slackMs = 0
+  })
+  const slackNow = () => {
+    control.questions++
+    return control.slackMs
+  }
+  new EventCoalescing(slackNow, timeoutMs).start()
+  return control
+}
 
-    slackNowMs = 0
-    await endOfPass()
-    const questionsBefore = questions
-    await endOfPass()
-    t.equal(questions, questionsBefore, 'without slack it ends')
+t.test('the event loop sleeps for 0.8 of the slack, at most 10 ms and a twentieth of the timeout', async (t) => {
+  for (const [slackMs, timeoutMs, sleepMs] of [
+    [8, 1_000, 6.4],
+    [1_000, 1_000, 10],
+    [1_000, 100, 5]
+  ] as const) {
+    await t.test(`${slackMs} ms, ${timeoutMs} ms`, async (t) => {
+      const sleeps = watchSleeps(t)
+      const control = coalesce(t, slackMs, timeoutMs)
+      await until('it has slept three times', () => endOfPass(sleeps.length >= 3))
+      for (const ms of sleeps) t.equal(ms, sleepMs)
+
+      control.slackMs = 0
+      await endOfPass()
+      const questionsBefore = control.questions
+      await endOfPass()
+      t.equal(control.questions, questionsBefore, 'without slack it ends')
+    })
   }
 })
 
 t.test('the event loop does not sleep while connections wait to be accepted', async (t) => {
   const sleeps = watchSleeps(t)
-  let slackMs = 1_000
   /** How often it had slept when each connection was accepted. */
   const sleepsBefore: number[] = []
   const server = createServer().on('connection', () => sleepsBefore.push(sleeps.length))
   const { port } = new URL(await listen(t, server))
   const sockets = Array.from({ length: 20 }, () => connect(Number(port), '127.0.0.1'))
-  new EventCoalescing(() => slackMs).start()
+  t.teardown(() => {
+    for (const socket of sockets) socket.destroy()
+  })
+  coalesce(t, 1_000)
   await until('all are accepted', () => endOfPass(sleepsBefore.length === sockets.length))
   t.equal(sleepsBefore.at(-1), sleepsBefore[0], 'no sleep from the first to the last of them')
   await until('then it sleeps', () => endOfPass(sleeps.length > 0))
-  slackMs = 0
-  for (const socket of sockets) socket.destroy()
 })
 
-t.test('hashes that take less than a millisecond cause no sleep', async (t) => {
-  const sleeps = watchSleeps(t)
-  new EventCoalescing(() => 1).start()
-  await endOfPass()
-  t.strictSame(sleeps, [])
+t.test('sleeps of less than a millisecond are left out', async (t) => {
+  for (const [slackMs, timeoutMs] of [
+    [1, 1_000],
+    [1_000, 10]
+  ] as const) {
+    const sleeps = watchSleeps(t)
+    coalesce(t, slackMs, timeoutMs)
+    for (let pass = 0; pass < 3; pass++) await endOfPass()
+    t.strictSame(sleeps, [])
+  }
 })
 
-t.test('the service sleeps while more hashes are queued than its threads have in hand, and else never', async (t) => {
+t.test('the service sleeps while hashes wait beyond those that the threads have in hand, and else never', async (t) => {
   const app = await build(t, realHashes)
   const sleeps = watchSleeps(t)
   await signUpOn(app, 2, 6)

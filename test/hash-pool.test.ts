@@ -154,6 +154,42 @@ t.test('if a thread ends, another one computes the job that it had next', async 
   t.strictSame(finished, ['next', 'waiting'], 'in their order')
 })
 
+t.test('if a thread ends, a job that it had next is not computed if its client has gone', async (t) => {
+  const { workers, pool } = startWatchedPool(t, 1)
+  await pool.ready()
+  const client = new PassThrough()
+  const begun = pool.verify(slowPhc, 'begun')
+  const next = pool.hash('next', client)
+  client.destroy()
+  await Promise.all([t.rejects(begun, /has ended/), t.rejects(next, new ClientGone()), workers[0]?.terminate()])
+  t.equal(pool.queueLength, 0)
+})
+
+t.test('the error that ends a thread is that of the job that it computed, not of one before', async (t) => {
+  const copy = await copyBuild()
+  t.teardown(() => rm(copy, { recursive: true }))
+  const threadFile = join(copy, 'dist/passwords/hash-thread.js')
+  const compute = 'function compute() {'
+  const text = await readFile(threadFile, 'utf8')
+  t.ok(text.includes(compute))
+  await writeFile(threadFile, text.replace(compute, `if (password === 'fatal') throw new Error('fatal')\n${compute}`))
+  const { HashPool }: typeof import('../dist/passwords/hash-pool.js') = await import(
+    join(copy, 'dist/passwords/hash-pool.js')
+  )
+  const pool = new HashPool(1, cheapHash)
+  t.teardown(() => pool.close())
+  const errors: unknown[] = []
+  pool.onThreadError = (error) => errors.push(error)
+  await pool.ready()
+  const first = pool.hash('a password')
+  const fatal = pool.hash('fatal')
+  // Meanwhile the thread computes both, so that the result and the error arrive together.
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 300)
+  await Promise.all([t.resolves(first), t.rejects(fatal, /^fatal$/)])
+  t.match(errors, [/fatal/])
+  t.type(await pool.hash('a password'), 'string', 'another thread has replaced it')
+})
+
 t.test('threads that cannot start are started again with growing pauses; meanwhile nobody loses a code', async (t) => {
   // A copy of the service, whose threads can be broken.
   const copy = await copyBuild()

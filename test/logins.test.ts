@@ -172,7 +172,7 @@ t.test(
 
 t.test('503 4500: under overload a login is refused by admission, before its limits are touched', async (t) => {
   const app = await build(t, { HASH_THREADS: '1', HASH_MAX_WAIT_MS: '0' })
-  // The event loop gives the thread one job at a time, so this queue is much longer than the login takes.
+  // The thread has two of these jobs in hand, so this queue is much longer than the login takes.
   const hashes = Array.from({ length: 500 }, () => app.passwords.hash('a password'))
   const mobile = newMobile()
   const reply = await client(app).logIn({ mobile, password: 'a password' })

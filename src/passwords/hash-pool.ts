@@ -13,6 +13,8 @@ export interface HashJob {
 
 interface QueuedJob {
   job: HashJob
+  client: Writable | undefined
+  /** By {@link nowMs}. */
   queuedAt: number
   resolve(result: string | boolean): void
   reject(error: unknown): void
@@ -24,20 +26,24 @@ interface Thread {
   started: Promise<unknown>
   /** Whether it has started, and so takes jobs. */
   isReady: boolean
-  /** The job that it computes, and those that wait in its port. */
+  /** The jobs that it has in hand: the one that it computes, and the next, which waits in its port. */
   jobs: QueuedJob[]
-  /** When it has begun the first of its jobs. */
+  /** When it has begun the first of its jobs, by {@link nowMs}. */
   startedAt: number
+  /** Why it ends. */
+  error?: unknown
 }
 
-/** The message of a thread when it has started, and after each job. */
-type ThreadMessage = 'ready' | (({ result: string | boolean } | { error: unknown }) & { durationMs: number })
+/** The message of a thread when it has started, and after each job. The times are in ms by the clock of `nowMs`. */
+type ThreadMessage =
+  | 'ready'
+  | (({ result: string | boolean } | { error: unknown }) & { startedAt: number; endedAt: number })
 
 /**
- * How many jobs a thread has in hand. With one it would be idle after each job until the event loop gives it another. A job
- * in hand does not leave when its client disconnects, so not more than two.
+ * How many jobs a thread may have in hand. With one it would be idle after each job until the event loop gives it another. A
+ * job in hand does not leave when its client disconnects, so not more than two.
  */
-const jobsInHand = 2
+const jobsInHandMax = 2
 
 /** The first pause before a thread that could not start is started again. It doubles up to the longest. */
 const firstRestartPauseMs = 100
@@ -56,6 +62,9 @@ export class ClientGone extends Refusal {
   }
 }
 
+/** The monotonic clock that all threads of the process share, in ms. The zero of `performance.now()` differs in each thread. */
+const nowMs = () => Number(process.hrtime.bigint()) / 1e6
+
 /** No thread can start. */
 const unavailable = () => new Refusal('busy', undefined, { retryAfterSeconds: longestRestartPauseMs / 1_000 })
 
@@ -64,7 +73,7 @@ export class HashPool {
   private readonly threads: Thread[] = []
   /** The jobs that no thread has in hand, in order of arrival. A set, because a job can leave from any position. */
   private queue = new Set<QueuedJob>()
-  private readonly jobs = new InFlight()
+  private readonly inFlight = new InFlight()
   private averageJobMs = 0
   private restartPauseMs = firstRestartPauseMs
   private isClosed = false
@@ -110,13 +119,17 @@ export class HashPool {
     return (this.queueLength * this.averageJobMs) / Math.max(1, this.threads.length)
   }
 
-  /** How long no thread needs the event loop, in milliseconds: each has a job in advance. 0 while the queue is short. */
+  /**
+   * How long no thread needs the event loop, in milliseconds. While the queue has a job for each thread, each thread also has
+   * its next one in hand. Else 0: the queue may be empty after a sleep.
+   */
   get slackMs(): number {
-    return this.queue.size < Math.max(1, this.threads.length) ? 0 : this.averageJobMs
+    const ready = this.threads.filter(({ isReady }) => isReady).length
+    return ready > 0 && this.queue.size >= ready ? this.averageJobMs : 0
   }
 
   /**
-   * @param client removes the job from the queue when it closes; a job that has begun, or is the next of a thread, is finished
+   * @param client removes the job from the queue when it closes; a job that a thread has in hand is finished
    * @returns a PHC string
    * @throws {ClientGone}
    */
@@ -131,7 +144,7 @@ export class HashPool {
 
   /** Finishes all jobs and ends the threads. */
   async close(): Promise<void> {
-    await this.jobs.drain()
+    await this.inFlight.drain()
     this.isClosed = true
     await Promise.all(this.threads.map(({ worker }) => worker.terminate()))
   }
@@ -141,7 +154,7 @@ export class HashPool {
       if (this.isClosed) throw new Refusal('busy')
       if (!this.isAvailable) throw unavailable()
       if (client?.closed) throw new ClientGone()
-      const queued: QueuedJob = { job, queuedAt: performance.now(), resolve, reject }
+      const queued: QueuedJob = { job, client, queuedAt: nowMs(), resolve, reject }
       this.queue.add(queued)
       client?.once('close', () => {
         if (this.queue.delete(queued)) reject(new ClientGone())
@@ -149,7 +162,7 @@ export class HashPool {
       this.dispatch()
       if (this.queue.has(queued)) this.onBacklog?.()
     })
-    return this.jobs.track(result)
+    return this.inFlight.track(result)
   }
 
   /** Gives the threads the next jobs of the queue. */
@@ -158,7 +171,7 @@ export class HashPool {
       const thread = this.nextThread()
       if (thread === undefined) return
       this.queue.delete(next)
-      if (thread.jobs.length === 0) thread.startedAt = performance.now()
+      if (thread.jobs.length === 0) thread.startedAt = nowMs()
       thread.jobs.push(next)
       thread.worker.postMessage(next.job)
     }
@@ -167,7 +180,7 @@ export class HashPool {
   /** Returns the thread that will begin another job first: an idle one, or the one that has begun its job first. */
   private nextThread(): Thread | undefined {
     const [first] = this.threads
-      .filter(({ isReady, jobs }) => isReady && jobs.length < jobsInHand)
+      .filter(({ isReady, jobs }) => isReady && jobs.length < jobsInHandMax)
       .sort((a, b) => a.jobs.length - b.jobs.length || a.startedAt - b.startedAt)
     return first
   }
@@ -189,7 +202,8 @@ export class HashPool {
       else this.onResult(thread, message)
     })
     worker.on('error', (error) => {
-      thread.jobs[0]?.reject(error)
+      // The job that failed is known at 'exit': until then results of earlier jobs may arrive.
+      thread.error = error
       this.onThreadError?.(error)
     })
     worker.on('exit', () => this.replace(thread))
@@ -204,13 +218,13 @@ export class HashPool {
 
   private onResult(thread: Thread, message: Exclude<ThreadMessage, 'ready'>): void {
     const job = thread.jobs.shift()
-    const now = performance.now()
-    thread.startedAt = now
+    const { startedAt, endedAt } = message
+    thread.startedAt = endedAt
     this.dispatch()
     if (job === undefined) return
-    const { durationMs } = message
+    const durationMs = endedAt - startedAt
     this.averageJobMs += (durationMs - this.averageJobMs) * (this.averageJobMs === 0 ? 1 : newestJobWeight)
-    this.onJob?.(Math.max(0, now - job.queuedAt - durationMs), durationMs)
+    this.onJob?.(startedAt - job.queuedAt, durationMs)
     if ('result' in message) job.resolve(message.result)
     else job.reject(message.error)
   }
@@ -218,10 +232,11 @@ export class HashPool {
   /** A thread that fails, for example without memory, is replaced at once. One that cannot start is started again later. */
   private replace(thread: Thread): void {
     this.threads.splice(this.threads.indexOf(thread), 1)
-    const [current, ...waiting] = thread.jobs
-    current?.reject(new Error('the hash thread has ended'))
+    const [current, ...next] = thread.jobs
+    current?.reject(thread.error ?? new Error('the hash thread has ended'))
     if (this.isClosed) return
-    this.queue = new Set([...waiting, ...this.queue])
+    for (const { client, reject } of next) if (client?.closed) reject(new ClientGone())
+    this.queue = new Set([...next.filter(({ client }) => !client?.closed), ...this.queue])
     this.dispatch()
     if (thread.isReady) this.restartThread()
     else this.startThreadLater()

@@ -9,8 +9,11 @@ const { parameters, niceness } = workerData
 // On Linux each thread has its own priority. Elsewhere this call would change the whole process.
 if (process.platform === 'linux') setPriority(Math.min(constants.priority.PRIORITY_LOW, getPriority() + niceness))
 
+/** The clock of hash-pool.ts. */
+const nowMs = () => Number(process.hrtime.bigint()) / 1e6
+
 parentPort?.on('message', (/** @type {import('./hash-pool.js').HashJob} */ { password, phc }) => {
-  const startedAt = performance.now()
+  const startedAt = nowMs()
   /** @returns {{ result: string | boolean } | { error: unknown }} */
   function compute() {
     try {
@@ -19,6 +22,6 @@ parentPort?.on('message', (/** @type {import('./hash-pool.js').HashJob} */ { pas
       return { error }
     }
   }
-  parentPort?.postMessage({ ...compute(), durationMs: performance.now() - startedAt })
+  parentPort?.postMessage({ ...compute(), startedAt, endedAt: nowMs() })
 })
 parentPort?.postMessage('ready')

@@ -19,7 +19,7 @@ interface Passwords {
    * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one
    * password (NIST SP 800-63B, section 3.1.1.2).
    *
-   * @param client removes the job from the queue if it closes before the hash starts: the `raw` of a reply
+   * @param client removes the job from the queue if it closes before a thread has the job in hand: the `raw` of a reply
    * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
    * @throws {ClientGone}
    */
@@ -54,7 +54,8 @@ interface PasswordsOptions {
 }
 
 export const passwords = fp<PasswordsOptions>(
-  async (fastify, { config: { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }, observer, coalesceEvents }) => {
+  async (fastify, { config, observer, coalesceEvents }) => {
+    const { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs, storeTimeoutMs } = config
     // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
     const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
     const pool = new HashPool(hashThreads, parameters)
@@ -67,7 +68,7 @@ export const passwords = fp<PasswordsOptions>(
     // Hashes of the start are not observed.
     pool.onJob = observer?.onHash.bind(observer)
     if (coalesceEvents) {
-      const coalescing = new EventCoalescing(() => pool.slackMs)
+      const coalescing = new EventCoalescing(() => pool.slackMs, storeTimeoutMs)
       pool.onBacklog = () => coalescing.start()
     }
     /** `$argon2id$v=19$m=…,t=…,p=1$`: what all hashes with the configured parameters begin with. */

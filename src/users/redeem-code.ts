@@ -94,7 +94,7 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
   /** Hashes and writes the password of a request that has claimed its code. */
   async function writePassword(request: NewPasswordRequest, reply: FastifyReply, claim: Claim, redemption: Redemption) {
     const { password } = request.body
-    // Hash, then write. If one of them fails, or the client disconnects before the hash starts, put the code back.
+    // Hash, then write. If one of them fails, or the client disconnects before a thread has the job in hand, put the code back.
     let owner: CodeOwner | undefined
     // An earlier request that claimed this code may have written the row.
     let mayBeCommitted = claim.isReclaim
