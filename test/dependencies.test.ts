@@ -15,7 +15,6 @@ interface Component {
 interface LockedPackage {
   version: string
   dev?: boolean
-  optional?: boolean
 }
 
 const { stdout } = await promisify(execFile)('npm', ['run', '--silent', 'sbom'], { maxBuffer: 2 ** 24 })
@@ -24,20 +23,18 @@ const { packages }: { packages: Record<string, LockedPackage> } = JSON.parse(
   await readFile(new URL('../package-lock.json', import.meta.url), 'utf8')
 )
 
-const installed = new Set(sbom.components.map(({ name, version }) => `${name}@${version}`))
-/** The dependencies that are not only for development, by `name@version`. */
-const locked = new Map(
-  Object.entries(packages)
-    .filter(([path, { dev }]) => path !== '' && !dev)
-    .map(([path, { version, optional }]) => [`${path.replace(/^.*node_modules\//, '')}@${version}`, { optional }])
+t.test(
+  'the bill of materials is a CycloneDX file with every runtime dependency, and none for development',
+  async (t) => {
+    t.equal(sbom.bomFormat, 'CycloneDX')
+    const listed = sbom.components.map(({ name, version }) => `${name}@${version}`)
+    const runtime = Object.entries(packages)
+      .filter(([path, { dev }]) => path !== '' && !dev)
+      .map(([path, { version }]) => `${path.replace(/^.*node_modules\//, '')}@${version}`)
+    t.ok(runtime.length > 100)
+    t.strictSame(listed.sort(), [...new Set(runtime)].sort())
+  }
 )
-
-t.test('the bill of materials is a CycloneDX file with every runtime dependency, and none for development', async (t) => {
-  t.equal(sbom.bomFormat, 'CycloneDX')
-  for (const component of installed) t.ok(locked.has(component), component)
-  // Optional ones are binaries for other systems.
-  for (const [component, { optional }] of locked) t.ok(optional || installed.has(component), component)
-})
 
 t.test('every runtime dependency has a licence of the allow list', async (t) => {
   for (const { name, licenses = [] } of sbom.components) {
