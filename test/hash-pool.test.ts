@@ -125,7 +125,7 @@ t.test(
   }
 )
 
-t.test('a thread has its next job before it has finished one, so it is never idle while jobs wait', async (t) => {
+t.test('a thread has its next job before it has finished one; idle threads come first', async (t) => {
   const { workers, pool } = startWatchedPool(t, 2)
   await pool.ready()
   const jobs: number[] = []
@@ -137,7 +137,14 @@ t.test('a thread has its next job before it has finished one, so it is never idl
     }
   }
   const hashes = ['first', 'second', 'third', 'fourth', 'fifth'].map((password) => pool.hash(password))
-  t.strictSame(jobs, [0, 1, 0, 1], 'the idle threads come first, and no thread has more than one job in advance')
+  t.strictSame(
+    [jobs.slice(0, 2).sort(), jobs.slice(2).sort()],
+    [
+      [0, 1],
+      [0, 1]
+    ],
+    'no thread has two jobs in advance'
+  )
   await Promise.all(hashes)
   t.equal(jobs.length, 5)
 })
