@@ -178,7 +178,7 @@ t.test('good requests before garbage on a connection are answered first, in orde
   }
 })
 
-t.test('every reply has Cache-Control: no-store and X-Request-Id', async (t) => {
+t.test('every reply has X-Request-Id, and headers that forbid caching, sniffing, framing and scripts', async (t) => {
   const { app, port } = await listen(t, { DOCS: 'true' })
   const get = (path: string) => `GET ${path} HTTP/1.1\r\n${host}Connection: close\r\n\r\n`
   for (const request of [
@@ -189,13 +189,25 @@ t.test('every reply has Cache-Control: no-store and X-Request-Id', async (t) => 
     get('/docs/'),
     get('/docs/static/index.css'),
     get('/api/v1.0/%zz'),
+    `TRACE /api/v1.0/session HTTP/1.1\r\n${host}Connection: close\r\n\r\n`,
+    `OPTIONS /api/v1.0/users HTTP/1.1\r\n${host}Origin: https://elsewhere.example\r\nConnection: close\r\n\r\n`,
     'GARBAGE\r\n\r\n',
     `CONNECT service:1 HTTP/1.1\r\n${host}\r\n`,
     `POST / HTTP/1.1\r\n${json}Expect: a wonder\r\nContent-Length: 2\r\n\r\n{}`
   ]) {
     const reply = await exchange(app, port, request)
-    t.match(reply, /\r\ncache-control: no-store\r\n/i, request.slice(0, 40))
-    t.match(reply, /\r\nx-request-id: [0-9a-f-]{36}\r\n/i)
+    const about = request.slice(0, 40)
+    t.match(reply, /\r\ncache-control: no-store\r\n/i, about)
+    t.match(reply, /\r\nx-request-id: [0-9a-f-]{36}\r\n/i, about)
+    t.match(reply, /\r\ncontent-type: [a-z/]+; charset=utf-8\r\n/i, about)
+    t.match(reply, /\r\nx-content-type-options: nosniff\r\n/i, about)
+    t.match(reply, /\r\nreferrer-policy: no-referrer\r\n/i, about)
+    const [, policy = ''] = /\r\ncontent-security-policy: (.*)\r\n/i.exec(reply) ?? []
+    for (const directive of ["base-uri 'none'", "frame-ancestors 'none'"]) t.ok(policy.includes(directive), about)
+    // Nothing but the page /docs may load or run anything.
+    t.match(policy, request.includes('/docs/') ? "object-src 'none'" : /^default-src 'none'.*; sandbox$/, about)
+    t.notMatch(reply, /\r\naccess-control-/i, 'no other origin may read it')
+    if (/^(TRACE|OPTIONS)/.test(request)) t.match(reply, /^HTTP\/1.1 404 /, about)
   }
 })
 

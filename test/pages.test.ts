@@ -197,7 +197,7 @@ t.test('only a service with private stores has the sign-up page, and a strict po
     'cache-control': 'no-store',
     'x-content-type-options': 'nosniff'
   })
-  t.match(headers['content-security-policy'], /default-src 'none'/)
+  t.match(headers['content-security-policy'], /default-src 'none'.*frame-ancestors 'none'; script-src 'sha256-/)
   t.notMatch(headers['content-security-policy'], /unsafe/)
 })
 

@@ -20,11 +20,7 @@ const signUpPage: FastifyPluginAsync<{ config: Config }> = async (fastify, { con
   ].join('; ')
 
   fastify.get('/', async (_request, reply) =>
-    reply
-      .type('text/html; charset=utf-8')
-      .header('content-security-policy', contentSecurityPolicy)
-      .header('x-content-type-options', 'nosniff')
-      .send(page)
+    reply.type('text/html; charset=utf-8').header('content-security-policy', contentSecurityPolicy).send(page)
   )
 }
 

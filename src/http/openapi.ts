@@ -75,7 +75,7 @@ export const openapi = fp<{ config: Config }>(
           staticCSP: true,
           // swagger-ui's own policy loads a badge from another host and upgrades plain HTTP.
           transformStaticCSP: () =>
-            "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'",
+            "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
           uiConfig: { tryItOutEnabled: true, displayRequestDuration: true, validatorUrl: null }
         })
       })

@@ -11,8 +11,22 @@ export function requestIdOf({ headers }: Pick<IncomingMessage, 'headers'>): stri
   return typeof id === 'string' && acceptedId.test(id) ? id : randomUUID()
 }
 
+/**
+ * What a browser may do with a reply that it opens as a page: nothing. It neither guesses another type, nor runs, loads or
+ * frames anything, nor tells another site the URL. The two pages of this service have policies of their own.
+ */
+const browserHeaders = {
+  'content-security-policy': "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox",
+  'x-content-type-options': 'nosniff',
+  'referrer-policy': 'no-referrer'
+}
+
 /** The headers of every reply. */
-export const headersOfReply = (requestId: string) => ({ 'x-request-id': requestId, 'cache-control': 'no-store' })
+export const headersOfReply = (requestId: string) => ({
+  'x-request-id': requestId,
+  'cache-control': 'no-store',
+  ...browserHeaders
+})
 
 /** Sends the headers of every reply. */
 export const replyHeaders = fp(
