@@ -5,7 +5,7 @@ import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
 import { startTestbed } from '../testkit/testbed.js'
 
-const { build, holdInserts, signUpBody } = await startTestbed(t)
+const { build, holdInserts, log, signUpBody } = await startTestbed(t)
 
 /** Builds an application that listens. */
 async function listen(t: Test, env: Environment = {}) {
@@ -72,32 +72,46 @@ const timedOutRequest = once(app.server, 'request')
 const timedOutReply = exchange(app, port, incompleteSignUp)
 await timedOutRequest
 
+/** What HTTP or URL parsing refuses, and its status. The last field is sent after the server has parsed the head. */
+const refusals = [
+  ['not HTTP', 400, 'GARBAGE\r\n\r\n'],
+  ['an unknown method', 400, `FOO / HTTP/1.1\r\n${host}\r\n`],
+  ['HTTP/2', 400, 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'],
+  ['no Host', 400, 'GET /api/v1.0/session HTTP/1.1\r\n\r\n'],
+  [
+    'an unknown expectation',
+    417,
+    `POST /api/v1.0/users HTTP/1.1\r\n${json}Expect: a wonder\r\nContent-Length: 2\r\n\r\n{}`
+  ],
+  ['CONNECT', 400, `CONNECT service:1 HTTP/1.1\r\n${host}\r\n`],
+  ['a URL that cannot be decoded', 400, `GET /api/v1.0/%zz HTTP/1.1\r\n${host}\r\n`],
+  ['headers over 16 KiB', 431, `GET / HTTP/1.1\r\n${host}X: ${'x'.repeat(20_000)}\r\n\r\n`],
+  ['two lengths', 400, `POST / HTTP/1.1\r\n${json}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}`],
+  ['a length and chunks', 400, `POST / HTTP/1.1\r\n${json}Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}`],
+  [
+    'a chunk without a valid size',
+    400,
+    `POST /api/v1.0/users HTTP/1.1\r\n${json}Transfer-Encoding: chunked\r\n\r\n`,
+    'zz\r\n'
+  ]
+] as const
+
 t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4201', async (t) => {
-  for (const [name, status, head, body] of [
-    ['not HTTP', 400, 'GARBAGE\r\n\r\n'],
-    ['an unknown method', 400, `FOO / HTTP/1.1\r\n${host}\r\n`],
-    ['HTTP/2', 400, 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'],
-    ['no Host', 400, 'GET /api/v1.0/session HTTP/1.1\r\n\r\n'],
-    [
-      'an unknown expectation',
-      417,
-      `POST /api/v1.0/users HTTP/1.1\r\n${json}Expect: a wonder\r\nContent-Length: 2\r\n\r\n{}`
-    ],
-    ['CONNECT', 400, `CONNECT service:1 HTTP/1.1\r\n${host}\r\n`],
-    ['a URL that cannot be decoded', 400, `GET /api/v1.0/%zz HTTP/1.1\r\n${host}\r\n`],
-    ['headers over 16 KiB', 431, `GET / HTTP/1.1\r\n${host}X: ${'x'.repeat(20_000)}\r\n\r\n`],
-    ['two lengths', 400, `POST / HTTP/1.1\r\n${json}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}`],
-    ['a length and chunks', 400, `POST / HTTP/1.1\r\n${json}Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}`],
-    [
-      'a chunk without a valid size',
-      400,
-      `POST /api/v1.0/users HTTP/1.1\r\n${json}Transfer-Encoding: chunked\r\n\r\n`,
-      'zz\r\n'
-    ]
-  ] as const) {
+  for (const [name, status, head, body] of refusals) {
     const reply = await exchange(app, port, head, body)
     t.match(reply, `HTTP/1.1 ${status} `, name)
     t.equal(reply.split('\r\n\r\n')[1], '{"errno":"4201","errmsg":"非法请求"}')
+  }
+})
+
+t.test('the id of a reply is in the log, also if HTTP or URL parsing refuses the request', async (t) => {
+  for (const [name, status, head, body] of refusals) {
+    const reply = await exchange(app, port, head, body)
+    const [, id = 'none'] = /\r\nx-request-id: (\S+)\r\n/i.exec(reply) ?? []
+    const lines = log().split('\n')
+    const requestLines = lines.filter((line) => line.includes(`"reqId":"${id}"`)).map((line) => JSON.parse(line))
+    t.match(requestLines, [{ level: 30, status, outcome: 'bad_request', msg: 'request' }], name)
+    t.equal(requestLines.length, 1, name)
   }
 })
 

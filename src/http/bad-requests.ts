@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import { STATUS_CODES } from 'node:http'
 import type { Socket } from 'node:net'
-import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
-import { type Language, outcomes } from '../outcomes.js'
+import { type Language, type OutcomeName, outcomes } from '../outcomes.js'
 import type { RequestLog } from '../telemetry/log.js'
 import { headersOfReply } from './reply-headers.js'
 
@@ -21,6 +21,11 @@ const badRequestHeaders = (requestId: string, body: string) => ({
   ...headersOfReply(requestId)
 })
 
+/** Logs a request that Fastify never sees, so that the id of its reply is in the log, as that of any other. */
+function logRequest(log: FastifyBaseLogger | undefined, requestId: string, status: number): void {
+  log?.info({ reqId: requestId, status, outcome: 'bad_request' satisfies OutcomeName }, 'request')
+}
+
 /** The two handlers of Fastify's options that answer what never becomes a request. */
 export function badRequestHandlers({ defaultLanguage }: Config, requestLog: RequestLog) {
   const body = badRequestBody(defaultLanguage)
@@ -33,7 +38,7 @@ export function badRequestHandlers({ defaultLanguage }: Config, requestLog: Requ
     ): Promise<void> {
       // Bytes that are written before would be read as the response of an earlier request.
       await this?.shutdown.untilAnswered(socket)
-      refuseSocket(socket, statusOf(error), body)
+      refuseSocket(socket, statusOf(error), body, this?.log)
     },
     /** Answers a URL that cannot be decoded. Fastify neither decorates this reply nor logs the request. */
     frameworkErrors(_error: unknown, request: FastifyRequest, reply: FastifyReply) {
@@ -49,11 +54,13 @@ export const badRequests = fp<{ config: Config }>(
   async (fastify, { config }) => {
     const body = badRequestBody(config.defaultLanguage)
     fastify.server.on('checkExpectation', (_request, response) => {
-      response.writeHead(417, { ...badRequestHeaders(randomUUID(), body), connection: 'close' }).end(body)
+      const requestId = randomUUID()
+      response.writeHead(417, { ...badRequestHeaders(requestId, body), connection: 'close' }).end(body)
+      logRequest(fastify.log, requestId, 417)
     })
     fastify.server.on('connect', async (_request, socket: Socket) => {
       await fastify.shutdown.untilAnswered(socket)
-      refuseSocket(socket, 400, body)
+      refuseSocket(socket, 400, body, fastify.log)
     })
     fastify.addHook('onRequest', async (request, reply) => {
       // RFC 9112, section 3.2. Node's own check is off (`requireHostHeader`).
@@ -64,9 +71,12 @@ export const badRequests = fp<{ config: Config }>(
   { fastify: '5.x', name: 'bad-requests', dependencies: ['replies', 'shutdown'] }
 )
 
-function refuseSocket(socket: Socket, status: number, body: string): void {
+function refuseSocket(socket: Socket, status: number, body: string, log: FastifyBaseLogger | undefined): void {
+  // Nobody is there to get the answer.
   if (!socket.writable) return
-  const headers = Object.entries({ ...badRequestHeaders(randomUUID(), body), connection: 'close' })
+  const requestId = randomUUID()
+  logRequest(log, requestId, status)
+  const headers = Object.entries({ ...badRequestHeaders(requestId, body), connection: 'close' })
   const head = [`HTTP/1.1 ${status} ${STATUS_CODES[status]}`, ...headers.map(([name, value]) => `${name}: ${value}`)]
   socket.end(`${head.join('\r\n')}\r\n\r\n${body}`)
 }
