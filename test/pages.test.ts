@@ -90,6 +90,8 @@ for (const [locale, language, texts] of [
     await page.getByRole('button', { name: texts.logOut }).click()
     await page.getByText(texts.loggedOut).waitFor()
     t.ok(await page.locator('#mobile').isVisible())
+    t.notMatch(await page.content(), `****${mobile.slice(-4)}`, 'the page keeps nothing of the user')
+    t.equal(await page.evaluate('localStorage.length'), 0)
     t.strictSame(errors, [], 'no error in the console, no request to another host')
   })
 }
