@@ -60,9 +60,18 @@ t.test('only the hash uses the NFKC form of the password', async (t) => {
 })
 
 t.test('unknown fields are ignored, also __proto__ and constructor', async (t) => {
-  const body = JSON.stringify({ ...(await signUpBody()), id: 1, user_id: 7, constructor: { prototype: 1 } })
-  const reply = await api.signUp(body.replace('{', '{"__proto__": {"mobile": 1}, '))
+  const valid = await signUpBody()
+  const others = { id: 1, user_id: '7', name: 'other', created_at: 0, session_epoch: 9, constructor: { prototype: 1 } }
+  const body = JSON.stringify({ ...valid, ...others })
+  const reply = await api.signUp(body.replace('{', '{"__proto__": {"mobile": 1, "isPolluted": true}, '))
   t.equal(reply.statusCode, 201)
+  const { mobile } = valid
+  const [{ id, ...row }] = await userRows(mobile)
+  t.notOk(['1', '7'].includes(id))
+  t.match(row, { mobile, name: mobile, session_epoch: 0 })
+  t.ok(row.created_at > new Date(0))
+  t.strictSame(reply.json().data, { user_id: id, name: mobile, mobile, session: true })
+  t.notOk('isPolluted' in {}, 'no prototype has changed')
 })
 
 /** Changes to a valid body, and the message: that of the first fault in the order of the outcome table. */

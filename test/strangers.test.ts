@@ -1,8 +1,10 @@
 import assert from 'node:assert/strict'
 import { randomInt } from 'node:crypto'
+import { mock } from 'node:test'
 import fc from 'fast-check'
 import fp from 'fastify-plugin'
 import t, { type Test } from 'tap'
+import { Tickets } from '../dist/codes/tickets.js'
 import type { Config, Environment } from '../dist/config/config.js'
 import { passwords } from '../dist/passwords/passwords.js'
 import { client, statusAndErrno } from '../testkit/client.js'
@@ -35,6 +37,15 @@ async function requestCode(mobile = newMobile(), { sendCode } = api): Promise<Bo
   const body = await signUpBody({ mobile })
   const { ticket } = (await sendCode(mobile)).json().data
   return { ...body, sms_code: `${await redis.get(`sms_code_${mobile}`)}`, ticket }
+}
+
+/** Returns a ticket that the service has issued so many seconds ago. */
+function ticketOf(mobile: string, ageSeconds: number): string {
+  const now = Date.now()
+  const clock = mock.method(Date, 'now', () => now - ageSeconds * 1_000)
+  const ticket = new Tickets([stores.environment.SESSION_SECRET ?? '']).issue(mobile)
+  clock.mock.restore()
+  return ticket
 }
 
 /** Makes the windows of all budgets of a mobile begin earlier. */
@@ -126,9 +137,11 @@ t.test('a forged or expired ticket, or one for another mobile, counts as absent'
   const [id, expiry, mac] = `${body.ticket}`.split('.')
   const otherSecret = client(await build(t, { SESSION_SECRET: 'another secret of thirty-two characters' }))
   const foreign = await requestCode(body.mobile, otherSecret)
+  const young = ticketOf(body.mobile, 3_540)
   const invalid = [
     other.ticket,
     foreign.ticket,
+    ticketOf(body.mobile, 3_601),
     `${id}.zzzzzzzzz.${mac}`,
     `x${body.ticket}`,
     `${id}.${expiry}.`,
@@ -141,7 +154,10 @@ t.test('a forged or expired ticket, or one for another mobile, counts as absent'
   const fields = Object.keys(await redis.hgetall(guessesKey(body.mobile))).sort()
   t.strictSame(fields, ['all', ...[0, 1, 2, 3, 4].map(network)].sort(), 'the networks are counted')
   t.equal(await guess(body), 422)
-  t.ok((await redis.hkeys(guessesKey(body.mobile))).includes(`ticket:${id}`), 'a valid one is counted itself')
+  t.equal(await guess({ ...body, ticket: young }), 422)
+  const guessers = await redis.hkeys(guessesKey(body.mobile))
+  t.ok(guessers.includes(`ticket:${id}`), 'a valid one is counted itself')
+  t.ok(guessers.includes(`ticket:${young.split('.')[0]}`), 'also in the last minute of its hour')
 })
 
 t.test('a ticket survives a rotation of SESSION_SECRET, and a rotation gives no guesses back', async (t) => {
