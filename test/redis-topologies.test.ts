@@ -8,10 +8,12 @@ import {
   masterName,
   password,
   type RedisServer,
+  serviceCredentials,
   startCluster,
   startRedis,
   startSentinels
 } from '../testkit/redis-topologies.js'
+import { refusedObjects } from '../testkit/rights.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
@@ -19,8 +21,6 @@ const { build, newMobile, signUpBody, cookieOf, userRows } = await startTestbed(
 
 // Cluster, Sentinel and one address at the same time.
 t.jobs = 3
-
-const credentials = `:${encodeURIComponent(password)}@`
 
 const unlimited = { SMS_IP_HOURLY_MAX: '0', SMS_PREFIX_HOURLY_MAX: '0' }
 /** For requests that meet a dead server. It bounds the lease of a lost claim, too. */
@@ -38,8 +38,8 @@ async function bodyIn(redis: Redis | Cluster, mobile = newMobile()): Promise<Sig
   return body
 }
 
-/** Checks the main promises of the contract. */
-async function checkContract(t: Test, app: FastifyInstance, redis: Redis | Cluster) {
+/** Checks the main promises of the contract, and that the servers refuse the service nothing. */
+async function checkContract(t: Test, app: FastifyInstance, redis: Redis | Cluster, servers: readonly RedisServer[]) {
   const api = client(app)
   const mobile = newMobile()
   t.strictSame(statusAndErrno(await api.sendCode(mobile)), [202, '0'])
@@ -78,6 +78,8 @@ async function checkContract(t: Test, app: FastifyInstance, redis: Redis | Clust
   const sameMobile = newMobile()
   const sends = await Promise.all(Array.from({ length: 50 }, () => api.sendCode(sameMobile)))
   t.equal(sends.filter(({ statusCode }) => statusCode === 202).length, 1, 'parallel requests do not exceed a limit')
+
+  for (const { admin } of servers) t.strictSame(await refusedObjects(admin), [], 'the documented rights suffice')
 }
 
 /**
@@ -118,7 +120,7 @@ async function signUpDuring(
 
 t.test('Redis Cluster', async (t) => {
   const { servers, failOver } = await startCluster(t)
-  const REDIS_URL = `redis://${credentials}${addressesOf(servers).join()}`
+  const REDIS_URL = `redis://${serviceCredentials}${addressesOf(servers).join()}`
   const app = await build(t, { ...unlimited, REDIS_URL })
   const [master, otherMaster] = servers
   if (master === undefined || otherMaster === undefined) throw new Error('no masters')
@@ -128,7 +130,7 @@ t.test('Redis Cluster', async (t) => {
     // Without refreshes: one that is in flight at the disconnect would start the next one for ever (ioredis 6.0.0).
     const redis = new Cluster(nodes, { redisOptions: { password }, slotsRefreshInterval: 0 })
     t.teardown(() => redis.disconnect())
-    await checkContract(t, app, redis)
+    await checkContract(t, app, redis, servers)
   })
 
   await t.test('scripts are sent again after the nodes have lost them', async (t) => {
@@ -193,12 +195,12 @@ t.test('Redis Cluster', async (t) => {
 })
 
 t.test('Redis Sentinel', async (t) => {
-  const { sentinels, master, failOver } = await startSentinels(t)
-  const REDIS_URL = `redis+sentinel://${credentials}${addressesOf(sentinels).join()}/${masterName}/0`
+  const { servers, sentinels, master, failOver } = await startSentinels(t)
+  const REDIS_URL = `redis+sentinel://${serviceCredentials}${addressesOf(sentinels).join()}/${masterName}/0`
   const app = await build(t, { ...unlimited, REDIS_URL })
   const impatientApp = await build(t, { ...impatient, REDIS_URL })
 
-  await t.test('the contract holds', async (t) => checkContract(t, app, (await master()).admin))
+  await t.test('the contract holds', async (t) => checkContract(t, app, (await master()).admin, servers))
 
   await t.test('after the kill of a master every failure is a 503, and every code works', async (t) => {
     const killed = await master()
@@ -226,7 +228,7 @@ t.test('Redis Sentinel', async (t) => {
 })
 
 t.test('Redis behind one address, whose master changes', async (t) => {
-  const urlOf = ({ port }: RedisServer) => `redis://${credentials}127.0.0.1:${port}`
+  const urlOf = ({ port }: RedisServer) => `redis://${serviceCredentials}127.0.0.1:${port}`
   async function startMasters() {
     const lines = ['enable-debug-command yes', 'loading-process-events-interval-bytes 1024']
     const [former, next] = [await startRedis(t, lines), await startRedis(t)]

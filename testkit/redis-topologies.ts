@@ -5,6 +5,7 @@ import { Redis } from 'ioredis'
 import type { Test } from 'tap'
 import { freePort, redisBinary } from '../dist/dev/embedded-stores.js'
 import { GuardedServer } from '../dist/dev/guarded-server.js'
+import { redisRules, redisUser } from './rights.js'
 import { until } from './until.js'
 
 /** The password of every server but the sentinels. It needs percent-encoding in a URL. */
@@ -22,9 +23,14 @@ export interface RedisServer {
   kill(): Promise<void>
 }
 
+/** The user of docs/operating.md in a URL. It has the same password as the administrator. */
+export const serviceCredentials = `${redisUser}:${encodeURIComponent(password)}@`
+
 /** Starts a Redis with more lines of configuration, and stops it after the test. */
 export async function startRedis(t: Test, lines: string[] = []): Promise<RedisServer> {
-  const common = [`requirepass "${password}"`, `masterauth "${password}"`, 'save ""', 'repl-diskless-sync-delay 0']
+  const rules = redisRules(password).map((rule) => `"${rule}"`)
+  const users = [`requirepass "${password}"`, `masterauth "${password}"`, `user ${redisUser} ${rules.join(' ')}`]
+  const common = [...users, 'save ""', 'repl-diskless-sync-delay 0']
   return startServer(t, { arguments: [], lines: [...common, ...lines], password })
 }
 

@@ -1,0 +1,131 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { Redis } from 'ioredis'
+import t from 'tap'
+import { client } from '../testkit/client.js'
+import { queryOnce } from '../testkit/postgres-admin.js'
+import { postgresRole, redisRules, redisUser, refusedObjects } from '../testkit/rights.js'
+import { accept, answerWith, startWebhook } from '../testkit/sms-webhook.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
+
+/*
+ * The rights in docs/operating.md. test/redis-topologies.test.ts runs with them, too.
+ */
+
+const { build, cookieOf, issueCode, newMobile, postgres, redis, signUpBody, stores, userRows } = await startTestbed(t)
+
+const password = 'of-the-service'
+await postgres.query(postgresRole(password))
+await redis.call('ACL', 'SETUSER', redisUser, ...redisRules(password))
+
+function urlOf(storeUrl: string, username: string): string {
+  const url = new URL(storeUrl)
+  return Object.assign(url, { username, password }).href
+}
+const DATABASE_URL = urlOf(stores.databaseUrl, 'mobile_signup')
+const REDIS_URL = urlOf(stores.redisUrl, redisUser)
+
+t.test('the rights of docs/operating.md suffice for every route, for retries and for failures', async (t) => {
+  const webhook = await startWebhook(t)
+  const env = { DATABASE_URL, REDIS_URL, SMS_WEBHOOK_URL: webhook.url }
+  const app = await build(t, env)
+  const api = client(app)
+  t.strictSame((await app.inject('/health/ready')).json().data.failing, [])
+
+  // A code: sent, sent again, replaced by one that is withdrawn.
+  const mobile = newMobile()
+  for (const expected of [202, 429]) t.equal((await api.sendCode(mobile)).statusCode, expected)
+  await redis.del(`send_sms_code_${mobile}`)
+  t.equal((await api.sendCode(mobile)).statusCode, 202)
+  await redis.del(`send_sms_code_${mobile}`)
+  const code = `${await redis.get(`sms_code_${mobile}`)}`
+  webhook.answer = answerWith(404)
+  t.equal((await api.sendCode(mobile, { purpose: 'password' })).statusCode, 503)
+  webhook.answer = accept
+  t.equal(await redis.get(`sms_code_${mobile}`), code)
+
+  // A sign-up: with a wrong code, restored, completed, repeated, repeated after Postgres has lost the row, discarded.
+  const body = { ...(await signUpBody({ mobile })), sms_code: code }
+  await redis.set(`sms_code_${mobile}`, code, 'EX', 300)
+  t.equal((await api.signUp({ ...body, sms_code: 'wrong' })).statusCode, 422)
+  const { hash } = app.passwords
+  app.passwords.hash = () => Promise.reject(new Error('no memory'))
+  t.equal((await api.signUp(body)).statusCode, 500)
+  app.passwords.hash = hash
+  t.equal((await api.signUp(body)).statusCode, 201)
+  t.equal((await api.signUp(body)).headers['idempotent-replayed'], 'true')
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [mobile])
+  const signedUp = await api.signUp(body)
+  t.strictSame([signedUp.statusCode, signedUp.headers['idempotent-replayed']], [201, undefined])
+  t.equal((await api.signUp({ ...body, sms_code: await issueCode(mobile) })).statusCode, 409)
+
+  // Logins, one of which replaces an outdated hash, and a reset.
+  const login = { mobile, password: body.password }
+  t.equal((await api.logIn({ ...login, password: 'wrong' })).statusCode, 401)
+  t.equal((await client(await build(t, { ...env, HASH_PASSES: '2' })).logIn(login)).statusCode, 201)
+  await until('the hash is replaced', async () => (await userRows(mobile))[0].password_hash.includes('t=2'))
+  const cookie = cookieOf(await api.logIn(login))
+  t.equal((await api.whoAmI(cookie)).statusCode, 200)
+  t.equal((await api.logOut(cookie, '?everywhere=true')).statusCode, 200)
+  t.equal((await api.whoAmI(cookieOf(signedUp))).statusCode, 401)
+  const reset = await signUpBody({ mobile })
+  t.equal((await api.resetPassword(reset)).statusCode, 200)
+  t.equal((await api.logOut(cookieOf(await api.logIn({ mobile, password: reset.password })))).statusCode, 200)
+
+  t.strictSame(await refusedObjects(redis), [])
+})
+
+t.test('the commands of the user in Redis are those of the scripts and of the client, and no others', async (t) => {
+  const src = new URL('../src/', import.meta.url)
+  const files = readdirSync(src, { recursive: true, encoding: 'utf8' }).filter((file) => file.endsWith('.ts'))
+  const text = files.map((file) => readFileSync(new URL(file, src), 'utf8')).join('')
+  const ofScripts = [...text.matchAll(/redis\.call\('([A-Z]+)'/g)].map(([, command = '']) => command.toLowerCase())
+  const ofClient = ['hello', 'auth', 'select', 'ping', 'info', 'eval', 'evalsha', 'client|setname']
+  const ofCluster = ['cluster|slots', 'cluster|info', 'asking', 'readonly', 'readwrite']
+  const allowed = redisRules(password).filter((rule) => rule.startsWith('+'))
+  const used = [...new Set([...ofScripts, ...ofClient, ...ofCluster])].map((command) => `+${command}`)
+  t.strictSame(allowed.sort(), used.sort())
+})
+
+t.test('the role in Postgres can neither delete nor change anything else', async (t) => {
+  for (const statement of [
+    'DELETE FROM users',
+    'TRUNCATE users',
+    'DROP TABLE users',
+    'ALTER TABLE users ADD more integer',
+    'CREATE TABLE more (n integer)',
+    "UPDATE users SET mobile = ''",
+    'UPDATE users SET id = 1',
+    "INSERT INTO users (id, name, mobile, password_hash) VALUES (1, '', '', '')",
+    'SELECT created_at FROM users',
+    'SELECT * FROM pgmigrations',
+    'SELECT rolpassword FROM pg_authid'
+  ]) {
+    await t.rejects(queryOnce(DATABASE_URL, statement), { code: '42501' }, statement)
+  }
+})
+
+t.test('the user in Redis can neither administer the server nor use other keys', async (t) => {
+  const service = new Redis(REDIS_URL)
+  t.teardown(() => service.disconnect())
+  await redis.set('other', '')
+  for (const [command, ...args] of [
+    ['FLUSHALL'],
+    ['KEYS', '*'],
+    ['SCAN', '0'],
+    ['CONFIG', 'GET', '*'],
+    ['ACL', 'LIST'],
+    ['CLIENT', 'LIST'],
+    ['SCRIPT', 'FLUSH'],
+    ['PUBLISH', 'channel', ''],
+    ['GET', 'other'],
+    ['SET', 'other', '1'],
+    ['EVAL', "return redis.call('GET', KEYS[1])", '1', 'other'],
+    ['EVAL', "return redis.call('RENAME', KEYS[1], KEYS[1])", '1', 'sms_codes:all']
+  ] as const) {
+    const about = [command, ...args].join(' ')
+    await t.rejects(service.call(command, ...args), /NOPERM|ACL failure|can't run this command/i, about)
+  }
+  const refused = await refusedObjects(redis)
+  for (const object of ['flushall', 'other', 'rename']) t.ok(refused.includes(object), `the log of Redis has ${object}`)
+})
