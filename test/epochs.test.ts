@@ -1,4 +1,5 @@
 import { EventEmitter, once } from 'node:events'
+import { readFileSync } from 'node:fs'
 import fp from 'fastify-plugin'
 import t, { type Test } from 'tap'
 import type { Config } from '../dist/config/config.js'
@@ -172,6 +173,56 @@ t.test('a logout everywhere of a deleted user ends its sessions', async (t) => {
   t.equal((await api.logOut(second, '?everywhere=true')).statusCode, 200)
   t.strictSame([await sessionStatus(cookie), await sessionStatus(second)], [401, 401])
 })
+
+const operating = readFileSync(new URL('../docs/operating.md', import.meta.url), 'utf8')
+const [, recipe = ''] = /^## Ending sessions and deleting users\n([\s\S]*?)^## /m.exec(operating) ?? []
+
+/** Ends the sessions of a user as docs/operating.md tells operators to do. */
+async function endAsOperator(statement: 'UPDATE' | 'DELETE', mobile: string): Promise<void> {
+  const [sql = ''] = new RegExp(`^ +${statement} [^;]*;`, 'm').exec(recipe) ?? []
+  const { rows } = await postgres.query(sql.replace('13812345678', mobile))
+  const run = (command: string, sessionId = '') => {
+    const [line = ''] = new RegExp(`^ +${command} .*$`, 'm').exec(recipe) ?? []
+    const filled = line.replace('EPOCH', rows[0].epoch).replace('ID', rows[0].id).replace('SESSION', sessionId)
+    const [name = '', ...args] = [...filled.matchAll(/"([^"]*)"|(\S+)/g)].map(
+      ([, quoted, word]) => quoted ?? word ?? ''
+    )
+    return redis.call(name, ...args)
+  }
+  await run('EVAL')
+  const sessionIds = await run('ZRANGE')
+  if (!Array.isArray(sessionIds)) throw new Error('ZRANGE returned no list')
+  for (const sessionId of sessionIds) await run('DEL', `${sessionId}`)
+}
+
+for (const statement of ['UPDATE', 'DELETE'] as const) {
+  t.test(`an operator ends all sessions of a user with the ${statement} of docs/operating.md`, async (t) => {
+    const [{ body, cookie, userId }, other] = [await registerUser(), await registerUser()]
+    const { mobile, password } = body
+    const foreign = cookieOf(await api.logIn({ mobile, password }))
+    await redis.set(sessionKeyOf(foreign), JSON.stringify({ user_id: userId, name: mobile, mobile }))
+    let isDone = false
+    const app = await buildInterrupted(t, async () => {
+      if (!isDone) await endAsOperator(statement, mobile)
+      isDone = true
+    })
+    const inFlight = await client(app).logIn({ mobile, password })
+    t.strictSame(statusAndErrno(inFlight), [401, '4102'], 'a login that has verified the password before')
+    for (const ended of [cookie, foreign]) {
+      t.equal(await sessionStatus(ended), 401)
+      t.equal(await redis.exists(sessionKeyOf(ended)), 0, 'other services do not find it')
+    }
+    t.equal(await sessionStatus(other.cookie), 200, 'the sessions of others live')
+
+    if (statement === 'UPDATE') {
+      t.equal(await sessionStatus(cookieOf(await api.logIn({ mobile, password }))), 200, 'a later login')
+    } else {
+      t.strictSame(await userRows(mobile), [])
+      const again = await api.signUp(await signUpBody({ mobile }))
+      t.equal(await sessionStatus(cookieOf(again)), 200, 'a later sign-up of the mobile')
+    }
+  })
+}
 
 t.test('a session of another service, without an epoch, lives until the first reset', async (t) => {
   const { body, reset, userId, cookie } = await registerUser()
