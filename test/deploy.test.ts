@@ -3,6 +3,7 @@ import { readFile } from 'node:fs/promises'
 import { createServer, type RequestListener } from 'node:http'
 import { Deployment } from 'kubernetes-models/apps/v1/Deployment'
 import { HorizontalPodAutoscaler } from 'kubernetes-models/autoscaling/v2/HorizontalPodAutoscaler'
+import { NetworkPolicy } from 'kubernetes-models/networking.k8s.io/v1/NetworkPolicy'
 import { PodDisruptionBudget } from 'kubernetes-models/policy/v1/PodDisruptionBudget'
 import { Service } from 'kubernetes-models/v1/Service'
 import pg from 'pg'
@@ -22,6 +23,7 @@ const variables = new Set(describeVariables().map(({ name }) => name))
 const [deployment, service, autoscaler, budget] = parseAllDocuments(await read('deploy/kubernetes.yaml')).map(
   (document) => document.toJS()
 )
+const networkPolicy = parse(await read('deploy/network-policy.yaml'))
 const { services } = parse(await read('compose.yaml'))
 const dockerfile = await read('Dockerfile')
 
@@ -36,6 +38,7 @@ t.test('the Kubernetes objects are valid against their schemas', async (t) => {
   t.doesNotThrow(() => new Service(service).validate())
   t.doesNotThrow(() => new HorizontalPodAutoscaler(autoscaler).validate())
   t.doesNotThrow(() => new PodDisruptionBudget(budget).validate())
+  t.doesNotThrow(() => new NetworkPolicy(networkPolicy).validate())
   t.throws(() => new Deployment({ ...deployment, spec: { ...deployment.spec, replicas: 'two' } }).validate())
 })
 
@@ -54,6 +57,24 @@ t.test('a pod grants the CPU, memory and shutdown time that the service needs, a
   t.equal(Number(container.resources.requests.cpu), config.hashThreads)
   const ports = container.ports.map(({ containerPort }: { containerPort: number }) => containerPort)
   t.strictSame(ports, [config.port, config.metricsPort])
+})
+
+t.test('the network policy is for these pods, and every connection that it allows has a peer and a port', async (t) => {
+  const { podSelector, policyTypes, ingress, egress } = networkPolicy.spec
+  const { metadata, spec } = deployment.spec.template
+  t.match(metadata.labels, podSelector.matchLabels)
+  t.strictSame(policyTypes, ['Ingress', 'Egress'], 'what no rule allows is refused')
+  for (const { from, ports } of ingress) {
+    t.ok(from.length > 0)
+    const names = spec.containers[0].ports.map(({ name }: { name: string }) => name)
+    for (const { port } of ports) t.ok(names.includes(port), port)
+  }
+  // DNS, Postgres, Redis and the SMS webhook.
+  t.equal(egress.length, 4)
+  for (const { to, ports } of egress) {
+    t.ok(to.length > 0 && ports.length > 0)
+    for (const { ipBlock } of to) t.ok(ipBlock === undefined || ipBlock.cidr.endsWith('/32'), 'one address')
+  }
 })
 
 t.test('during an update of all pods, Postgres has a connection for each that they may open', async (t) => {
