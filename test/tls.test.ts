@@ -1,6 +1,6 @@
 import { execFileSync } from 'node:child_process'
 import { chownSync } from 'node:fs'
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type pg from 'pg'
@@ -22,6 +22,8 @@ t.jobs = 4
 const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-tls-'))
 t.teardown(() => rm(directory, { recursive: true }))
 if (isRoot) chownSync(directory, unprivilegedId, unprivilegedId)
+const emptyFolder = join(directory, 'empty')
+await mkdir(emptyFolder)
 
 /** The files of a certificate and its private key. */
 interface KeyPair {
@@ -115,6 +117,17 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
     `SELECT DISTINCT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'mobile-signup'`
   )
   t.strictSame(rows, [{ ssl: true }])
+})
+
+t.test('with --use-openssl-ca Redis must have a certificate of the CA of SSL_CERT_FILE', async (t) => {
+  const trusting = ({ certificate }: KeyPair) => ({
+    REDIS_URL: tlsRedis.url,
+    NODE_OPTIONS: '--use-openssl-ca',
+    SSL_CERT_FILE: certificate,
+    SSL_CERT_DIR: emptyFolder
+  })
+  t.match(await startService(t, trusting(ca)).url(), /^http:/)
+  await checkRefusedStarts(t, { 'Redis does not answer: ': trusting(otherCa) })
 })
 
 t.test('PGSSLROOTCERT has no effect on a URL without TLS', async (t) => {
