@@ -270,6 +270,15 @@ t.test('production requires the stores, a secret, a webhook and a strong hash; i
   }
 })
 
+t.test('production accepts no code that lives longer than ten minutes', async (t) => {
+  const env = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret, SMS: 'off', TRUST_PROXY: 'none' }
+  t.equal(loadConfig({ ...env, SMS_CODE_TTL_S: '600' }).smsCodeTtlS, 600)
+  t.strictSame(faultsOf({ ...env, SMS_CODE_TTL_S: '601' }), [
+    'SMS_CODE_TTL_S: "601" is out of range; expected an integer from 1 to 600'
+  ])
+  t.equal(loadConfig({ ...stores, SMS_CODE_TTL_S: '601' }).smsCodeTtlS, 601, 'any life outside production')
+})
+
 t.test('one store URL without the other is a fault, in production and elsewhere', async (t) => {
   for (const NODE_ENV of ['production', undefined]) {
     const env = { NODE_ENV, SESSION_SECRET: secret }

@@ -31,6 +31,9 @@ export type Config = Readonly<ReturnType<typeof readVariables>> & {
 /** The longest password, in code points. It bounds the work of one request; NIST SP 800-63B asks for at least 64. */
 export const passwordMax = 128
 
+/** The longest life of a code that production may allow, in seconds (NIST SP 800-63B, section 3.1.3.2; OWASP ASVS 6.5.5). */
+const productionCodeTtlMaxS = 600
+
 /** The shortest password that production may allow, in code points (NIST SP 800-63B). */
 const productionPasswordMin = 8
 
@@ -74,7 +77,7 @@ export function readVariables(read: Read, production: boolean) {
       'SESSION_SECRET',
       secrets,
       [randomBytes(secretMinLength).toString('base64url')],
-      `Signs the session cookie. At least ${secretMinLength} characters. Several, separated by commas: the first signs, all verify. Required in production.`,
+      `Signs the session cookie. At least ${secretMinLength} random characters: see [secrets](operating.md#secrets). Several, separated by commas: the first signs, all verify. Required in production.`,
       'random'
     ),
     cookieSecure: read(
@@ -123,9 +126,14 @@ export function readVariables(read: Read, production: boolean) {
       'SMS_WEBHOOK_SECRET',
       anyText,
       undefined,
-      'Signs the requests to the webhook.'
+      'Signs the requests to the webhook. See [secrets](operating.md#secrets).'
     ),
-    smsCodeTtlS: read('SMS_CODE_TTL_S', integer(1, day), 300, 'TTL of a code, in seconds.'),
+    smsCodeTtlS: read(
+      'SMS_CODE_TTL_S',
+      integer(1, production ? productionCodeTtlMaxS : day),
+      300,
+      `TTL of a code, in seconds; at most ${productionCodeTtlMaxS} in production.`
+    ),
     smsResendS: read('SMS_RESEND_S', integer(0, day), 60, 'Seconds between two codes for a mobile; 0: no limit.'),
     smsDailyMax: read(
       'SMS_DAILY_MAX',
