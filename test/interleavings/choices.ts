@@ -1,16 +1,29 @@
+/** An option that was taken, and how many options there were. */
+interface Choice {
+  option: number
+  options: number
+}
+
 /** Makes the choices of one run. It repeats the given choices first. After them `later` decides. */
 export class Choices {
-  /** Each choice so far: the option that was taken, and how many options there were. */
-  readonly made: { option: number; options: number }[] = []
+  /** The choices so far. */
+  readonly made: Choice[] = []
 
   /** @param later returns an option; without it, always the default option 0 */
   constructor(
-    private readonly given: readonly number[],
+    private readonly given: readonly Choice[],
     private readonly later: (options: number) => number = () => 0
   ) {}
 
+  /** @throws if a given choice had another number of options: then the search would skip orders, or repeat them */
   choose(options: number): number {
-    const option = this.given[this.made.length] ?? this.later(options)
+    const given = this.given[this.made.length]
+    if (given !== undefined && given.options !== options) {
+      throw new Error(
+        `choice ${this.made.length + 1} had ${given.options} options, and has ${options} when it is repeated`
+      )
+    }
+    const option = given?.option ?? this.later(options)
     this.made.push({ option, options })
     return option
   }
@@ -26,7 +39,7 @@ export class Choices {
  */
 export async function enumerate(deviations: number, run: (choices: Choices) => Promise<boolean>): Promise<number> {
   let runs = 0
-  let given: number[] | undefined = []
+  let given: Choice[] | undefined = []
   while (given !== undefined) {
     const choices = new Choices(given)
     runs++
@@ -37,12 +50,11 @@ export async function enumerate(deviations: number, run: (choices: Choices) => P
 }
 
 /** Returns the given choices of the next run in depth-first order. */
-function next(made: Choices['made'], deviations: number): number[] | undefined {
-  for (let index = made.length - 1; index >= 0; index--) {
-    const { option, options } = made[index] ?? { option: 0, options: 0 }
-    const before = made.slice(0, index).map((choice) => choice.option)
-    const left = deviations - before.filter((other) => other > 0).length
-    if (left > 0 && option + 1 < options) return [...before, option + 1]
+function next(made: readonly Choice[], deviations: number): Choice[] | undefined {
+  for (const [index, { option, options }] of [...made.entries()].reverse()) {
+    const before = made.slice(0, index)
+    const left = deviations - before.filter((choice) => choice.option > 0).length
+    if (left > 0 && option + 1 < options) return [...before, { option: option + 1, options }]
   }
   return undefined
 }

@@ -119,6 +119,10 @@ export async function runOnce(system: System, scenario: Scenario, choices: Choic
     lastClient = chosen.sender ?? lastClient
     await chosen.perform()
   }
+  // A request that waits for something else than a step would end the run before its orders have been tried.
+  const unfinished = clients.filter(({ sent }) => sent.some(({ isDead, reply }) => !isDead && reply === undefined))
+  if (unfinished.length > 0)
+    throw new Error(`${unfinished.map(({ name }) => name)}: a request has neither step nor reply`)
   return { log, violations: await findViolations(system, history) }
 }
 
