@@ -1,88 +1,223 @@
 import { verify } from '@node-rs/argon2'
 import type { Reply } from '../../testkit/client.js'
-import { code, codeKey, type History, isSpent, send } from './history.js'
+import {
+  type Answer,
+  areReplaysOver,
+  type Client,
+  codeKey,
+  codes,
+  type History,
+  hasHappened,
+  isSpent
+} from './history.js'
 import type { System } from './system.js'
 
-/** After two wrong passwords of replays, nobody can replay a code. */
-const wrongReplaysMax = 2
+interface Row {
+  id: string
+  phc: string
+}
 
-const isSuccess = (reply: Reply) => reply.json().errno === '0'
+const isSuccess = ({ reply }: { reply: Reply }) => reply.json().errno === '0'
 
-/**
- * Compares the end of a run with the guarantees of docs/guarantees.md. After the lease, each client that has the code sends
- * its request once more.
- */
-export async function findViolations(system: System, history: History): Promise<string[]> {
-  const { stores, clock } = system
-  const { clients, mobile, log } = history
-  const violations: string[] = []
-  const answers = clients.flatMap((client) => client.sent.flatMap(({ reply }) => (reply ? { client, reply } : [])))
-  const successesIn = (some: typeof answers) => some.filter(({ reply }) => isSuccess(reply))
+/** Requests that are the same have one success. */
+const requestOf = ({ action, password }: Client) => `${action} with ${password}`
 
-  const readRow = async () => {
-    const { rows } = await stores.postgres.query('SELECT id, password_hash AS phc FROM users WHERE mobile = $1', [
-      mobile
-    ])
-    if (rows.length > 1) violations.push(`G2: the mobile has ${rows.length} rows`)
-    return rows[0]
+/** The statements that read or write the row of a request before its success. */
+const rowStatements = ['insert_user', 'find_user', 'set_password']
+
+/** Compares a run with the guarantees of docs/guarantees.md. */
+export class Checks {
+  readonly violations: string[] = []
+
+  constructor(
+    private readonly system: System,
+    private readonly history: History
+  ) {}
+
+  /** After a success its code does not work again. To be called when no request is running. */
+  async checkUsedCodes(): Promise<void> {
+    const stored = await this.readCode()
+    const back = this.successes().find(({ client }) => codes[client.presents] === stored)
+    if (back) this.violations.push(`G1: ${back.client.presents} works again after the success of ${back.client.name}`)
   }
 
-  for (const { client } of successesIn(answers)) {
-    if (isSpent(history, client, history.claims.indexOf(client))) {
-      violations.push(`G8: ${client.name} succeeds, although its guesses are spent`)
+  /**
+   * Sends a request once more, and checks whether it must succeed. All leases have passed.
+   *
+   * @param retry runs the request without a fault
+   */
+  async checkRetry(client: Client, retry: () => Promise<void>): Promise<void> {
+    const { violations, history } = this
+    const row = await this.readRow()
+    const written = row && (await findPassword(row.phc, history.clients))
+    const mustBeKept = !this.isUsedUp(client) && !this.isReplaced(client) && this.hasPossibleSuccess(client, row)
+    const mustBeRepeated = !areReplaysOver(history) && !this.isRecordReplaced(client)
+    const isClaimed = this.isClaimedLate()
+    const isGuesserSpent = isSpent(history, client)
+    await retry()
+    const answer = this.answers().at(-1)
+    if (answer?.client !== client) throw new Error(`the retry of ${client.name} has no answer`)
+    const { statusCode } = answer.reply
+    // {@link checkEnd} verifies that a spent guesser has no success.
+    if (isSuccess(answer) || isGuesserSpent || (isClaimed && statusCode === 503)) return
+    if (statusCode >= 500) violations.push(`G4: ${client.name} is answered ${statusCode} after the lease`)
+    else if (written === undefined && mustBeKept) violations.push(`G4: ${client.name} has lost its code`)
+    else if (written === client.password && mustBeRepeated) violations.push(`G5: the retry of ${client.name} fails`)
+  }
+
+  async checkEnd(): Promise<void> {
+    if (!this.history.entries.some((entry) => entry.kind === 'round trip' && entry.name === 'claimCode')) {
+      throw new Error('no request has claimed a code, so nothing has been checked')
+    }
+    await this.checkUsedCodes()
+    await this.checkNewCode()
+    this.checkSingleUse()
+    this.checkGuesses()
+    const row = await this.readRow()
+    for (const success of this.successes()) await this.checkRow(success, row)
+  }
+
+  private async checkNewCode(): Promise<void> {
+    if (!hasHappened(this.history, 'a new code is sent')) return
+    // 409 uses a code up, too.
+    const isUsed = this.answers().some(
+      (answer) => answer.client.presents === 'the new code' && (isSuccess(answer) || answer.reply.statusCode === 409)
+    )
+    const isStored = (await this.readCode()) === codes['the new code']
+    if (!isStored && !isUsed) this.violations.push('G4: the new code is lost')
+  }
+
+  /**
+   * One code has one success. Only if both requests were sent before the first success, and one was slower than its lease, two
+   * resets may succeed, or a sign-up and a reset. Two sign-ups never do.
+   */
+  private checkSingleUse(): void {
+    const { entries } = this.history
+    for (const first of this.successes()) {
+      for (const second of this.successes()) {
+        if (requestOf(first.client) === requestOf(second.client)) continue
+        const areSignUps = first.client.action === 'sign up' && second.client.action === 'sign up'
+        const hasSameCode = first.client.presents === second.client.presents
+        const sent = entries.findIndex(
+          (entry) => entry.kind === 'arrival' && requestOf(entry.client) === requestOf(second.client)
+        )
+        if (areSignUps || (hasSameCode && sent > entries.indexOf(first))) {
+          this.violations.push(`G1: after the success of ${first.client.name}, ${second.client.name} succeeds, too`)
+          return
+        }
+      }
     }
   }
 
-  const isBack = (await stores.redis.get(codeKey(mobile))) === code
-  if (successesIn(answers).length > 0 && isBack) violations.push('G1: the code works again after a success')
-
-  // Nobody waits any more. The lease of whoever died passes.
-  await clock.pass()
-  for (const client of clients.filter(({ hasCode }) => hasCode)) {
-    const row = await readRow()
-    const written = row && (await findPassword(row.phc, clients))
-    const others = clients.filter(({ hasCode, password }) => hasCode && password !== client.password)
-    // Also one that has died may have been counted.
-    const dead = others.flatMap(({ sent }) => sent.filter(({ isDead }) => isDead))
-    const refused = answers.filter(
-      ({ client: other, reply: { statusCode } }) => others.includes(other) && [409, 422].includes(statusCode)
-    )
-    const reply = await send(system, history, client)
-    log.push(`${client.name}: at the end, the answer is ${reply.statusCode} ${reply.json().errno}`)
-    answers.push({ client, reply })
-    if (history.isCodeGone || dead.length + refused.length >= wrongReplaysMax) continue
-    if (isSpent(history, client)) continue
-    if (written === undefined && !isSuccess(reply)) violations.push(`G4: ${client.name} has lost its code`)
-    if (written === client.password && !isSuccess(reply)) violations.push(`G5: the retry of ${client.name} fails`)
-    if (reply.statusCode >= 500) violations.push(`G4: ${client.name} is answered ${reply.statusCode} after the lease`)
+  private checkGuesses(): void {
+    const { entries } = this.history
+    for (const { client, attempt } of this.successes()) {
+      const claim = entries.findIndex(
+        (entry) => entry.kind === 'round trip' && entry.name === 'claimCode' && entry.attempt === attempt
+      )
+      if (claim === -1) this.violations.push(`G8: ${client.name} succeeds without a claim`)
+      else if (isSpent(this.history, client, claim)) {
+        this.violations.push(`G8: ${client.name} succeeds, although its guesses are spent`)
+      }
+      if (client.presents === 'a wrong code') this.violations.push(`G8: ${client.name} had a wrong code and succeeds`)
+    }
   }
 
-  const row = await readRow()
-  const successes = successesIn(answers)
-  const signUps = successes.filter(({ client }) => client.action === 'sign up')
-  if (new Set(signUps.map(({ client }) => client.password)).size > 1) {
-    violations.push('G1: one code has completed two sign-ups with different passwords')
-  }
-  // A later reset replaces the password, and ends the sessions, of an earlier one.
-  const lasting = [...signUps, ...successes.filter(({ client }) => client.action === 'reset').slice(-1)]
-  for (const { client, reply } of lasting) {
+  /** The row of a success lasts. A later reset replaces its password, and ends its session. */
+  private async checkRow({ client, attempt, reply }: Answer, row: Row | undefined): Promise<void> {
+    const { violations } = this
+    const { name, password } = client
+    const roundTrips = this.roundTrips()
+    const proof = roundTrips.findLastIndex((step) => step.attempt === attempt && rowStatements.includes(step.name))
+    const resets = roundTrips.slice(proof + 1).filter((step) => step.name === 'set_password')
     const { user_id: userId, session } = reply.json().data
-    if (!client.hasCode) violations.push(`G8: ${client.name} had a wrong code and succeeds`)
-    if (row?.id !== userId) violations.push(`G3: ${client.name} got user ${userId}, but the row has ${row?.id}`)
-    else if (!(await verify(row.phc, client.password))) violations.push(`G3: the hash is not that of ${client.name}`)
-    if (session && !(await hasSession(system, reply, userId))) violations.push(`G3: ${client.name} has no session`)
+    if (proof === -1) violations.push(`G3: ${name} succeeds without its row`)
+    if (row?.id !== userId) violations.push(`G3: ${name} got user ${userId}, but the row has ${row?.id}`)
+    else if (!(await verify(row.phc, resets.at(-1)?.client.password ?? password))) {
+      violations.push(`G3: the row does not have the password of ${resets.at(-1)?.client.name ?? name}`)
+    }
+    const isLive = await this.hasSession(reply, userId)
+    if (session && resets.length === 0 && !isLive) violations.push(`G3: ${name} has no session`)
+    const isReset = resets.some((reset) => this.successes().some((success) => success.attempt === reset.attempt))
+    if (isReset && isLive) violations.push(`G9: the session of ${name} lives after a later reset`)
   }
-  return violations
+
+  /** Whether a request can succeed at all: a sign-up needs that there is no user, a reset that there is one. */
+  private hasPossibleSuccess({ action }: Client, row: Row | undefined): boolean {
+    return (action === 'sign up') === (row === undefined)
+  }
+
+  /** Whether the code of a client has expired or was replaced. */
+  private isReplaced({ presents }: Client): boolean {
+    return presents === 'the code' && this.history.entries.some(({ kind }) => kind === 'event')
+  }
+
+  /** Whether another request with the same code was refused for good, because of the row, and has discarded the code. */
+  private isUsedUp({ presents }: Client): boolean {
+    const roundTrips = this.roundTrips()
+    return roundTrips.some(
+      ({ name, ending, client, attempt }, index) =>
+        ['insert_user', 'set_password'].includes(name) &&
+        ending === 'done' &&
+        client.presents === presents &&
+        roundTrips.slice(index).some((step) => step.attempt === attempt && step.name === 'endClaim')
+    )
+  }
+
+  /** Whether the record of a client's code may be that of the new code. There is one record for each mobile. */
+  private isRecordReplaced({ presents }: Client): boolean {
+    const ofNewCode = ({ name, client }: { name: string; client: Client }) =>
+      name === 'claimCode' && client.presents === 'the new code'
+    return presents === 'the code' && this.roundTrips().some(ofNewCode)
+  }
+
+  /** Whether a late claim may hold the code: it has run since all leases have passed. */
+  private isClaimedLate(): boolean {
+    const { entries } = this.history
+    const passed = entries.findLastIndex(({ kind }) => kind === 'all leases have passed')
+    return entries
+      .slice(passed)
+      .some((entry) => entry.kind === 'round trip' && entry.name === 'claimCode' && entry.ending !== 'done')
+  }
+
+  private answers(): Answer[] {
+    return this.history.entries.filter((entry) => entry.kind === 'answer')
+  }
+
+  private successes(): Answer[] {
+    return this.answers().filter(isSuccess)
+  }
+
+  private roundTrips() {
+    return this.history.entries.filter((entry) => entry.kind === 'round trip')
+  }
+
+  private readCode(): Promise<string | null> {
+    return this.system.stores.redis.get(codeKey(this.history.mobile))
+  }
+
+  private async readRow(): Promise<Row | undefined> {
+    const { rows } = await this.system.stores.postgres.query<Row>(
+      'SELECT id, password_hash AS phc FROM users WHERE mobile = $1',
+      [this.history.mobile]
+    )
+    if (rows.length > 1) this.violations.push(`G2: the mobile has ${rows.length} rows`)
+    return rows[0]
+  }
+
+  /** Whether the session of a reply is stored, and its epoch has not ended. */
+  private async hasSession({ cookies }: Reply, userId: string): Promise<boolean> {
+    const sessionId = decodeURIComponent(cookies[0]?.value ?? '').split('.')[0]
+    const { redis } = this.system.stores
+    const [stored, epoch] = await redis.mget(`session:${sessionId}`, `{sessions_of:${userId}}:epoch`)
+    if (!stored) return false
+    const session = JSON.parse(stored)
+    return session.user_id === userId && Number(session.epoch) >= Number(epoch ?? 0)
+  }
 }
 
 /** Returns the password that matches the hash, or undefined if no client has it. */
-async function findPassword(phc: string, clients: History['clients']): Promise<string | undefined> {
+async function findPassword(phc: string, clients: readonly Client[]): Promise<string | undefined> {
   for (const { password } of clients) if (await verify(phc, password)) return password
   return undefined
-}
-
-async function hasSession({ stores }: System, { cookies }: Reply, userId: string): Promise<boolean> {
-  const sessionId = decodeURIComponent(cookies[0]?.value ?? '').split('.')[0]
-  const stored = await stores.redis.get(`session:${sessionId}`)
-  return stored !== null && JSON.parse(stored).user_id === userId
 }

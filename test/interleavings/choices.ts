@@ -4,15 +4,15 @@ interface Choice {
   options: number
 }
 
-/** Makes the choices of one run. It repeats the given choices first. After them `later` decides. */
+/** Makes the choices of one run. It repeats the given choices first. After them `chooseNext` decides. */
 export class Choices {
   /** The choices so far. */
   readonly made: Choice[] = []
 
-  /** @param later returns an option; without it, always the default option 0 */
+  /** @param chooseNext returns an option; without it, always the default option 0 */
   constructor(
     private readonly given: readonly Choice[],
-    private readonly later: (options: number) => number = () => 0
+    private readonly chooseNext: (options: number) => number = () => 0
   ) {}
 
   /** @throws if a given choice had another number of options: then the search would skip orders, or repeat them */
@@ -23,7 +23,7 @@ export class Choices {
         `choice ${this.made.length + 1} had ${given.options} options, and has ${options} when it is repeated`
       )
     }
-    const option = given?.option ?? this.later(options)
+    const option = given?.option ?? this.chooseNext(options)
     this.made.push({ option, options })
     return option
   }

@@ -13,10 +13,16 @@ export const endings = [
   'the request is lost',
   'the request is late',
   'the process dies before',
-  'the process dies after'
+  'the process dies after',
+  'the process dies, and what it has sent is late'
 ] as const
 
 export type Ending = (typeof endings)[number]
+
+/** Whether the store has run the request. */
+export const hasRun = (ending: Ending) => ['done', 'the reply is lost', 'the process dies after'].includes(ending)
+
+const isDeath = (ending: Ending) => ending.startsWith('the process dies')
 
 /** A round trip to a store, or a hash, that a request waits for. */
 export interface Step {
@@ -33,7 +39,8 @@ export interface Step {
 
 /** One request, from its arrival to its reply, or to the death of its process. */
 export class Attempt {
-  readonly steps: Step[] = []
+  /** What the request has sent, and waits for, in this order. */
+  steps: readonly Step[] = []
   reply: Reply | undefined
   isDead = false
 }
@@ -46,6 +53,8 @@ export class Requests {
   private readonly current = new AsyncLocalStorage<Attempt>()
   /** Counts what happens, so that {@link settle} sees when nothing more does. */
   private events = 0
+  /** An error in here that the service has caught as if a store had failed. */
+  private error: Error | undefined
 
   /** @param lostReply the error that the service makes of a round trip without an answer */
   constructor(
@@ -56,7 +65,7 @@ export class Requests {
     const { query } = postgres
     const { hash, verify } = passwords
     Object.defineProperty(app, 'withRedis', {
-      value: <T>(run: Parameters<typeof withRedis<T>>[0]) => this.hold(commandOf(run), false, () => withRedis(run))
+      value: <T>(run: Parameters<typeof withRedis<T>>[0]) => this.hold(this.commandOf(run), false, () => withRedis(run))
     })
     Object.assign(postgres, {
       query: (...args: Parameters<typeof query>) => this.hold(String(args[0].name), false, () => query(...args))
@@ -66,7 +75,7 @@ export class Requests {
   }
 
   /** Sends a request. It runs until its first step. */
-  start(send: () => Promise<Reply>): Attempt {
+  async start(send: () => Promise<Reply>): Promise<Attempt> {
     const attempt = new Attempt()
     this.current.run(attempt, () => {
       send().then((reply) => {
@@ -74,52 +83,65 @@ export class Requests {
         if (!attempt.isDead) attempt.reply = reply
       })
     })
+    await this.settle(attempt)
     return attempt
   }
 
-  /** Ends the first step of a request. @returns the step */
-  async end(attempt: Attempt, ending: Ending): Promise<Step> {
-    const step = attempt.steps.shift()
-    if (step === undefined) throw new Error('the request waits for no step')
+  /**
+   * Ends a step of a request.
+   *
+   * @returns the steps that the store may still run
+   */
+  async end(attempt: Attempt, step: Step, ending: Ending): Promise<readonly Step[]> {
+    const sent = attempt.steps
+    if (!sent.includes(step)) throw new Error(`the request does not wait for ${step.name}`)
+    attempt.steps = sent.filter((other) => other !== step)
     if (hasRun(ending)) await step.perform()
-    if (ending === 'the process dies before' || ending === 'the process dies after') {
+    if (isDeath(ending)) {
+      // Errors let the request end, so that the application can be closed. It reaches no store any more, and nobody gets its reply.
       attempt.isDead = true
-      attempt.steps.length = 0
+      attempt.steps = []
+      for (const unanswered of sent) unanswered.fail(this.lostReply())
     } else if (ending === 'done') step.answer()
     else step.fail(this.lostReply())
     await this.settle(attempt)
-    return step
+    if (ending === 'the process dies, and what it has sent is late') return sent
+    return ending === 'the request is late' ? [step] : []
   }
 
   /** Waits until a request waits for a step that others see, or has ended. */
-  async settle(attempt: Attempt): Promise<void> {
+  private async settle(attempt: Attempt): Promise<void> {
     let seen: number
     do {
       seen = this.events
       for (let pass = 0; pass < passes; pass++) await endOfPass()
-      if (attempt.steps[0]?.isLocal) await this.end(attempt, 'done')
+      const local = attempt.steps.find(({ isLocal }) => isLocal)
+      if (local !== undefined) await this.end(attempt, local, 'done')
     } while (this.events !== seen)
+    if (this.error !== undefined) throw this.error
   }
 
   private hold<T>(name: string, isLocal: boolean, run: () => Promise<T>): Promise<T> {
     const attempt = this.current.getStore()
     if (attempt === undefined) return run()
     this.events++
+    if (attempt.isDead) return Promise.reject(this.lostReply())
     return new Promise((resolve, reject) => {
       let result: Promise<T>
       const perform = async () => {
         result = run()
         await result.catch(() => undefined)
       }
-      if (!attempt.isDead) attempt.steps.push({ name, isLocal, perform, answer: () => resolve(result), fail: reject })
+      const step = { name, isLocal, perform, answer: () => resolve(result), fail: reject }
+      attempt.steps = [...attempt.steps, step]
     })
   }
+
+  /** Returns the name of the command that a function sends to Redis. */
+  private commandOf(run: object): string {
+    const command = /\bredis\.(\w+)/.exec(String(run))?.[1]
+    if (command !== undefined) return command
+    this.error = new Error(`no command of Redis is found in ${run}`)
+    throw this.error
+  }
 }
-
-const notRun: readonly Ending[] = ['the request is lost', 'the request is late', 'the process dies before']
-
-/** Whether the store has run the request. */
-export const hasRun = (ending: Ending) => !notRun.includes(ending)
-
-/** Returns the name of the command that a function sends to Redis. */
-const commandOf = (run: object) => /redis\.(\w+)/.exec(String(run))?.[1] ?? 'Redis'

@@ -1,19 +1,29 @@
 import { randomInt } from 'node:crypto'
-import { findViolations } from './checks.js'
+import { Checks } from './checks.js'
 import type { Choices } from './choices.js'
-import { type Client, code, codeKey, type History, newCode, send } from './history.js'
-import { type Attempt, endings, hasRun, type Step } from './requests.js'
-import type { Scenario } from './scenarios.js'
+import { type Client, codeKey, codes, type History, hasHappened, send } from './history.js'
+import { type Attempt, type Ending, endings, hasRun, type Step } from './requests.js'
+import type { Scenario, ScenarioEvent } from './scenarios.js'
 import type { System } from './system.js'
 
 /** How often the lease may pass in one run. */
 const leasesMax = 2
+
+const [, ...faults] = endings
 
 interface Option {
   /** Absent if no client acts. */
   sender?: Client
   text: string
   perform(): Promise<void>
+}
+
+/** A request that a store may still run. */
+interface LateStep {
+  sender: Client
+  attempt: Attempt
+  step: Step
+  ending: Ending
 }
 
 let nextMobile = 13_000_000_000 + randomInt(1_000_000_000)
@@ -25,105 +35,221 @@ let nextMobile = 13_000_000_000 + randomInt(1_000_000_000)
  * @param faultsMax how many round trips may be lost, or processes die
  */
 export async function runOnce(system: System, scenario: Scenario, choices: Choices, faultsMax: number) {
-  const { requests, stores, clock } = system
   const mobile = `${nextMobile++}`
-  await clock.reset()
-  await stores.redis.set(codeKey(mobile), code, 'EX', 300)
+  await system.clock.reset()
+  await system.stores.redis.set(codeKey(mobile), codes['the code'], 'EX', 300)
   if (scenario.isRegistered) await system.register(mobile)
+  return new Run(system, scenario, choices, faultsMax, mobile).play()
+}
 
-  const clients: Client[] = scenario.clients.map((spec) => ({ ...spec, sent: [] }))
-  const { guesses = 5 } = scenario
-  const history: History = { mobile, clients, log: [], claims: [], isCodeGone: false, guesses }
-  const { log } = history
-  const events = new Set(scenario.events)
-  let faults = 0
-  let leases = 0
-  /** The requests that a store may still run. */
-  const late: { sender: Client; step: Step }[] = []
+class Run {
+  private readonly history: History
+  private readonly checks: Checks
+  private readonly late: LateStep[] = []
+  private faults = 0
+  private leases = 0
+  private lastClient: Client | undefined
 
-  let lastClient: Client | undefined
-
-  /** Returns what a client may do next: the usual first, then the faults. */
-  function optionsOf(sender: Client): Option[] {
-    const attempt = sender.sent.at(-1)
-    if (attempt === undefined || (mayRetry(attempt) && sender.sent.length < sender.attempts)) {
-      const arrive = async () => {
-        if (scenario.isSlow) await clock.pass()
-        const started = requests.start(() => send(system, history, sender))
-        sender.sent.push(started)
-        await requests.settle(started)
-      }
-      return [{ sender, text: `${sender.name}: the request arrives`, perform: arrive }]
+  constructor(
+    private readonly system: System,
+    private readonly scenario: Scenario,
+    private readonly choices: Choices,
+    private readonly faultsMax: number,
+    mobile: string
+  ) {
+    const { clients, guesses = 5, isRegistered: wasRegistered = false } = scenario
+    this.history = {
+      mobile,
+      wasRegistered,
+      clients: clients.map((spec) => ({ ...spec, sent: [] })),
+      log: [],
+      entries: [],
+      guesses
     }
-    const [step] = attempt.steps
-    if (step === undefined) return []
-    return endings.map((ending, index) => ({
-      sender,
-      text: `${sender.name}: ${step.name}${index === 0 ? '' : `, ${ending}`}`,
-      async perform() {
-        if (index > 0) faults++
-        if (step.name === 'claimCode' && hasRun(ending)) history.claims.push(sender)
-        const ended = await requests.end(attempt, ending)
-        if (ending === 'the request is late') late.push({ sender, step: ended })
-        if (attempt.reply)
-          log.push(`${sender.name}: the answer is ${attempt.reply.statusCode} ${attempt.reply.json().errno}`)
-      }
-    }))
+    this.checks = new Checks(system, this.history)
   }
 
-  function eventOptions(): Option[] {
-    const options: Option[] = []
-    if (leases < leasesMax && history.claims.length > 0) {
-      options.push({
-        text: 'the lease passes',
-        async perform() {
-          leases++
-          await clock.pass()
-        }
-      })
-    }
-    for (const request of late) {
-      const { sender, step } = request
-      options.push({
-        text: `${sender.name}: the late ${step.name} runs`,
-        async perform() {
-          late.splice(late.indexOf(request), 1)
-          if (step.name === 'claimCode') history.claims.push(sender)
-          await step.perform()
-        }
-      })
-    }
-    for (const event of events) {
-      options.push({
-        text: event,
-        async perform() {
-          events.delete(event)
-          history.isCodeGone = true
-          if (event === 'the code expires') await stores.redis.del(codeKey(mobile))
-          else await stores.redis.set(codeKey(mobile), newCode, 'EX', 300)
-        }
-      })
-    }
-    return options
+  async play() {
+    await this.answerAll()
+    await this.checks.checkUsedCodes()
+    const mayHoldCode = this.late.length > 0
+    await this.retryAll()
+    // A late claim may have held the code while the clients retried.
+    if (mayHoldCode) await this.retryAll()
+    await this.checks.checkEnd()
+    return { log: this.history.log, violations: this.checks.violations }
   }
 
-  for (;;) {
-    const ofClients = clients.toSorted((a, b) => Number(b === lastClient) - Number(a === lastClient)).map(optionsOf)
-    const usual = ofClients.flatMap(([first]) => first ?? [])
-    if (usual.length === 0) break
-    const faulty = faults < faultsMax ? ofClients.flatMap(([, ...others]) => others) : []
-    const options = [...usual, ...faulty, ...eventOptions()]
-    const chosen = options[choices.choose(options.length)]
+  /** Makes choices until every client has its answer, and nothing else is chosen to happen. */
+  private async answerAll(): Promise<void> {
+    let isOver = false
+    const end: Option = {
+      text: 'all clients have their answers',
+      perform: async () => {
+        isOver = true
+      }
+    }
+    while (!isOver) {
+      const clients = this.clientsByTurn()
+      const usual = clients.flatMap((client) => this.usualOption(client) ?? [])
+      const events = [...this.lateOptions(), ...this.eventOptions()]
+      if (usual.length === 0) await this.choose([end, ...events])
+      else {
+        const others = clients.flatMap((client) => [...this.swapOptions(client), ...this.faultOptions(client)])
+        await this.choose([...usual, ...others, ...this.leaseOptions(), ...events])
+      }
+    }
+    // A request that waits for something else than a step would end the run before its orders have been tried.
+    const isUnfinished = ({ isDead, reply }: Attempt) => !isDead && reply === undefined
+    const unfinished = this.history.clients.find(({ sent }) => sent.some(isUnfinished))
+    if (unfinished) throw new Error(`a request of ${unfinished.name} has neither step nor reply`)
+  }
+
+  /**
+   * The leases of all claims pass. Then each client that has a code sends its request once more, without a fault. Late requests
+   * may run before and between, and the others run after that.
+   */
+  private async retryAll(): Promise<void> {
+    await this.system.clock.pass()
+    this.history.entries.push({ kind: 'all leases have passed' })
+    for (const sender of this.history.clients.filter((client) => client.sent.length > 0)) {
+      if (sender.presents === 'a wrong code') continue
+      let hasRetried = false
+      const retry: Option = {
+        sender,
+        text: `${sender.name}: after all leases, the request arrives once more`,
+        perform: async () => {
+          hasRetried = true
+          await this.checks.checkRetry(sender, () => this.sendWithoutFault(sender))
+        }
+      }
+      while (!hasRetried) await this.choose([retry, ...this.lateOptions()])
+    }
+    while (this.late.length > 0) await this.choose(this.lateOptions())
+  }
+
+  private async choose(options: readonly Option[]): Promise<void> {
+    const chosen = options[this.choices.choose(options.length)]
     if (chosen === undefined) throw new Error('no such option')
-    log.push(chosen.text)
-    lastClient = chosen.sender ?? lastClient
+    this.history.log.push(chosen.text)
+    this.lastClient = chosen.sender ?? this.lastClient
     await chosen.perform()
   }
-  // A request that waits for something else than a step would end the run before its orders have been tried.
-  const unfinished = clients.filter(({ sent }) => sent.some(({ isDead, reply }) => !isDead && reply === undefined))
-  if (unfinished.length > 0)
-    throw new Error(`${unfinished.map(({ name }) => name)}: a request has neither step nor reply`)
-  return { log, violations: await findViolations(system, history) }
+
+  /** Returns the client that went last, then the others. */
+  private clientsByTurn(): readonly Client[] {
+    const { clients } = this.history
+    const { lastClient } = this
+    return lastClient ? [lastClient, ...clients.filter((client) => client !== lastClient)] : clients
+  }
+
+  /** Returns what a client does next if nothing goes wrong. */
+  private usualOption(sender: Client): Option | undefined {
+    const attempt = sender.sent.at(-1)
+    if (attempt === undefined || (mayRetry(attempt) && sender.sent.length < sender.attempts)) {
+      if (sender.presents === 'the new code' && !hasHappened(this.history, 'a new code is sent')) return undefined
+      const perform = async () => {
+        if (this.scenario.isSlow) await this.system.clock.pass()
+        await this.arrive(sender)
+      }
+      return { sender, text: `${sender.name}: the request arrives`, perform }
+    }
+    const [step] = attempt.steps
+    return step && this.stepOption(sender, attempt, step, 'done')
+  }
+
+  /** Round trips that a request has sent together may run in any order. */
+  private swapOptions(sender: Client): Option[] {
+    const attempt = sender.sent.at(-1)
+    return attempt?.steps.slice(1).map((step) => this.stepOption(sender, attempt, step, 'done')) ?? []
+  }
+
+  private faultOptions(sender: Client): Option[] {
+    const attempt = sender.sent.at(-1)
+    const [step] = attempt?.steps ?? []
+    if (attempt === undefined || step === undefined || this.faults === this.faultsMax) return []
+    return faults.map((ending) => this.stepOption(sender, attempt, step, ending))
+  }
+
+  private stepOption(sender: Client, attempt: Attempt, step: Step, ending: Ending): Option {
+    return {
+      sender,
+      text: `${sender.name}: ${step.name}${ending === 'done' ? '' : `, ${ending}`}`,
+      perform: async () => {
+        if (ending !== 'done') this.faults++
+        await this.endStep(sender, attempt, step, ending)
+      }
+    }
+  }
+
+  private leaseOptions(): Option[] {
+    const hasClaim = this.history.entries.some((entry) => entry.kind === 'round trip' && entry.name === 'claimCode')
+    if (this.leases === leasesMax || !hasClaim) return []
+    const perform = async () => {
+      this.leases++
+      await this.system.clock.pass()
+    }
+    return [{ text: 'the lease passes', perform }]
+  }
+
+  private lateOptions(): Option[] {
+    return this.late.map((lateStep) => {
+      const { sender, attempt, step, ending } = lateStep
+      return {
+        text: `${sender.name}: the late ${step.name} runs`,
+        perform: async () => {
+          this.late.splice(this.late.indexOf(lateStep), 1)
+          this.history.entries.push({ kind: 'round trip', client: sender, attempt, name: step.name, ending })
+          await step.perform()
+        }
+      }
+    })
+  }
+
+  private eventOptions(): Option[] {
+    const events = this.scenario.events?.filter((event) => !hasHappened(this.history, event)) ?? []
+    return events.map((event) => ({ text: event, perform: () => this.happen(event) }))
+  }
+
+  private async happen(event: ScenarioEvent): Promise<void> {
+    const { redis } = this.system.stores
+    const key = codeKey(this.history.mobile)
+    this.history.entries.push({ kind: 'event', event })
+    if (event === 'the code expires') await redis.del(key)
+    else await redis.set(key, codes['the new code'], 'EX', 300)
+  }
+
+  private async arrive(sender: Client): Promise<Attempt> {
+    const attempt = await this.system.requests.start(() => send(this.system, this.history, sender))
+    sender.sent.push(attempt)
+    this.history.entries.push({ kind: 'arrival', client: sender, attempt })
+    this.recordAnswer(sender, attempt)
+    return attempt
+  }
+
+  private async endStep(sender: Client, attempt: Attempt, step: Step, ending: Ending): Promise<void> {
+    if (hasRun(ending)) {
+      this.history.entries.push({ kind: 'round trip', client: sender, attempt, name: step.name, ending })
+    }
+    const lateSteps = await this.system.requests.end(attempt, step, ending)
+    this.late.push(...lateSteps.map((lateStep) => ({ sender, attempt, step: lateStep, ending })))
+    this.recordAnswer(sender, attempt)
+  }
+
+  private recordAnswer(client: Client, attempt: Attempt): void {
+    const { reply } = attempt
+    if (reply === undefined) return
+    this.history.entries.push({ kind: 'answer', client, attempt, reply })
+    this.history.log.push(`${client.name}: the answer is ${reply.statusCode} ${reply.json().errno}`)
+  }
+
+  private async sendWithoutFault(sender: Client): Promise<void> {
+    const attempt = await this.arrive(sender)
+    for (let [step] = attempt.steps; step !== undefined; [step] = attempt.steps) {
+      await this.endStep(sender, attempt, step, 'done')
+    }
+    if (attempt.reply === undefined) throw new Error(`a request of ${sender.name} has neither step nor reply`)
+  }
 }
 
 /** A client sends its request again after a 5xx, or if the process has died with it. */
