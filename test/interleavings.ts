@@ -13,11 +13,17 @@ import { bugs } from './interleavings/bugs.js'
 import { Choices, enumerate } from './interleavings/choices.js'
 import { type Scenario, scenarios } from './interleavings/scenarios.js'
 import { runOnce } from './interleavings/schedule.js'
-import { buildSystem, type Patch, type System } from './interleavings/system.js'
+import { type System, Systems } from './interleavings/system.js'
 
-const deviationsMax = Number(process.env.INTERLEAVINGS_DEVIATIONS || 2)
-const randomRuns = Number(process.env.INTERLEAVINGS_RANDOM || 0)
-const seed = Number(process.env.INTERLEAVINGS_SEED || randomInt(2 ** 31))
+const [command, ...rest] = process.argv.slice(2)
+if ((command !== undefined && command !== 'bugs') || rest.length > 0) {
+  process.stderr.write('Usage: npm run interleavings [-- bugs]\n')
+  process.exit(2)
+}
+
+const deviationsMax = numberFrom('INTERLEAVINGS_DEVIATIONS', 2)
+const randomRuns = numberFrom('INTERLEAVINGS_RANDOM', 0)
+const seed = numberFrom('INTERLEAVINGS_SEED', randomInt(2 ** 31))
 
 /** How many faults a run may have. */
 const faultsMax = 2
@@ -26,59 +32,62 @@ const faultsMax = 2
 const deviationShare = 0.3
 
 const stores = await startStores()
-let hasFailed = false
-
-if (process.argv[2] === 'bugs') await findBugs()
+if (command === 'bugs') await findBugs()
 else await checkScenarios()
 await stores.stop()
-// A request whose process has died never ends, so the applications are still open.
-process.exit(hasFailed ? 1 : 0)
+
+/** @throws if the variable is no whole number: without one, the search would end at once */
+function numberFrom(variable: string, whenAbsent: number): number {
+  const value = process.env[variable]
+  if (!value) return whenAbsent
+  if (!/^\d+$/.test(value)) throw new Error(`${variable} is not a whole number: ${value}`)
+  return Number(value)
+}
 
 async function checkScenarios(): Promise<void> {
   process.stdout.write(
     `interleavings: at most ${deviationsMax} deviations, ${randomRuns} random runs, INTERLEAVINGS_SEED=${seed}\n`
   )
+  const systems = new Systems(stores, [])
   for (const scenario of scenarios) {
-    const system = await systemFor(scenario, [])
+    const system = await systems.get(scenario)
     const startedAt = Date.now()
     const { runs, violation } = await search(system, scenario, deviationsMax)
     const random = violation ? { runs: 0 } : await searchAtRandom(system, scenario)
     const found = violation ?? random.violation
     process.stdout.write(
-      `${scenario.name.padEnd(40)} ${String(runs).padStart(8)} runs ${String(random.runs).padStart(8)} at random ` +
+      `${scenario.name.padEnd(42)} ${String(runs).padStart(8)} runs ${String(random.runs).padStart(8)} at random ` +
         `${String(Math.round((Date.now() - startedAt) / 1_000)).padStart(5)} s  ${found ? 'VIOLATED' : 'ok'}\n`
     )
     if (found) {
-      hasFailed = true
+      process.exitCode = 1
       process.stdout.write(found)
     }
-    await system.close()
   }
+  await systems.close()
 }
 
 async function findBugs(): Promise<void> {
   for (const { name, patches } of bugs) {
-    const violation = await findBug(patches)
-    process.stdout.write(`${name}: ${violation === undefined ? 'NOT FOUND' : 'found'}\n${violation ?? ''}\n`)
-    hasFailed ||= violation === undefined
+    const systems = new Systems(stores, patches)
+    const found = await findBug(systems)
+    await systems.close()
+    process.stdout.write(
+      found ? `${name}: found, ${found.deviations} deviations\n${found.violation}\n` : `${name}: NOT FOUND\n`
+    )
+    if (!found) process.exitCode = 1
   }
 }
 
 /** Searches with no deviation, then with one, and so on. Returns the first violation. */
-async function findBug(patches: readonly Patch[]): Promise<string | undefined> {
+async function findBug(systems: Systems): Promise<{ deviations: number; violation: string } | undefined> {
   for (let deviations = 0; deviations <= deviationsMax; deviations++) {
     for (const scenario of scenarios) {
-      const system = await systemFor(scenario, patches)
-      const { violation } = await search(system, scenario, deviations)
-      await system.close()
-      if (violation !== undefined) return violation
+      const { violation } = await search(await systems.get(scenario), scenario, deviations)
+      if (violation !== undefined) return { deviations, violation }
     }
   }
   return undefined
-}
-
-function systemFor({ guesses }: Scenario, patches: readonly Patch[]): Promise<System> {
-  return buildSystem(stores, patches, guesses === undefined ? {} : { SMS_CODE_ATTEMPTS: `${guesses}` })
 }
 
 /** Runs a scenario with at most so many deviations. Returns the first violation with the steps that led to it. */

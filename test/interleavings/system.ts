@@ -7,6 +7,7 @@ import { copyBuild } from '../../testkit/built-copy.js'
 import type { PrivateStores } from '../../testkit/private-stores.js'
 import { patient } from '../../testkit/testbed.js'
 import { Requests } from './requests.js'
+import type { Scenario } from './scenarios.js'
 
 /** Longer than any lease, shorter than the window of a guess budget. */
 const passSeconds = 600
@@ -39,7 +40,7 @@ export interface System {
 }
 
 /** Builds the service from a copy of dist, with the clock and further patches. */
-export async function buildSystem(stores: PrivateStores, patches: readonly Patch[], env: Environment): Promise<System> {
+async function buildSystem(stores: PrivateStores, patches: readonly Patch[], env: Environment): Promise<System> {
   const copy = await copyBuild()
   for (const { file, text, replacement } of [ownClock, ...patches]) {
     const path = join(copy, 'dist', file)
@@ -73,7 +74,30 @@ export async function buildSystem(stores: PrivateStores, patches: readonly Patch
       const values = [mobile, formerHash]
       await stores.postgres.query('INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)', values)
     },
-    // A request whose process has died never ends, so closing the application would wait forever.
-    close: () => rm(copy, { recursive: true })
+    async close() {
+      await app.close()
+      await rm(copy, { recursive: true })
+    }
+  }
+}
+
+/** The systems with some patches: one for each number of guesses, so that few services are built. */
+export class Systems {
+  private readonly systems = new Map<number | undefined, Promise<System>>()
+
+  constructor(
+    private readonly stores: PrivateStores,
+    private readonly patches: readonly Patch[]
+  ) {}
+
+  get({ guesses }: Scenario): Promise<System> {
+    const env = guesses === undefined ? {} : { SMS_CODE_ATTEMPTS: `${guesses}` }
+    const system = this.systems.get(guesses) ?? buildSystem(this.stores, this.patches, env)
+    this.systems.set(guesses, system)
+    return system
+  }
+
+  async close(): Promise<void> {
+    for (const system of this.systems.values()) await (await system).close()
   }
 }
