@@ -88,12 +88,15 @@ export class Checks {
   }
 
   /**
-   * One code has one success. Only if both requests were sent before the first success, and one was slower than its lease, two
-   * resets may succeed, or a sign-up and a reset. Two sign-ups never do.
+   * Two sign-ups never succeed with different passwords. No other request succeeds with a code that was sent after the
+   * completion of a success with it. If Redis has not run the completion, another reset can claim the code after the lease.
    */
   private checkSingleUse(): void {
     const { entries } = this.history
     for (const first of this.successes()) {
+      const completion = entries.findIndex(
+        (entry) => entry.kind === 'round trip' && entry.name === 'completeClaim' && entry.attempt === first.attempt
+      )
       for (const second of this.successes()) {
         if (requestOf(first.client) === requestOf(second.client)) continue
         const areSignUps = first.client.action === 'sign up' && second.client.action === 'sign up'
@@ -101,7 +104,7 @@ export class Checks {
         const sent = entries.findIndex(
           (entry) => entry.kind === 'arrival' && requestOf(entry.client) === requestOf(second.client)
         )
-        if (areSignUps || (hasSameCode && sent > entries.indexOf(first))) {
+        if (areSignUps || (hasSameCode && completion !== -1 && sent > completion)) {
           this.violations.push(`G1: after the success of ${first.client.name}, ${second.client.name} succeeds, too`)
           return
         }

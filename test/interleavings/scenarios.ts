@@ -83,8 +83,32 @@ export const scenarios: readonly Scenario[] = [
     isRegistered: true
   },
   {
+    name: 'two resets that are slower than the lease',
+    clients: [
+      { ...reset, ...ann, name: 'A', attempts: 1 },
+      { ...reset, ...bob, name: 'B', attempts: 1 }
+    ],
+    isRegistered: true,
+    isSlow: true
+  },
+  {
+    name: 'a sign-up and a reset with one code',
+    clients: [
+      { ...signUp, ...ann, name: 'A' },
+      { ...reset, ...bob, name: 'R', attempts: 1 }
+    ]
+  },
+  {
     name: 'a sign-up and a new code',
     clients: [{ ...signUp, ...ann, name: 'A', attempts: 3 }],
+    events: ['a new code is sent']
+  },
+  {
+    name: 'two sign-ups, one with a new code',
+    clients: [
+      { ...signUp, ...ann, name: 'A', attempts: 1 },
+      { ...signUp, ...bob, presents: 'the new code', name: 'N' }
+    ],
     events: ['a new code is sent']
   },
   {
