@@ -68,9 +68,11 @@ async function checkScenarios(): Promise<void> {
 }
 
 async function findBugs(): Promise<void> {
-  for (const { name, patches } of bugs) {
+  for (const { name, scenario: scenarioName, patches } of bugs) {
+    const scenario = scenarios.find((candidate) => candidate.name === scenarioName)
+    if (scenario === undefined) throw new Error(`there is no scenario ${scenarioName}`)
     const systems = new Systems(stores, patches)
-    const found = await findBug(systems)
+    const found = await findBug(await systems.get(scenario), scenario)
     await systems.close()
     process.stdout.write(
       found ? `${name}: found, ${found.deviations} deviations\n${found.violation}\n` : `${name}: NOT FOUND\n`
@@ -80,12 +82,10 @@ async function findBugs(): Promise<void> {
 }
 
 /** Searches with no deviation, then with one, and so on. Returns the first violation. */
-async function findBug(systems: Systems): Promise<{ deviations: number; violation: string } | undefined> {
+async function findBug(system: System, scenario: Scenario) {
   for (let deviations = 0; deviations <= deviationsMax; deviations++) {
-    for (const scenario of scenarios) {
-      const { violation } = await search(await systems.get(scenario), scenario, deviations)
-      if (violation !== undefined) return { deviations, violation }
-    }
+    const { violation } = await search(system, scenario, deviations)
+    if (violation !== undefined) return { deviations, violation }
   }
   return undefined
 }

@@ -34,10 +34,15 @@ export class Checks {
     private readonly history: History
   ) {}
 
-  /** After a success its code does not work again. To be called when no request is running. */
+  /**
+   * After the completion of a success its code does not work again. If Redis has not run the completion, another request can
+   * claim the code after the lease, and put it back. To be called when no request is running.
+   */
   async checkUsedCodes(): Promise<void> {
     const stored = await this.readCode()
-    const back = this.successes().find(({ client }) => codes[client.presents] === stored)
+    const back = this.successes().find(
+      (success) => codes[success.client.presents] === stored && this.completionOf(success) !== -1
+    )
     if (back) this.violations.push(`G1: ${back.client.presents} works again after the success of ${back.client.name}`)
   }
 
@@ -50,7 +55,8 @@ export class Checks {
     const { violations, history } = this
     const row = await this.readRow()
     const written = row && (await findPassword(row.phc, history.clients))
-    const mustBeKept = !this.isUsedUp(client) && !this.isReplaced(client) && this.hasPossibleSuccess(client, row)
+    const isTaken = this.isDiscarded(client.presents) || this.isHeldForOther(client) || this.isReplaced(client)
+    const mustBeKept = !isTaken && this.hasPossibleSuccess(client, row)
     const mustBeRepeated = !areReplaysOver(history) && !this.isRecordReplaced(client)
     const isClaimed = this.isClaimedLate()
     const isGuesserSpent = isSpent(history, client)
@@ -79,12 +85,9 @@ export class Checks {
 
   private async checkNewCode(): Promise<void> {
     if (!hasHappened(this.history, 'a new code is sent')) return
-    // 409 uses a code up, too.
-    const isUsed = this.answers().some(
-      (answer) => answer.client.presents === 'the new code' && (isSuccess(answer) || answer.reply.statusCode === 409)
-    )
+    const isUsed = this.successes().some(({ client }) => client.presents === 'the new code')
     const isStored = (await this.readCode()) === codes['the new code']
-    if (!isStored && !isUsed) this.violations.push('G4: the new code is lost')
+    if (!isStored && !isUsed && !this.isDiscarded('the new code')) this.violations.push('G4: the new code is lost')
   }
 
   /**
@@ -94,9 +97,7 @@ export class Checks {
   private checkSingleUse(): void {
     const { entries } = this.history
     for (const first of this.successes()) {
-      const completion = entries.findIndex(
-        (entry) => entry.kind === 'round trip' && entry.name === 'completeClaim' && entry.attempt === first.attempt
-      )
+      const completion = this.completionOf(first)
       for (const second of this.successes()) {
         if (requestOf(first.client) === requestOf(second.client)) continue
         const areSignUps = first.client.action === 'sign up' && second.client.action === 'sign up'
@@ -110,6 +111,13 @@ export class Checks {
         }
       }
     }
+  }
+
+  /** Returns the index of the entry, or -1 if Redis has not run the completion, or the success was a replay. */
+  private completionOf({ attempt }: Answer): number {
+    return this.history.entries.findIndex(
+      (entry) => entry.kind === 'round trip' && entry.name === 'completeClaim' && entry.attempt === attempt
+    )
   }
 
   private checkGuesses(): void {
@@ -155,15 +163,28 @@ export class Checks {
     return presents === 'the code' && this.history.entries.some(({ kind }) => kind === 'event')
   }
 
-  /** Whether another request with the same code was refused for good, because of the row, and has discarded the code. */
-  private isUsedUp({ presents }: Client): boolean {
+  /** Whether a request was refused for good, because of the row, and has discarded the code. */
+  private isDiscarded(code: Client['presents']): boolean {
     const roundTrips = this.roundTrips()
     return roundTrips.some(
       ({ name, ending, client, attempt }, index) =>
         ['insert_user', 'set_password'].includes(name) &&
         ending === 'done' &&
-        client.presents === presents &&
+        client.presents === code &&
         roundTrips.slice(index).some((step) => step.attempt === attempt && step.name === 'endClaim')
+    )
+  }
+
+  /** Whether a claim for the other purpose may hold the code: it has neither ended nor been refused. Only its retry gets the code. */
+  private isHeldForOther({ presents, action }: Client): boolean {
+    const roundTrips = this.roundTrips()
+    return roundTrips.some(
+      ({ name, client, attempt }) =>
+        name === 'claimCode' &&
+        client.presents === presents &&
+        client.action !== action &&
+        !roundTrips.some((step) => step.attempt === attempt && step.name === 'endClaim') &&
+        !(attempt.reply !== undefined && attempt.reply.statusCode < 500)
     )
   }
 
