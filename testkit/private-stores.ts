@@ -1,7 +1,7 @@
 import { execFile } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
-import { mkdir, mkdtemp, rename, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, rename, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -31,7 +31,8 @@ const sessionSecret = 'a secret of at least thirty-two characters'
  * empty, and nobody else may use it meanwhile.
  */
 export async function startStores(externalPostgresUrl = process.env.TESTBED_DATABASE_URL): Promise<PrivateStores> {
-  const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-'))
+  await deleteLeftovers()
+  const directory = await mkdtemp(join(tmpdir(), `mobile-signup-${process.pid}-`))
   if (externalPostgresUrl === undefined) {
     // fs.cp does not keep the owner, and Postgres insists on its own.
     await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
@@ -56,6 +57,28 @@ export async function startStores(externalPostgresUrl = process.env.TESTBED_DATA
       await stores.stop()
       await rm(directory, { recursive: true })
     }
+  }
+}
+
+/** Deletes the folders of processes that were killed, or that ended at their first failure. */
+async function deleteLeftovers(): Promise<void> {
+  for (const name of await readdir(tmpdir())) {
+    const [, pid] = /^mobile-signup-(\d+)-/.exec(name) ?? []
+    if (pid === undefined || isRunning(Number(pid))) continue
+    const folder = join(tmpdir(), name)
+    // Postgres deletes this file when it has stopped. Redis stops faster.
+    if (existsSync(join(folder, 'postgres/postmaster.pid'))) continue
+    // It may belong to another user, or another process may be deleting it.
+    await rm(folder, { recursive: true, force: true }).catch(() => undefined)
+  }
+}
+
+function isRunning(pid: number): boolean {
+  try {
+    process.kill(pid, 0)
+    return true
+  } catch {
+    return false
   }
 }
 
