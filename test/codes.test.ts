@@ -1,0 +1,604 @@
+import { createHmac, hkdfSync } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
+import Fastify from 'fastify'
+import t, { type Test } from 'tap'
+import { type Claim, type ClaimResult, type CodePurpose, codes as codesPlugin } from '../dist/codes/codes.js'
+import type { Config } from '../dist/config/config.js'
+import { rateLimits } from '../dist/stores/rate-limits.js'
+import { redis as redisPlugin } from '../dist/stores/redis.js'
+import type { LimitName } from '../dist/telemetry/observer.js'
+import { leaseMsOf, recordKey, startTestbed } from '../testkit/testbed.js'
+
+/*
+ * What each step in the life of a code leaves in Redis: which keys, fields and TTLs. Other test files send requests and see
+ * only the answers. These tests call the plugin without a server.
+ */
+
+const { ageClaim, config, issueCode, newMobile, redis, stores } = await startTestbed(t)
+
+const refusals: LimitName[] = []
+let usedCount = 0
+const observer = {
+  onRoundTrip: () => undefined,
+  onHash: () => undefined,
+  onCodeSent: () => undefined,
+  onCodeUsed: () => usedCount++,
+  onLimitReached: (limit: LimitName) => refusals.push(limit)
+}
+
+async function buildCodes(t: Test, config: Config) {
+  const app = Fastify()
+  t.teardown(() => app.close())
+  await app.register(redisPlugin, { config })
+  await app.register(rateLimits, { observer })
+  await app.register(codesPlugin, { config, observer })
+  return app.codes
+}
+
+const codes = await buildCodes(t, config())
+
+const leaseMs = leaseMsOf(config())
+const lifeMs = 300_000
+
+/** How long a record lives at least. Longer than twice the lease of this test. */
+const recordTtlMs = 300_000
+
+/** How much of a TTL may have passed until a test reads it, on a busy machine. */
+const slackMs = 30_000
+
+const codeKey = (mobile: string) => `sms_code_${mobile}`
+const issueKey = (mobile: string) => `{sms_code_${mobile}}:issue`
+const guessesKey = (mobile: string) => `{sms_code_${mobile}}:guesses`
+const keysOf = async (mobile: string) => (await redis.keys(`*${mobile}*`)).sort()
+
+const address = '192.0.2.1'
+
+const readJson = async (key: string) => JSON.parse((await redis.get(key)) ?? 'null')
+
+/** Returns the time of Redis in µs. */
+async function redisNow(): Promise<number> {
+  const [seconds, microseconds] = await redis.time()
+  return Number(seconds) * 1_000_000 + Number(microseconds)
+}
+
+async function checkTtl(t: Test, key: string, ms: number): Promise<void> {
+  const ttlMs = await redis.pttl(key)
+  t.ok(ttlMs > ms - slackMs && ttlMs <= ms, `${key}: ${ttlMs} ms of ${ms} ms`)
+}
+
+const present = (mobile: string, code: string, purpose: CodePurpose = 'sign_up', from = address) =>
+  codes.claim(mobile, code, purpose, { ticket: undefined, address: from })
+
+/** Presents a code, and returns the claim. */
+async function claim(...args: Parameters<typeof present>): Promise<Claim> {
+  const result = await present(...args)
+  if (result.state !== 'claimed') throw new Error(`the code is not claimed, but ${result.state}`)
+  return result
+}
+
+/** Presents a code that has been completed, and returns the replay. */
+async function replay(mobile: string, code: string) {
+  const result = await present(mobile, code)
+  if (result.state !== 'done') throw new Error(`it is no replay, but ${result.state}`)
+  return result
+}
+
+/** Issues a code for a sign-up. */
+const issue = (mobile: string, purpose: CodePurpose = 'sign_up') => codes.issue(mobile, purpose, address)
+
+/** Issues a code, and claims it with a TTL. */
+async function claimIssued(mobile = newMobile(), ttlMs = lifeMs) {
+  const { code } = await issue(mobile)
+  const issued = await readJson(issueKey(mobile))
+  for (const key of [codeKey(mobile), issueKey(mobile)]) await redis.pexpire(key, ttlMs)
+  return { mobile, code, issued, claim: await claim(mobile, code) }
+}
+
+/** Issues, claims and completes a code. */
+async function completeIssued() {
+  const claimed = await claimIssued()
+  await codes.complete(claimed.claim, '7')
+  return claimed
+}
+
+/** What the claim record keeps of an issue. */
+function withoutCode({ code: _, ...issued }: { code: string }) {
+  return issued
+}
+
+t.test('a new code and its issue have the same TTL; a resend keeps it, and notes its time and network', async (t) => {
+  const mobile = newMobile()
+  const before = await redisNow()
+  const first = await codes.issue(mobile, 'sign_up', address)
+  const after = await redisNow()
+  t.match(first, { mobile, ttlSeconds: 300, replaced: { code: null, issue: null } })
+  t.match(first.code, /^\d{6}$/)
+  t.equal(await redis.get(codeKey(mobile)), first.code)
+  const [firstSend] = (await readJson(issueKey(mobile))).sends
+  t.ok(before <= Number(firstSend.at) && Number(firstSend.at) <= after, 'the time is that of Redis')
+  t.equal(firstSend.network, address)
+  t.strictSame(await readJson(issueKey(mobile)), { code: first.code, purpose: 'sign_up', sends: [firstSend] })
+  for (const key of [codeKey(mobile), issueKey(mobile)]) {
+    await checkTtl(t, key, lifeMs)
+    await redis.pexpire(key, 200_000)
+  }
+
+  const second = await codes.issue(mobile, 'sign_up', '2001:db8::1')
+  t.strictSame([second.code, second.replaced], [first.code, undefined])
+  t.ok(second.ttlSeconds > 170 && second.ttlSeconds <= 200)
+  const { sends } = await readJson(issueKey(mobile))
+  t.match(sends, [firstSend, { at: /^\d{16}$/, network: '2001:db8:0:0::/64' }])
+  for (const key of [codeKey(mobile), issueKey(mobile)]) await checkTtl(t, key, 200_000)
+})
+
+t.test('a new code is for one purpose or for both, and replaces a code of another purpose or service', async (t) => {
+  const mobile = newMobile()
+  const forBoth = await codes.issue(mobile, undefined, address)
+  t.strictSame(Object.keys(await readJson(issueKey(mobile))).sort(), ['code', 'sends'])
+  t.equal((await codes.issue(mobile, undefined, address)).replaced, undefined)
+
+  const issueForBoth = await redis.get(issueKey(mobile))
+  const forReset = await issue(mobile, 'password')
+  t.equal((await readJson(issueKey(mobile))).purpose, 'password')
+  t.match(forReset.replaced, { code: forBoth.code, issue: issueForBoth })
+  t.ok(Number(forReset.replaced?.ttlMs) > lifeMs - slackMs && Number(forReset.replaced?.ttlMs) <= lifeMs)
+
+  const foreign = await issueCode(mobile)
+  t.match((await issue(mobile, 'password')).replaced, { code: foreign })
+  await redis.persist(codeKey(mobile))
+  t.match((await issue(mobile, 'password')).replaced, { ttlMs: -1 }, 'a code without a TTL is not sent again')
+})
+
+t.test('a claim moves a code into its record, which lives for 300 s or as long as the code', async (t) => {
+  for (const ttlMs of [100_000, 1_000_000]) {
+    const mobile = newMobile()
+    const { code } = await issue(mobile)
+    const issued = await readJson(issueKey(mobile))
+    await redis.pexpire(codeKey(mobile), ttlMs)
+    t.equal((await present(mobile, 'wrong')).state, 'wrong')
+    const claimed = await claim(mobile, code)
+    t.match(claimed, { mobile, code, isReclaim: false, claimId: /^\d{16}$/ })
+    t.ok(claimed.ttlMs > ttlMs - slackMs && claimed.ttlMs <= ttlMs)
+    t.strictSame(JSON.parse(claimed.issue), withoutCode(issued))
+    const { claimId: at, mac, ttlMs: ttl } = claimed
+    t.strictSame(await readJson(recordKey(mobile)), { state: 'pending', mac, at, ttl, issue: withoutCode(issued) })
+    await checkTtl(t, recordKey(mobile), Math.max(recordTtlMs, ttlMs))
+    t.strictSame(await keysOf(mobile), [recordKey(mobile), guessesKey(mobile)].sort(), 'no key has the code')
+  }
+})
+
+t.test('a record lives for two leases, so that a retry after the lease finds it', async (t) => {
+  const slowConfig = config({ HASH_MAX_WAIT_MS: '600000' })
+  const slow = await buildCodes(t, slowConfig)
+  const mobile = newMobile()
+  const claimed = await slow.claim(mobile, await issueCode(mobile), 'sign_up', { ticket: undefined, address })
+  t.equal(claimed.state, 'claimed')
+  await checkTtl(t, recordKey(mobile), 2 * leaseMsOf(slowConfig))
+})
+
+t.test(
+  'the MAC of a code does not change between versions, so that requests can be retried during an upgrade',
+  async (t) => {
+    const secret = `${stores.environment.SESSION_SECRET}`
+    const key = Buffer.from(hkdfSync('sha256', secret, '', 'mobile-signup: code of an attempt', 32))
+    for (const [purpose, text] of [
+      ['sign_up', 'sign-up'],
+      ['password', 'password']
+    ] as const) {
+      const mobile = newMobile()
+      const code = await issueCode(mobile)
+      const { mac } = await claim(mobile, code, purpose)
+      t.equal(mac, createHmac('sha256', key).update(`${text}:${mobile}:${code}`).digest('base64url'))
+    }
+  }
+)
+
+t.test('a first claim is no reclaim, also from an IPv6 address, which has three budgets', async (t) => {
+  const mobile = newMobile()
+  t.equal((await present(mobile, 'wrong', 'sign_up', '2001:db8::1')).state, 'wrong')
+  const code = await issueCode(mobile)
+  t.equal((await claim(mobile, code, 'sign_up', '2001:db8::1')).isReclaim, false)
+})
+
+t.test('a code that was restored is claimed again as a reclaim only if its row may be committed', async (t) => {
+  for (const mayBeCommitted of [true, false]) {
+    const { mobile, code, claim: first } = await claimIssued()
+    await codes.restore(first, mayBeCommitted)
+    t.equal((await claim(mobile, code)).isReclaim, mayBeCommitted)
+  }
+})
+
+t.test('a code in a claim is in progress until the lease expires; a reclaim has its issue and its TTL', async (t) => {
+  const { mobile, code, issued, claim: first } = await claimIssued(newMobile(), 200_000)
+  t.strictSame(await present(mobile, code), { state: 'in_progress' })
+  await ageClaim(mobile, leaseMs - slackMs)
+  t.strictSame(await present(mobile, code), { state: 'in_progress' })
+  t.equal((await present(mobile, code, 'password')).state, 'wrong', 'for the other purpose')
+  t.equal(await redis.exists(guessesKey(mobile)), 1, 'which is counted, because the claim can be taken over')
+  await ageClaim(mobile, slackMs)
+  const second = await claim(mobile, code)
+  t.equal(second.isReclaim, true)
+  t.equal(second.ttlMs, first.ttlMs)
+  t.strictSame(JSON.parse(second.issue), withoutCode(issued))
+  t.not(second.claimId, first.claimId)
+
+  const record = await readJson(recordKey(mobile))
+  await codes.restore(first, true)
+  t.strictSame(await codes.discard(first), { wasTakenOver: true })
+  await codes.concede(first, '7')
+  t.strictSame(await readJson(recordKey(mobile)), record, 'the first request cannot end the second claim')
+  t.equal(await redis.exists(codeKey(mobile)), 0)
+
+  await codes.restore(second, false)
+  t.strictSame(await readJson(issueKey(mobile)), issued, 'the purpose is back, too')
+  t.equal((await present(mobile, code, 'password')).state, 'wrong')
+})
+
+t.test('a restore puts the code and its issue back with the TTL that they had', async (t) => {
+  for (const mayBeCommitted of [true, false]) {
+    for (const ttlMs of [200_000, 1_000_000]) {
+      const { mobile, code, issued, claim: restored } = await claimIssued(newMobile(), ttlMs)
+      await codes.restore(restored, mayBeCommitted)
+      t.equal(await redis.get(codeKey(mobile)), code)
+      t.strictSame(await readJson(issueKey(mobile)), issued)
+      for (const key of [codeKey(mobile), issueKey(mobile)]) await checkTtl(t, key, restored.ttlMs)
+      if (!mayBeCommitted) {
+        t.equal(await redis.exists(recordKey(mobile)), 0)
+        continue
+      }
+      const { claimId: at, mac, ttlMs: ttl } = restored
+      const record = { state: 'unknown', mac, at, ttl, issue: withoutCode(issued) }
+      t.strictSame(await readJson(recordKey(mobile)), record, 'without the code')
+      await checkTtl(t, recordKey(mobile), Math.max(recordTtlMs, ttlMs))
+    }
+  }
+})
+
+t.test('a restored code of another service has no issue, and no TTL if it had none', async (t) => {
+  const mobile = newMobile()
+  const code = await issueCode(mobile)
+  await redis.persist(codeKey(mobile))
+  await codes.restore(await claim(mobile, code), true)
+  t.equal(await redis.get(codeKey(mobile)), code)
+  t.equal(await redis.pttl(codeKey(mobile)), -1)
+  t.strictSame(await keysOf(mobile), [codeKey(mobile), recordKey(mobile)].sort())
+  await checkTtl(t, recordKey(mobile), recordTtlMs)
+})
+
+t.test('a code that was claimed in its last millisecond is not restored for ever', async (t) => {
+  const { mobile, claim: claimed } = await claimIssued()
+  await codes.restore({ ...claimed, ttlMs: 0 }, false)
+  await sleep(50)
+  t.strictSame(await keysOf(mobile), [])
+})
+
+t.test('a restore leaves a newer code and its issue, and the claim of a newer code', async (t) => {
+  const { mobile, claim: older } = await claimIssued()
+  const newer = await issue(mobile)
+  const issued = await readJson(issueKey(mobile))
+  await codes.restore(older, false)
+  t.equal(await redis.get(codeKey(mobile)), newer.code)
+  t.strictSame(await readJson(issueKey(mobile)), issued)
+
+  const { claim: late } = await claimIssued()
+  const newerClaim = await claim(late.mobile, (await issue(late.mobile)).code)
+  const record = await readJson(recordKey(late.mobile))
+  await codes.restore(late, true)
+  t.strictSame(await codes.discard(late), { wasTakenOver: false }, 'the older code was not claimed by another request')
+  t.strictSame(await keysOf(late.mobile), [recordKey(late.mobile)])
+  t.strictSame(await readJson(recordKey(late.mobile)), record)
+
+  await codes.complete(newerClaim, '7')
+  const done = await readJson(recordKey(late.mobile))
+  await codes.restore(late, true)
+  t.equal(await redis.get(codeKey(late.mobile)), late.code, 'nobody holds a code any more')
+  t.strictSame(await readJson(recordKey(late.mobile)), done)
+})
+
+t.test('a code is restored also if its record is lost', async (t) => {
+  const { mobile, code, claim: claimed } = await claimIssued()
+  await redis.del(recordKey(mobile))
+  await codes.restore(claimed, false)
+  t.equal(await redis.get(codeKey(mobile)), code)
+})
+
+t.test('a discard leaves nothing of the code', async (t) => {
+  const { mobile, claim: claimed } = await claimIssued()
+  t.strictSame(await codes.discard(claimed), { wasTakenOver: false })
+  t.strictSame(await keysOf(mobile), [])
+})
+
+t.test('a success leaves its record for 300 s, and gives all guesses and the units of each message back', async (t) => {
+  await redis.set('sms_codes:all', 5, 'EX', 3_000)
+  const mobile = newMobile()
+  await issue(mobile)
+  const { code } = await issue(mobile)
+  t.equal((await present(mobile, 'wrong')).state, 'wrong')
+  const claimed = await claim(mobile, code)
+  usedCount = 0
+  await codes.complete(claimed, '7')
+  t.equal(usedCount, 1)
+  const { claimId: at, mac } = claimed
+  t.strictSame(await readJson(recordKey(mobile)), { state: 'done', mac, at, user_id: '7' })
+  await checkTtl(t, recordKey(mobile), recordTtlMs)
+  t.strictSame(await keysOf(mobile), [recordKey(mobile)])
+  t.equal(await redis.get('sms_codes:all'), '3')
+})
+
+t.test('the success of a reclaim, or with a code of another service, gives no units back', async (t) => {
+  const { mobile, code, claim: first } = await claimIssued()
+  await ageClaim(mobile, leaseMs)
+  const second = await claim(mobile, code)
+  const foreign = newMobile()
+  const foreignClaim = await claim(foreign, await issueCode(foreign))
+  await redis.set('sms_codes:all', 5, 'EX', 3_000)
+  usedCount = 0
+  await codes.complete(second, '7')
+  await codes.complete(foreignClaim, '8')
+  t.strictSame([await redis.get('sms_codes:all'), usedCount], ['5', 0])
+  await codes.complete(first, '7')
+  t.strictSame([await redis.get('sms_codes:all'), usedCount], ['4', 1], 'the first claim has given them back')
+})
+
+t.test(
+  'a success uses up its code and the issue if another request has put them back, but no newer ones',
+  async (t) => {
+    const { mobile, claim: first } = await claimIssued()
+    await ageClaim(mobile, leaseMs)
+    const second = await claim(mobile, first.code)
+    await codes.restore(second, false)
+    t.equal(await redis.exists(codeKey(mobile), issueKey(mobile)), 2)
+    await codes.complete(first, '7')
+    t.strictSame(await keysOf(mobile), [recordKey(mobile)])
+
+    const { claim: older } = await claimIssued()
+    await issue(older.mobile)
+    await codes.complete(older, '7')
+    t.equal(await redis.exists(codeKey(older.mobile), issueKey(older.mobile)), 2)
+  }
+)
+
+t.test('one replay runs at a time, until it ends or the lease expires, and keeps the TTL of the record', async (t) => {
+  const { mobile, code, claim: claimed } = await completeIssued()
+  const { claimId: at, mac } = claimed
+  await redis.pexpire(recordKey(mobile), 100_000)
+  const before = await redisNow()
+  const first = await replay(mobile, code)
+  const after = await redisNow()
+  t.strictSame(first, { state: 'done', mobile, userId: '7', claimId: at })
+  const { checking, ...record } = await readJson(recordKey(mobile))
+  t.strictSame(record, { state: 'done', mac, at, user_id: '7' })
+  t.ok(before <= Number(checking) && Number(checking) <= after)
+  await checkTtl(t, recordKey(mobile), 100_000)
+  t.strictSame(await present(mobile, code), { state: 'in_progress' })
+
+  await codes.endReplay(first, { passwordWasWrong: false })
+  t.strictSame(await readJson(recordKey(mobile)), { ...record, passwords: 0 })
+  await checkTtl(t, recordKey(mobile), 100_000)
+  await replay(mobile, code)
+  await ageClaim(mobile, leaseMs - slackMs)
+  t.equal((await present(mobile, code)).state, 'in_progress')
+  await ageClaim(mobile, slackMs)
+  await codes.endReplay(await replay(mobile, code), { passwordWasWrong: true })
+  t.equal((await readJson(recordKey(mobile))).passwords, 1)
+  await codes.endReplay(await replay(mobile, code), { passwordWasWrong: false })
+  t.equal((await readJson(recordKey(mobile))).passwords, 1)
+  await codes.endReplay(await replay(mobile, code), { passwordWasWrong: true })
+  t.strictSame(await keysOf(mobile), [], 'the second wrong password deletes the record')
+})
+
+t.test('a replay cannot end, and a lost row not reopen, what has come after it', async (t) => {
+  const { mobile, code } = await completeIssued()
+  const older = await replay(mobile, code)
+  const newer = await claim(mobile, (await issue(mobile)).code)
+  const checkUnchanged = async (state: string) => {
+    const record = await readJson(recordKey(mobile))
+    t.equal(record.state, state)
+    await codes.endReplay(older, { passwordWasWrong: true })
+    t.equal(await codes.reopen(older), undefined)
+    t.strictSame(await readJson(recordKey(mobile)), record)
+  }
+  await checkUnchanged('pending')
+  await codes.complete(newer, '8')
+  await checkUnchanged('done')
+  await redis.del(recordKey(mobile))
+  await codes.endReplay(older, { passwordWasWrong: true })
+  t.equal(await codes.reopen(older), undefined)
+  t.strictSame(await keysOf(mobile), [])
+})
+
+t.test('a code whose row is lost is claimed again for 300 s, or as long as its record', async (t) => {
+  for (const ttlMs of [100_000, 1_000_000]) {
+    const { mobile, code, claim: claimed } = await completeIssued()
+    await redis.pexpire(recordKey(mobile), ttlMs)
+    const reopened = await codes.reopen(await replay(mobile, code))
+    const { mac } = claimed
+    t.match(reopened, { mobile, code: '', mac, isReclaim: true, issue: '{}', claimId: /^\d{16}$/ })
+    t.not(reopened?.claimId, claimed.claimId)
+    const { claimId: at, ttlMs: ttl = 0 } = { ...reopened }
+    t.ok(ttl > ttlMs - slackMs && ttl <= ttlMs)
+    t.strictSame(await readJson(recordKey(mobile)), { state: 'pending', mac, at, ttl, issue: {} })
+    await checkTtl(t, recordKey(mobile), Math.max(recordTtlMs, ttlMs))
+    t.equal((await present(mobile, code)).state, 'in_progress')
+  }
+})
+
+t.test('a reclaim that is conceded is done for 300 s, with one wrong password', async (t) => {
+  const { mobile, claim: claimed } = await claimIssued(newMobile(), 1_000_000)
+  const { claimId: at, mac } = claimed
+  const record = { state: 'done', mac, at, user_id: '7', passwords: 1 }
+  await codes.concede(claimed, '7')
+  t.strictSame(await readJson(recordKey(mobile)), record)
+  await checkTtl(t, recordKey(mobile), recordTtlMs)
+  await redis.del(recordKey(mobile))
+  await codes.concede(claimed, '7')
+  t.strictSame(await readJson(recordKey(mobile)), record, 'also if the record is lost')
+})
+
+t.test('a wrong code is counted for the guesser and for all, in windows that begin with the first', async (t) => {
+  const mobile = newMobile()
+  await issueCode(mobile)
+  const before = await redisNow()
+  await present(mobile, 'wrong')
+  const after = await redisNow()
+  const first = await redis.hgetall(guessesKey(mobile))
+  t.strictSame(Object.keys(first).sort(), [address, 'all'])
+  const [count, since = ''] = `${first.all}`.split(' ')
+  t.strictSame([count, first[address]], ['1', first.all])
+  t.match(since, /^\d{16}$/)
+  t.ok(before <= Number(since) && Number(since) <= after)
+  await checkTtl(t, guessesKey(mobile), 86_400_000)
+
+  await redis.pexpire(guessesKey(mobile), 100_000)
+  await present(mobile, 'wrong')
+  t.strictSame(await redis.hgetall(guessesKey(mobile)), { [address]: `2 ${since}`, all: `2 ${since}` })
+  await checkTtl(t, guessesKey(mobile), 86_400_000)
+
+  const ended = Number(since) - 3_600_000_000
+  await redis.hset(guessesKey(mobile), { [address]: `5 ${ended}`, all: `2 ${ended}` })
+  t.equal((await present(mobile, 'wrong')).state, 'wrong', 'the window of the guesser has ended')
+  const next = await redis.hgetall(guessesKey(mobile))
+  t.match(next, { [address]: /^1 \d{16}$/, all: `3 ${ended}` })
+  t.ok(`${next[address]}` > `1 ${since}`, 'a new window has begun')
+})
+
+t.test('a wrong code is counted while an unknown claim can be taken over, though its code has expired', async (t) => {
+  const { mobile, claim: claimed } = await claimIssued()
+  await codes.restore(claimed, true)
+  await redis.del(codeKey(mobile), issueKey(mobile))
+  t.equal((await present(mobile, 'wrong')).state, 'wrong')
+  t.equal(await redis.exists(guessesKey(mobile)), 1)
+
+  const { mobile: completed } = await completeIssued()
+  t.equal((await present(completed, 'wrong')).state, 'wrong')
+  t.equal(await redis.exists(guessesKey(completed)), 0, 'a completed claim cannot be taken over')
+})
+
+t.test('spent guesses are refused until the exact end of the longest window, which is reported', async (t) => {
+  const mobile = newMobile()
+  const code = await issueCode(mobile)
+  const [hour, day] = [3_600, 86_400]
+
+  /** Lets the windows begin so many seconds ago. Checks how long the right code is refused, and by which budget. */
+  async function checkSpent(guesserAge: number, allAge: number, windowEnd: number, budget: LimitName) {
+    const now = await redisNow()
+    await redis.hset(guessesKey(mobile), {
+      [address]: `5 ${now - guesserAge * 1_000_000}`,
+      all: `50 ${now - allAge * 1_000_000}`
+    })
+    refusals.length = 0
+    const result: ClaimResult = await present(mobile, code)
+    const passed = ((await redisNow()) - now) / 1_000_000
+    const seconds = 'retryAfterSeconds' in result ? result.retryAfterSeconds : 0
+    t.equal(result.state, 'spent')
+    t.ok(windowEnd - passed <= seconds && seconds <= windowEnd, `${seconds} s of ${windowEnd} s`)
+    t.strictSame(refusals, [budget])
+  }
+
+  await checkSpent(hour / 2, day, hour / 2, 'guesses_guesser')
+  await checkSpent(hour / 2, day - 100, hour / 2, 'guesses_guesser')
+  await checkSpent(hour / 2, day / 2, day / 2, 'guesses_mobile')
+  await checkSpent(hour, day / 2, day / 2, 'guesses_mobile')
+  t.equal(await redis.get(codeKey(mobile)), code)
+})
+
+/** Issues a code, and another one for another purpose which replaces it. */
+async function issueTwo() {
+  const mobile = newMobile()
+  const previous = await issue(mobile)
+  const previousIssue = await readJson(issueKey(mobile))
+  const latest = await issue(mobile, 'password')
+  const { replaced } = latest
+  if (replaced === undefined) throw new Error('the second code is not new')
+  return { mobile, previous, previousIssue, latest, replaced }
+}
+
+/** Lets the newest code have been issued some seconds earlier. */
+async function ageIssue(mobile: string, seconds: number): Promise<void> {
+  const issued = await readJson(issueKey(mobile))
+  const [send] = issued.sends
+  send.at = `${Number(send.at) - seconds * 1_000_000}`
+  await redis.set(issueKey(mobile), JSON.stringify(issued), 'KEEPTTL')
+}
+
+t.test('a withdrawal puts the previous code and its issue back, with the TTL that is left', async (t) => {
+  const startedAt = Date.now()
+  const { mobile, previous, previousIssue, latest, replaced } = await issueTwo()
+  await ageIssue(mobile, 5_000)
+  await codes.withdraw({ ...latest, replaced: { ...replaced, ttlMs: 10_000_000 } })
+  t.equal(await redis.get(codeKey(mobile)), previous.code)
+  t.strictSame(await readJson(issueKey(mobile)), previousIssue)
+  for (const key of [codeKey(mobile), issueKey(mobile)]) {
+    const ttlMs = await redis.pttl(key)
+    // Two clocks, of which each has whole milliseconds.
+    const passedMs = Date.now() - startedAt + 2
+    t.ok(ttlMs <= 5_000_000 && ttlMs >= 5_000_000 - passedMs, `${ttlMs} ms`)
+  }
+})
+
+t.test('a withdrawal puts a code without a TTL back without one, and no code that has expired', async (t) => {
+  const immortal = await issueTwo()
+  await codes.withdraw({ ...immortal.latest, replaced: { ...immortal.replaced, ttlMs: -1 } })
+  t.equal(await redis.get(codeKey(immortal.mobile)), immortal.previous.code)
+  t.equal(await redis.pttl(codeKey(immortal.mobile)), -1)
+
+  for (const ttlMs of [0, 1_000]) {
+    const expired = await issueTwo()
+    await ageIssue(expired.mobile, 5)
+    await codes.withdraw({ ...expired.latest, replaced: { ...expired.replaced, ttlMs } })
+    t.strictSame(await keysOf(expired.mobile), [], `${ttlMs} ms`)
+  }
+
+  const mobile = newMobile()
+  await codes.withdraw(await issue(mobile))
+  t.strictSame(await keysOf(mobile), [], 'there was no previous code')
+
+  const foreign = await issueCode(mobile)
+  await codes.withdraw(await issue(mobile))
+  t.strictSame(await keysOf(mobile), [codeKey(mobile)], 'a code of another service had no issue')
+  t.equal(await redis.get(codeKey(mobile)), foreign)
+})
+
+t.test('a withdrawal does not fail in the millisecond in which the previous code expires', async (t) => {
+  const mobile = newMobile()
+  const lifeMs = 1_000
+  for (let n = 0; n < 200; n++) {
+    // The time until the script runs is between 0 and 5 ms. So in many runs the rest of the life is 0 ms.
+    const restUs = (n % 20) * 250
+    const at = `${(await redisNow()) - lifeMs * 1_000 + restUs}`
+    await redis.set(issueKey(mobile), JSON.stringify({ code: 'new', sends: [{ at, network: address }] }))
+    await redis.set(codeKey(mobile), 'new')
+    const replaced = { code: 'previous', ttlMs: lifeMs, issue: null }
+    await codes.withdraw({ mobile, code: 'new', ttlSeconds: 0, replaced })
+    t.not(await redis.get(codeKey(mobile)), 'new')
+  }
+})
+
+t.test('a withdrawal changes nothing if the code was sent again, replaced or claimed meanwhile', async (t) => {
+  /** Withdraws a code after something has happened, and checks that the keys stay as they were. */
+  async function checkUnchanged(name: string, happen: (mobile: string, code: string) => Promise<unknown>) {
+    const { mobile, latest } = await issueTwo()
+    await happen(mobile, latest.code)
+    const state = () => Promise.all([keysOf(mobile), redis.get(codeKey(mobile)), redis.get(issueKey(mobile))])
+    const before = await state()
+    await codes.withdraw(latest)
+    t.strictSame(await state(), before, name)
+  }
+  await checkUnchanged('sent again', (mobile) => issue(mobile, 'password'))
+  await checkUnchanged('replaced by this service', (mobile) => issue(mobile, 'sign_up'))
+  await checkUnchanged('replaced by another service', (mobile) => issueCode(mobile))
+  await checkUnchanged('written by another service, too', (mobile) => redis.del(issueKey(mobile)))
+  await checkUnchanged('claimed', (mobile, code) => claim(mobile, code, 'password'))
+  await checkUnchanged('expired', (mobile) => redis.del(codeKey(mobile)))
+})
+
+t.test('a claim is identified by 16 digits, also in the first tenth of a second', async (t) => {
+  // There the microseconds of Redis have leading zeros.
+  let claimId = ''
+  do {
+    const [, microseconds] = await redis.time()
+    await sleep(Math.ceil((1_000_000 - Number(microseconds)) / 1_000))
+    claimId = (await claimIssued()).claim.claimId
+  } while (claimId.length === 16 && claimId[10] !== '0')
+  t.match(claimId, /^\d{10}0\d{5}$/)
+})
