@@ -4,6 +4,7 @@ import t from 'tap'
 import { parse } from 'yaml'
 import { outcomes } from '../dist/outcomes.js'
 import { client } from '../testkit/client.js'
+import { answerWith, startWebhook } from '../testkit/sms-webhook.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
@@ -94,6 +95,20 @@ t.test('sent codes, used codes and the refusals of each limit are counted', asyn
     t.equal(sampleOf(text, `mobile_signup_limit_refusals_total{limit="${limit}"}`), count, limit)
   }
   t.notMatch(text, ticket)
+})
+
+t.test('a message counts as sent unless it was certainly not sent', async (t) => {
+  const webhook = await startWebhook(t)
+  const app = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url })
+  for (const [status, count] of [
+    [200, 1],
+    [500, 2],
+    [400, 2]
+  ] as const) {
+    webhook.answer = answerWith(status)
+    await client(app).sendCode(newMobile())
+    t.equal(sampleOf(await scrape(app), 'mobile_signup_codes_sent_total'), count, `${status}`)
+  }
 })
 
 t.test('failed round trips to a store are counted', async (t) => {
