@@ -249,20 +249,6 @@ t.test('DELETE /session?everywhere=true ends all sessions of the user and no oth
   t.equal(await redis.exists(`sessions_of:${user.userId}`), 0)
 })
 
-t.test('a user has at most 100 sessions: one more ends the oldest', async (t) => {
-  const { mobile, password, userId } = await registerUser()
-  const now = Math.floor(Date.now() / 1_000)
-  const earlier = Array.from({ length: 99 }, (_, n) => [now + 1_000 + n, `earlier-${n}`]).flat()
-  await redis.zadd(`sessions_of:${userId}`, ...earlier)
-  await redis.zadd(`sessions_of:${userId}`, now - 1, 'expired')
-  await redis.mset('session:earlier-0', '{}', 'session:earlier-1', '{}')
-  t.equal((await api.logIn({ mobile, password })).statusCode, 201)
-  t.equal(await redis.zcard(`sessions_of:${userId}`), 100)
-  t.strictSame(await redis.mget('session:earlier-0', 'session:earlier-1'), [null, '{}'])
-  const ttlSeconds = await redis.ttl(`sessions_of:${userId}`)
-  t.ok(ttlSeconds > 86_300 && ttlSeconds <= 86_400, 'the index expires with its last session')
-})
-
 t.test('503 4001: a login fails if its session cannot be stored', async (t) => {
   const proxy = await openProxy(t, 'REDIS_URL')
   const app = await build(t, { REDIS_URL: proxy.url })
