@@ -10,12 +10,16 @@ import {
   hasHappened,
   isSpent
 } from './history.js'
+import type { Attempt } from './requests.js'
 import type { System } from './system.js'
 
 interface Row {
   id: string
   phc: string
 }
+
+/** Whether a request has an answer that no retry changes. */
+const isRefused = ({ reply }: Attempt) => reply !== undefined && reply.statusCode >= 400 && reply.statusCode < 500
 
 const isSuccess = ({ reply }: { reply: Reply }) => reply.json().errno === '0'
 
@@ -163,7 +167,7 @@ export class Checks {
     return presents === 'the code' && this.history.entries.some(({ kind }) => kind === 'event')
   }
 
-  /** Whether a request was refused for good, because of the row, and has discarded the code. */
+  /** Whether a request was refused for good, because of the row. That uses the code up, even if Redis does not hear of it. */
   private isDiscarded(code: Client['presents']): boolean {
     const roundTrips = this.roundTrips()
     return roundTrips.some(
@@ -171,7 +175,10 @@ export class Checks {
         ['insert_user', 'set_password'].includes(name) &&
         ending === 'done' &&
         client.presents === code &&
-        roundTrips.slice(index).some((step) => step.attempt === attempt && step.name === 'endClaim')
+        (isRefused(attempt) ||
+          roundTrips
+            .slice(index)
+            .some((step) => step.attempt === attempt && ['endClaim', 'concedeClaim'].includes(step.name)))
     )
   }
 
@@ -184,15 +191,21 @@ export class Checks {
         client.presents === presents &&
         client.action !== action &&
         !roundTrips.some((step) => step.attempt === attempt && step.name === 'endClaim') &&
-        !(attempt.reply !== undefined && attempt.reply.statusCode < 500)
+        !isRefused(attempt)
     )
   }
 
-  /** Whether the record of a client's code may be that of the new code. There is one record for each mobile. */
-  private isRecordReplaced({ presents }: Client): boolean {
-    const ofNewCode = ({ name, client }: { name: string; client: Client }) =>
-      name === 'claimCode' && client.presents === 'the new code'
-    return presents === 'the code' && this.roundTrips().some(ofNewCode)
+  /**
+   * Whether the record of a client's code may be another one: that of another code, or of a claim for the other purpose. There
+   * is one record for each mobile. A request that reads or writes the row has a claim.
+   */
+  private isRecordReplaced({ presents, action }: Client): boolean {
+    const roundTrips = this.roundTrips()
+    return roundTrips.some(
+      ({ name, client }) =>
+        (name === 'claimCode' && client.presents !== presents && client.presents !== 'a wrong code') ||
+        (rowStatements.includes(name) && client.action !== action)
+    )
   }
 
   /** Whether a late claim may hold the code: it has run since all leases have passed. */
