@@ -156,13 +156,16 @@ export class HashPool {
       if (client?.closed) throw new ClientGone()
       const queued: QueuedJob = { job, client, queuedAt: nowMs(), resolve, reject }
       this.queue.add(queued)
-      client?.once('close', () => {
-        if (this.queue.delete(queued)) reject(new ClientGone())
-      })
+      client?.once('close', () => this.leave(queued))
       this.dispatch()
       if (this.queue.has(queued)) this.onBacklog?.()
     })
     return this.inFlight.track(result)
+  }
+
+  /** The client of a job has gone. The job leaves the queue, unless a thread has it in hand. */
+  private leave(job: QueuedJob): void {
+    if (this.queue.delete(job)) job.reject(new ClientGone())
   }
 
   /** Gives the threads the next jobs of the queue. */
@@ -235,8 +238,8 @@ export class HashPool {
     const [current, ...next] = thread.jobs
     current?.reject(thread.error ?? new Error('the hash thread has ended'))
     if (this.isClosed) return
-    for (const { client, reject } of next) if (client?.closed) reject(new ClientGone())
-    this.queue = new Set([...next.filter(({ client }) => !client?.closed), ...this.queue])
+    this.queue = new Set([...next, ...this.queue])
+    for (const job of next) if (job.client?.closed) this.leave(job)
     this.dispatch()
     if (thread.isReady) this.restartThread()
     else this.startThreadLater()

@@ -4,8 +4,7 @@ import { readFile } from 'node:fs/promises'
 const settingFile = '/sys/kernel/mm/transparent_hugepage/enabled'
 
 /** What to do if {@link areHugePagesOff}. */
-export const hugePagesAdvice =
-  'transparent huge pages are off, so each hash is slower; write madvise to /sys/kernel/mm/transparent_hugepage/enabled'
+export const hugePagesAdvice = `transparent huge pages are off, so each hash is slower; write madvise to ${settingFile}`
 
 /**
  * Returns whether the system gives no transparent huge pages. @node-rs/argon2 asks for them for each hash. Without them a
