@@ -5,7 +5,7 @@ import t, { type Test } from 'tap'
 import type { Config } from '../dist/config/config.js'
 import { passwords } from '../dist/passwords/passwords.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
-import { leaseMsOf, startTestbed } from '../testkit/testbed.js'
+import { leaseMsOf, sessionIdOf, sessionKeyOf, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 /*
@@ -28,8 +28,6 @@ async function registerUser() {
 }
 
 const sessionStatus = async (cookie: string) => (await api.whoAmI(cookie)).statusCode
-const sessionKeyOf = (cookie: string) => `session:${cookie.split(/[=.]/)[1]}`
-
 /** Builds a service that calls a function after each verification of a password, before it uses the result. */
 function buildInterrupted(t: Test, afterVerification: () => Promise<unknown>) {
   const interrupted: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
@@ -99,7 +97,7 @@ t.test('G9: a session that could not be deleted, or is in no index, does not out
     const { mobile, password } = body
     const second = cookieOf(await api.logIn({ mobile, password }))
     const stored = await redis.get(sessionKeyOf(cookie))
-    await redis.zrem(`sessions_of:${userId}`, sessionKeyOf(cookie).slice('session:'.length))
+    await redis.zrem(`sessions_of:${userId}`, sessionIdOf(cookie))
     if (end === 'reset') t.equal((await api.resetPassword(reset)).statusCode, 200)
     else t.equal((await api.logOut(second, '?everywhere=true')).statusCode, 200)
     t.equal(await redis.get(sessionKeyOf(cookie)), stored, 'the session is still in Redis')

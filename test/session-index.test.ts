@@ -1,6 +1,6 @@
 import t from 'tap'
 import { client } from '../testkit/client.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { sessionIdOf, sessionKeyOf, startTestbed } from '../testkit/testbed.js'
 
 /*
  * What Redis has of the sessions of a user: the sessions, their index and their epoch. test/epochs.test.ts has what races with
@@ -12,9 +12,6 @@ const { build, cookieOf, redis, signUpBody } = await startTestbed(t)
 const app = await build(t)
 const api = client(app)
 
-/** Returns the Redis key of the session of a cookie. */
-const sessionKeyOf = (cookie: string) => `session:${cookie.split(/[=.]/)[1]}`
-
 /** Signs a new user up. */
 async function registerUser() {
   const { mobile, password, ...body } = await signUpBody()
@@ -23,8 +20,6 @@ async function registerUser() {
   const cookie = cookieOf(reply)
   return { login: { mobile, password }, mobile, userId, cookie, index: `sessions_of:${userId}` }
 }
-
-const sessionIdOf = (cookie: string) => sessionKeyOf(cookie).slice('session:'.length)
 
 t.test('a stored session has the user and the fields of its cookie', async (t) => {
   const before = Date.now()

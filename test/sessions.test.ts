@@ -1,7 +1,7 @@
 import { Signer } from '@fastify/cookie'
 import t from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { impatient, startTestbed } from '../testkit/testbed.js'
+import { impatient, sessionKeyOf, startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, holdRedisWrites, redis, signUpBody, stores } = await startTestbed(t)
 
@@ -18,9 +18,6 @@ const production = {
   HASH_PASSES: '5'
 }
 const sessionSecret = `${stores.environment.SESSION_SECRET}`
-
-/** Returns the Redis key of the session of a cookie. */
-const sessionKeyOf = (cookie: string) => `session:${cookie.split(/[=.]/)[1]}`
 
 t.test('the cookie is sid with HttpOnly, SameSite=Lax, Path=/ and Max-Age=86400', async (t) => {
   const reply = await api.signUp(await signUpBody())

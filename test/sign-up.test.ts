@@ -5,7 +5,7 @@ import type { Config } from '../dist/config/config.js'
 import { outcomes } from '../dist/outcomes.js'
 import { passwords } from '../dist/passwords/passwords.js'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { impatient, recordKey, startTestbed } from '../testkit/testbed.js'
+import { impatient, recordKey, sessionIdOf, startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, holdInserts, holdRedisWrites, issueCode, newMobile, openProxy, redis, signUpBody, userRows } =
   await startTestbed(t)
@@ -30,7 +30,7 @@ t.test('201: the row is durable, its hash verifies the password, and a session s
   t.ok(await verify(row.password_hash, body.password))
   t.equal(await redis.exists(`sms_code_${body.mobile}`), 0, 'the code is used')
 
-  const sessionId = cookieOf(reply).split(/[=.]/)[1]
+  const sessionId = sessionIdOf(cookieOf(reply))
   t.match(JSON.parse((await redis.get(`session:${sessionId}`)) ?? ''), {
     user_id: row.id,
     name: body.mobile,

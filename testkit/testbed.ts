@@ -239,3 +239,9 @@ export const leaseMsOf = ({ hashMaxWaitMs, storeTimeoutMs }: Pick<Config, 'hashM
 
 /** The key of a mobile's claim record. A copy, so that a test fails if the service changes it. */
 export const recordKey = (mobile: string) => `{sms_code_${mobile}}:attempt`
+
+/** Returns the session id in a cookie of `cookieOf`, `sid=<id>.<signature>`. */
+export const sessionIdOf = (cookie: string) => `${cookie.split(/[=.]/)[1]}`
+
+/** Returns the Redis key of the session of a cookie. A copy of the contract, as above. */
+export const sessionKeyOf = (cookie: string) => `session:${sessionIdOf(cookie)}`

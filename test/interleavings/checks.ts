@@ -26,7 +26,7 @@ const isSuccess = ({ reply }: { reply: Reply }) => reply.json().errno === '0'
 /** Requests that are the same have one success. */
 const requestOf = ({ action, password }: Client) => `${action} with ${password}`
 
-/** The statements that read or write the row of a request before its success. */
+/** The statements on the row of a user. Each success needs one of them. */
 const rowStatements = ['insert_user', 'find_user', 'set_password']
 
 /** Compares a run with the guarantees of docs/guarantees.md. */
@@ -95,8 +95,8 @@ export class Checks {
   }
 
   /**
-   * Two sign-ups never succeed with different passwords. No other request succeeds with a code that was sent after the
-   * completion of a success with it. If Redis has not run the completion, another reset can claim the code after the lease.
+   * Two sign-ups never succeed with different passwords. When Redis has run the completion of a success, no other request that
+   * arrives later succeeds with the same code. Without the completion, another reset can claim the code after the lease.
    */
   private checkSingleUse(): void {
     const { entries } = this.history
@@ -119,17 +119,19 @@ export class Checks {
 
   /** Returns the index of the entry, or -1 if Redis has not run the completion, or the success was a replay. */
   private completionOf({ attempt }: Answer): number {
+    return this.indexOf('completeClaim', attempt)
+  }
+
+  /** Returns the index of the first round trip of a request with this name among all entries, or -1. */
+  private indexOf(name: string, attempt: Attempt): number {
     return this.history.entries.findIndex(
-      (entry) => entry.kind === 'round trip' && entry.name === 'completeClaim' && entry.attempt === attempt
+      (entry) => entry.kind === 'round trip' && entry.name === name && entry.attempt === attempt
     )
   }
 
   private checkGuesses(): void {
-    const { entries } = this.history
     for (const { client, attempt } of this.successes()) {
-      const claim = entries.findIndex(
-        (entry) => entry.kind === 'round trip' && entry.name === 'claimCode' && entry.attempt === attempt
-      )
+      const claim = this.indexOf('claimCode', attempt)
       if (claim === -1) this.violations.push(`G8: ${client.name} succeeds without a claim`)
       else if (isSpent(this.history, client, claim)) {
         this.violations.push(`G8: ${client.name} succeeds, although its guesses are spent`)
