@@ -5,7 +5,7 @@ import { replies } from '../dist/http/replies.js'
 import { isOutcomeName, type OutcomeName, outcomeNames, Refusal } from '../dist/outcomes.js'
 
 /*
- * The outcome table. It stands here once more, written from docs/api.md, not from src.
+ * The outcome table. The copy here comes from docs/api.md, not from src, so a change of src fails the test.
  */
 
 const config = loadConfig({ DATABASE_URL: 'postgresql://u:p@host/db', REDIS_URL: 'redis://host' })

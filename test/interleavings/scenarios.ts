@@ -5,7 +5,7 @@ export interface ClientSpec {
   /** The new code arrives with the event `a new code is sent`. Its client sends no request before. */
   presents: 'the code' | 'the new code' | 'a wrong code'
   address: string
-  /** How often it sends its request: again after a 5xx, or after no answer. */
+  /** How often it sends its request at most. After a 5xx, or if no answer comes, it sends it again. */
   attempts: number
 }
 

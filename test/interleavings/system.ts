@@ -81,7 +81,7 @@ async function buildSystem(stores: PrivateStores, patches: readonly Patch[], env
   }
 }
 
-/** The systems with some patches: one for each number of guesses, so that few services are built. */
+/** Builds a system with some patches for each number of guesses. Scenarios with the same number share it. */
 export class Systems {
   private readonly systems = new Map<number | undefined, Promise<System>>()
 
