@@ -1,9 +1,11 @@
 import { once } from 'node:events'
 import { connect, type Socket } from 'node:net'
+import { promisify } from 'node:util'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
 import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
 
 const { build, holdInserts, log, signUpBody } = await startTestbed(t)
 
@@ -24,6 +26,9 @@ async function openConnection({ server }: FastifyInstance, port: number): Promis
 }
 
 const untilClosed = (socket: Socket) => new Promise((resolve) => socket.once('close', resolve))
+
+const untilNoConnection = ({ server }: FastifyInstance) =>
+  until('the server has no connection', async () => (await promisify(server.getConnections.bind(server))()) === 0)
 
 /** Opens a connection that records what the server sends. */
 async function openRecorded(app: FastifyInstance, port: number) {
@@ -101,6 +106,37 @@ t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4
     const reply = await exchange(app, port, head, body)
     t.match(reply, `HTTP/1.1 ${status} `, name)
     t.equal(reply.split('\r\n\r\n')[1], '{"errno":"4201","errmsg":"非法请求"}')
+  }
+})
+
+t.test('a client that resets its connection after a refusal does not end the service', async (t) => {
+  const { app, port } = await listen(t)
+  for (const bytes of [`CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 'GARBAGE\r\n\r\n']) {
+    const inserts = await holdInserts()
+    const { socket } = await openRecorded(app, port)
+    const refused = once(app.server, bytes.startsWith('CONNECT') ? 'connect' : 'clientError')
+    // The refusal waits for the sign-up, so the reset comes before it.
+    socket.write(`${await signUpRequest()}${bytes}`)
+    await inserts.arrived(1)
+    await refused
+    socket.resetAndDestroy()
+    await untilNoConnection(app)
+    await inserts.release()
+  }
+  t.equal((await app.inject('/health/live')).statusCode, 200)
+})
+
+t.test('a client that does not close its side after a refusal loses the connection', async (t) => {
+  const { app, port } = await listen(t)
+  for (const bytes of [`CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 'GARBAGE\r\n\r\n']) {
+    const socket = connect({ port, host: '127.0.0.1', allowHalfOpen: true })
+    socket.on('error', () => undefined).resume()
+    socket.write(bytes)
+    await once(socket, 'end')
+    // Nobody reads these bytes.
+    socket.write('more')
+    await untilNoConnection(app)
+    socket.destroy()
   }
 })
 

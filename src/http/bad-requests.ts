@@ -8,6 +8,12 @@ import { type Language, type OutcomeName, outcomes } from '../outcomes.js'
 import type { RequestLog } from '../telemetry/log.js'
 import { headersOfReply } from './reply-headers.js'
 
+/**
+ * How long a client may take to close its side after a refusal. Node's server leaves that side open, so without this bound a
+ * client could keep the file descriptor.
+ */
+const closingGraceMs = 1_000
+
 /** The envelope where no reply can be decorated, in the default language. */
 function badRequestBody(language: Language): string {
   const { errno, [language]: errmsg } = outcomes.bad_request
@@ -59,6 +65,8 @@ export const badRequests = fp<{ config: Config }>(
       logRequest(fastify.log, requestId, 417)
     })
     fastify.server.on('connect', async (_request, socket: Socket) => {
+      // Node has removed its listeners. Without these, a reset ends the process, and the end of unread bytes is not noticed.
+      socket.on('error', () => undefined).resume()
       await fastify.shutdown.untilAnswered(socket)
       refuseSocket(socket, 400, body, fastify.log)
     })
@@ -72,13 +80,14 @@ export const badRequests = fp<{ config: Config }>(
 )
 
 function refuseSocket(socket: Socket, status: number, body: string, log: FastifyBaseLogger | undefined): void {
-  // Nobody is there to get the answer.
+  // The client has disconnected.
   if (!socket.writable) return
   const requestId = randomUUID()
   logRequest(log, requestId, status)
   const headers = Object.entries({ ...badRequestHeaders(requestId, body), connection: 'close' })
   const head = [`HTTP/1.1 ${status} ${STATUS_CODES[status]}`, ...headers.map(([name, value]) => `${name}: ${value}`)]
   socket.end(`${head.join('\r\n')}\r\n\r\n${body}`)
+  setTimeout(() => socket.destroy(), closingGraceMs).unref()
 }
 
 function statusOf({ code }: NodeJS.ErrnoException): number {
