@@ -10,7 +10,7 @@ import { verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
 import { Refusal } from '../dist/outcomes.js'
-import { ClientGone, HashPool } from '../dist/passwords/hash-pool.js'
+import { ClientDisconnected, HashPool } from '../dist/passwords/hash-pool.js'
 import { copyBuild } from '../testkit/built-copy.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
@@ -111,7 +111,7 @@ t.test(
     t.equal(pool.queueLength, 2)
     const expectedWaitMs = pool.expectedWaitMs
     clients[2].destroy()
-    await t.rejects(waiting, new ClientGone())
+    await t.rejects(waiting, new ClientDisconnected())
     t.equal(pool.queueLength, 1)
     t.equal(pool.expectedWaitMs, expectedWaitMs / 2)
     for (const client of clients) client.destroy()
@@ -119,7 +119,7 @@ t.test(
     t.equal(pool.expectedWaitMs, 0)
     await t.rejects(
       pool.hash('late', clients[2]),
-      new ClientGone(),
+      new ClientDisconnected(),
       'a client that has disconnected before adds no job'
     )
   }
@@ -168,7 +168,7 @@ t.test('if a thread ends, a job that it had next is not computed if its client h
   const begun = pool.verify(slowPhc, 'begun')
   const next = pool.hash('next', client)
   client.destroy()
-  await Promise.all([t.rejects(begun, /has ended/), t.rejects(next, new ClientGone()), workers[0]?.terminate()])
+  await Promise.all([t.rejects(begun, /has ended/), t.rejects(next, new ClientDisconnected()), workers[0]?.terminate()])
   t.equal(pool.queueLength, 0)
 })
 

@@ -55,7 +55,7 @@ interface Issue {
   sends?: { at: string; network: string }[]
 }
 
-/** A claim that succeeded earlier. The present request repeats its request. */
+/** A claim that an earlier run of the same request has completed. */
 export interface CompletedClaim {
   readonly mobile: string
   readonly userId: string

@@ -7,7 +7,7 @@ const [hour, day] = [3_600, 86_400]
 
 const isEnabled = ({ max, seconds }: Limit) => max > 0 && seconds > 0
 
-/** The limits of a mobile on messages. A message that was certainly not sent gives them back. */
+/** The limits of a mobile on messages. They are refunded if the message was certainly not sent. */
 export function mobileLimits(config: Config, mobile: string): Limit[] {
   const limits: Limit[] = [
     // The key is a contract with other services.
@@ -17,7 +17,7 @@ export function mobileLimits(config: Config, mobile: string): Limit[] {
   return limits.filter(isEnabled)
 }
 
-/** The limits on messages whose codes nobody has used. They are against people who earn money from each message. */
+/** The limits on messages whose codes nobody has used. They are against SMS pumping: attackers who earn money from each message. */
 export function unusedCodeLimits(config: Config, mobile: string, address: string): Limit[] {
   const perNetwork = networksOf(address).map(
     ({ network, share }): Limit => ({

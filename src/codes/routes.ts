@@ -60,7 +60,7 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
     return reply.outcome('code_sent', { data: { ticket: fastify.codes.createTicket(mobile) } })
   }
 
-  /** The sender's own limits first: who has none left must not touch those of the mobile. */
+  /** The limits of the network come first: in a Cluster, a client that has exhausted them must not consume units of the mobile. */
   const limitsOf = (mobile: string, address: string) => [
     ...unusedCodeLimits(config, mobile, address),
     ...mobileLimits(config, mobile)
@@ -84,7 +84,7 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
   async function issueAndSend(request: SendCodeRequest, consumedAt: number): Promise<void> {
     const { body, ip, log, id } = request
     const { mobile, purpose } = body
-    /** Gives the units of the mobile back, because no message was sent. The other limits count the failure. */
+    /** Refunds the units of the mobile, because no message was sent. The other limits count the failure. */
     const refundMobile = () => fastify.rateLimits.refund(mobileLimits(config, mobile), consumedAt)
 
     const issued = await fastify.codes.issue(mobile, purpose, ip).catch(async (error) => {

@@ -36,7 +36,8 @@ local now = time[1] .. string.format('%06d', time[2])
  * and the MACs of the presented code under all secrets; the first of them is stored.
  *
  * Returns `{'claimed', at, ttl, 1 if the record names this code already, else 0, issue}`, `{'in_progress'}`,
- * `{'done', user_id, at}`, `{'wrong'}`, or `{'spent', ms, number}`: until when which budget is spent.
+ * `{'done', user_id, at}`, `{'wrong'}`, or
+ * `{'spent', ms, number}`: the ms until the budget with the longest wait has room again, and its number.
  */
 export const claimCode = `${readClock}
 local budgets = tonumber(ARGV[6])
@@ -126,7 +127,7 @@ return 1
 `
 
 /**
- * Ends a claim with success, and gives all guesses at the mobile back. If another request has held the same code meanwhile and
+ * Ends a claim with success, and resets the guesses at the mobile. If another request has held the same code meanwhile and
  * put it back, the code is used up.
  *
  * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, the claimed code.

@@ -76,7 +76,7 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
     method: 'GET',
     url: '/health/live',
     schema: { tags: ['health'], operationId: 'live', summary: 'Whether the process lives' },
-    config: { probe: true, outcomes: ['healthy', 'busy'] },
+    config: { isProbe: true, outcomes: ['healthy', 'busy'] },
     handler: live
   })
   fastify.route({
@@ -88,7 +88,7 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
       summary: 'Whether this instance can serve, and which stores are away'
     },
     config: {
-      probe: true,
+      isProbe: true,
       outcomes: ['healthy', 'busy'],
       data: { healthy: FailingData, busy: FailingData }
     },

@@ -97,7 +97,7 @@ const acceptLanguage = Type.Object({
 function describeReplies(route: FastifyContextConfig, config: Config) {
   // Every route may also answer what HTTP parsing refuses. It keeps its status under LEGACY_STATUS, as probes do.
   const names = outcomeNames.filter((name) => name === 'bad_request' || route.outcomes?.includes(name))
-  const isLegacy = config.legacyStatus && !route.probe
+  const isLegacy = config.legacyStatus && !route.isProbe
   const statusOf = (name: OutcomeName) => (isLegacy && name !== 'bad_request' ? 200 : outcomes[name].status)
   const statuses = [...new Set(names.map(statusOf))]
   return Object.fromEntries(

@@ -6,8 +6,8 @@ import { type Language, languages, type OutcomeDetails, type OutcomeName, outcom
 
 declare module 'fastify' {
   interface FastifyContextConfig {
-    /** For machines that ask often: the route keeps its status under LEGACY_STATUS and has no request log line. */
-    probe?: boolean
+    /** Whether the route is a probe: it keeps its status under LEGACY_STATUS and has no request log line. */
+    isProbe?: boolean
   }
   interface FastifyReply {
     /** Sends an outcome as `{errno, errmsg, data?}`, in the language that the client prefers. */
@@ -44,7 +44,7 @@ export const replies = fp<{ config: Config }>(
       const outcome = outcomes[name]
       this.outcomeName = name
       // The legacy handler had no outcome for what HTTP parsing refuses, and no probes.
-      const isLegacy = config.legacyStatus && name !== 'bad_request' && !this.routeOptions.config.probe
+      const isLegacy = config.legacyStatus && name !== 'bad_request' && !this.routeOptions.config.isProbe
       this.code(isLegacy ? 200 : outcome.status)
       const retryAfterSeconds =
         details.retryAfterSeconds ?? ('retryAfterSeconds' in outcome ? outcome.retryAfterSeconds : undefined)

@@ -14,7 +14,7 @@ export const startUp = fp(
   async (fastify) => {
     fastify.decorate('startUp', { isComplete: true })
     fastify.addHook('onRequest', async (request, reply) => {
-      if (!fastify.startUp.isComplete && !request.routeOptions.config.probe) return reply.outcome('busy')
+      if (!fastify.startUp.isComplete && !request.routeOptions.config.isProbe) return reply.outcome('busy')
     })
   },
   { fastify: '5.x', name: 'start-up', dependencies: ['replies'] }

@@ -55,8 +55,8 @@ const newestJobWeight = 0.1
 /** How many steps of nice(2) the threads' priority is below the event loop's. Only Linux has it per thread. */
 const niceness = 10
 
-/** The client disconnected while its job waited. The outcome is for a pipelined request that may still be answered. */
-export class ClientGone extends Refusal {
+/** The client disconnected while its job waited. `busy` is in the log and the metrics: nobody receives the reply. */
+export class ClientDisconnected extends Refusal {
   constructor() {
     super('busy')
   }
@@ -131,7 +131,7 @@ export class HashPool {
   /**
    * @param client removes the job from the queue when it closes; a job that a thread has in hand is finished
    * @returns a PHC string
-   * @throws {ClientGone}
+   * @throws {ClientDisconnected}
    */
   hash(password: string, client?: Writable): Promise<string> {
     return this.run({ password }, client).then(String)
@@ -153,7 +153,7 @@ export class HashPool {
     const result = new Promise<string | boolean>((resolve, reject) => {
       if (this.isClosed) throw new Refusal('busy')
       if (!this.isAvailable) throw unavailable()
-      if (client?.closed) throw new ClientGone()
+      if (client?.closed) throw new ClientDisconnected()
       const queued: QueuedJob = { job, client, queuedAt: nowMs(), resolve, reject }
       this.queue.add(queued)
       client?.once('close', () => this.leave(queued))
@@ -163,9 +163,9 @@ export class HashPool {
     return this.inFlight.track(result)
   }
 
-  /** The client of a job has gone. The job leaves the queue, unless a thread has it in hand. */
+  /** The client of a job has disconnected. The job leaves the queue, unless a thread has it in hand. */
   private leave(job: QueuedJob): void {
-    if (this.queue.delete(job)) job.reject(new ClientGone())
+    if (this.queue.delete(job)) job.reject(new ClientDisconnected())
   }
 
   /** Gives the threads the next jobs of the queue. */

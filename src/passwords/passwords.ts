@@ -21,7 +21,7 @@ interface Passwords {
    *
    * @param client removes the job from the queue if it closes before a thread has the job in hand: the `raw` of a reply
    * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
-   * @throws {ClientGone}
+   * @throws {ClientDisconnected}
    */
   hash(password: string, client?: Writable): Promise<string>
   /**

@@ -42,7 +42,7 @@ export function logInHandler(fastify: FastifyInstance, config: Config) {
     }
     if (user === undefined) return reply.outcome('wrong_login')
 
-    // A success takes its own try back, and clears the failures of the mobile from this network, which is the owner's.
+    // A success is refunded, and resets the count of the mobile from this network, which is the owner's.
     const sessionUser = { user_id: user.id, name: user.name, mobile }
     const [session] = await Promise.all([
       fastify.sessions.start(request, reply, sessionUser, user.sessionEpoch),

@@ -33,7 +33,7 @@ export function loginLimits({ loginIpHourlyMax }: Pick<Config, 'loginIpHourlyMax
   return {
     /** For the mobile and a network. */
     resetOnSuccess: pairs,
-    /** For the mobile alone, and for a network alone. A success takes only its own try back. */
+    /** For the mobile alone, and for a network alone. A success refunds only its own unit. */
     refundOnSuccess: loginIpHourlyMax > 0 ? [perMobile, ...perNetwork] : [perMobile],
     /** For the mobile alone, and for the mobile and the networks of the reset. */
     resetByPasswordReset: [...pairs, perMobile]

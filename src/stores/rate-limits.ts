@@ -13,7 +13,8 @@ export interface Limit {
 
 interface RateLimits {
   /**
-   * Consumes one unit of every limit, or none of any if one is exhausted. In a Cluster in this order.
+   * Consumes one unit of every limit, or none of any if one is exhausted. In a Cluster the limits are consumed in the given
+   * order, slot by slot.
    *
    * @returns 0, or the seconds until every limit has a unit again
    */
@@ -21,7 +22,7 @@ interface RateLimits {
   /** Returns what {@link consume} would return, and consumes nothing. */
   retryAfterSeconds(limits: readonly Limit[]): Promise<number>
   /**
-   * Gives one unit of every limit back, unless its window has ended since.
+   * Refunds one unit of every limit, unless its window has ended since.
    *
    * @param consumedAt by `performance.now()`
    */

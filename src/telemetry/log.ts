@@ -105,7 +105,7 @@ export class RequestLog extends LogController {
   override incomingRequest(): void {}
 
   override requestCompleted(err: Error | null | undefined, request: FastifyRequest, reply: FastifyReply): void {
-    if (request.routeOptions.config.probe) return
+    if (request.routeOptions.config.isProbe) return
     request.log.info(
       {
         reqId: request.id,

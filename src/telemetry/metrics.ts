@@ -218,7 +218,7 @@ export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: Met
 
     fastify.addHook('onResponse', (request, reply, done) => {
       const { config, url: route = noRoute } = request.routeOptions
-      if (!config.probe) {
+      if (!config.isProbe) {
         metrics.onRequest({ method: request.method, route, outcome: reply.outcomeName ?? 'none' }, reply.elapsedTime)
       }
       done()

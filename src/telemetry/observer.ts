@@ -16,7 +16,7 @@ export const limitNames = [
 
 export type LimitName = (typeof limitNames)[number]
 
-/** Hears what the stores, the hash threads, the codes and the limits report. */
+/** Receives the events of the stores, the hash threads, the codes and the limits. */
 export interface Observer {
   /** A round trip to a store has ended, successfully or not. */
   onRoundTrip(store: StoreName, durationMs: number, hasFailed: boolean): void

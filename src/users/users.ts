@@ -58,8 +58,8 @@ const findUser: NamedStatement = {
 }
 
 /**
- * A later epoch is greater, also than one that Postgres has lost in a failover: the seconds since 2024, or one more. `now()`
- * and not `clock_timestamp()`, because Citus takes no volatile function in an UPDATE.
+ * The seconds since 2024, or the former epoch plus one if that is greater. So it is also greater than an epoch that Postgres
+ * has lost in a failover. `now()` and not `clock_timestamp()`, because Citus takes no volatile function in an UPDATE.
  */
 const nextEpoch = 'GREATEST(session_epoch + 1, floor(extract(epoch FROM now()))::int - 1704067200)'
 
