@@ -7,7 +7,6 @@ import type { Config } from '../config/config.js'
 import { Refusal } from '../outcomes.js'
 import { redactError } from '../telemetry/log.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
-import { CircuitBreaker } from './circuit-breaker.js'
 import { waitForStore } from './wait-for-store.js'
 
 /** A prepared statement: it is parsed and planned once for each connection. */
@@ -92,12 +91,8 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
 
     // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
     // SQL error) a separate connection probes Postgres. If the probe fails, too, statements fail at once until one succeeds.
-    const breaker = new CircuitBreaker({
-      failuresToOpen: 1,
-      // An SQL error, such as too many connections, is an answer.
-      isFailure: (error) => !(error instanceof pg.DatabaseError)
-    })
-    let lastProbeError: unknown
+    /** Why the last probe failed. Undefined while Postgres answers. */
+    let probeError: unknown
     let isProbing = false
     let isClosed = false
     fastify.addHook('onClose', async () => {
@@ -106,24 +101,21 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     async function probeUntilAvailable(): Promise<void> {
       if (isProbing) return
       isProbing = true
-      let isLogged = false
       while (!isClosed) {
-        await breaker
-          .execute(() => probe(connection))
-          .catch((error) => {
-            lastProbeError = error
-          })
-        if (!breaker.isOpen) break
-        if (!isLogged) fastify.log.warn({ err: lastProbeError }, 'Postgres does not answer')
-        isLogged = true
+        const wasAway = probeError !== undefined
+        probeError = await probe(connection)
+        if (probeError === undefined) {
+          if (wasAway) fastify.log.info('Postgres answers again')
+          break
+        }
+        if (!wasAway) fastify.log.warn({ err: probeError }, 'Postgres does not answer')
         await sleep(Math.random() * probeIntervalMaxMs, undefined, { ref: false })
       }
-      if (isLogged) fastify.log.info('Postgres answers again')
       isProbing = false
     }
 
     function assertAvailable(): void {
-      if (breaker.isOpen) throw new Refusal('storage_unavailable', redactError(lastProbeError))
+      if (probeError !== undefined) throw new Refusal('storage_unavailable', redactError(probeError))
     }
 
     const query = async <Row extends QueryResultRow>(
@@ -183,14 +175,18 @@ function isUsableAfter(error: unknown): boolean {
   return error instanceof pg.DatabaseError && !unusableAfter.test(error.code ?? '')
 }
 
-/** @throws if Postgres does not answer on a new connection */
-async function probe(connection: ClientConfig): Promise<void> {
+/** Returns why Postgres does not answer on a new connection, or undefined if it does. */
+async function probe(connection: ClientConfig): Promise<unknown> {
   const client = new pg.Client(connection)
   // Without this listener, an error after the probe ends the process.
   client.on('error', () => undefined)
   try {
     await client.connect()
     await client.query('SELECT 1')
+    return undefined
+  } catch (error) {
+    // An SQL error, such as too many connections, is an answer.
+    return error instanceof pg.DatabaseError ? undefined : error
   } finally {
     client.end().catch(() => undefined)
   }
