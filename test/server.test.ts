@@ -3,13 +3,14 @@ import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:http'
-import { connect } from 'node:net'
+import { connect, createServer as createTcpServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import pg from 'pg'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
+import { freePort } from '../dist/dev/embedded-stores.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { ServerProcess } from '../testkit/server-process.js'
@@ -183,13 +184,24 @@ t.test('a PORT in use stops the start with one line and exit code 1', async (t) 
 })
 
 t.test('an unavailable store stops the start after 10 s with one line and exit code 1', async (t) => {
-  const services = {
-    Postgres: startService(t, { DATABASE_URL: 'postgresql://postgres@127.0.0.1:1/postgres' }),
-    Redis: startService(t, { REDIS_URL: 'redis://127.0.0.1:1' })
-  }
-  for (const [store, service] of Object.entries(services)) {
+  const port = await freePort()
+  const silentStore = createTcpServer().listen(port, '127.0.0.1')
+  t.teardown(() => silentStore.close())
+  for (const [service, line] of [
+    [
+      startService(t, { DATABASE_URL: 'postgresql://postgres@127.0.0.1:1/postgres' }),
+      /^Postgres does not answer: .*ECONNREFUSED.*$/
+    ],
+    [startService(t, { REDIS_URL: 'redis://127.0.0.1:1' }), /^Redis does not answer: .*ECONNREFUSED.*$/],
+    // It accepts connections and says nothing.
+    [
+      startService(t, { DATABASE_URL: `postgresql://postgres@127.0.0.1:${port}/postgres`, STORE_TIMEOUT_MS: '60000' }),
+      /^Postgres does not answer: no answer$/
+    ]
+  ] as const) {
     t.strictSame(await service.exit, [1, null])
-    t.match(service.stderr, new RegExp(`^mobile-signup: ${store} does not answer: .*ECONNREFUSED[^\\n]*\\n$`))
+    const [, message = ''] = /^mobile-signup: ([^\n]*)\n$/.exec(service.stderr) ?? []
+    t.match(message, line)
   }
 })
 

@@ -10,8 +10,8 @@ import { bodyMaxBytes } from './schemas.js'
 /** How long a request may take to arrive. A gateway sends its few KiB at once. */
 const requestTimeoutMs = 10_000
 
-/** Longer than a start waits for a store (`stores/wait-for-store.ts`). */
-const pluginTimeoutMs = 20_000
+/** Longer than a start waits for both stores (`stores/wait-for-store.ts`) and for the hash threads. */
+const pluginTimeoutMs = 60_000
 
 /**
  * Returns all options of the Fastify instance.

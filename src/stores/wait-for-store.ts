@@ -14,13 +14,19 @@ const longestPauseMs = 800
  */
 export async function waitForStore(name: string, connect: () => Promise<unknown>): Promise<void> {
   const deadline = Date.now() + timeoutMs
+  let failure: unknown = new Error('no answer')
   for (let pauseMs = firstPauseMs; ; pauseMs = Math.min(2 * pauseMs, longestPauseMs)) {
-    try {
-      await connect()
-      return
-    } catch (cause) {
-      if (Date.now() >= deadline) throw new Error(`${name} does not answer`, { cause })
-      await sleep(pauseMs)
-    }
+    const remainingMs = deadline - Date.now()
+    if (remainingMs <= 0) throw new Error(`${name} does not answer`, { cause: failure })
+    // An attempt may take as long as STORE_TIMEOUT_MS.
+    failure = await Promise.race([
+      connect().then(
+        () => undefined,
+        (error) => error
+      ),
+      sleep(remainingMs, failure, { ref: false })
+    ])
+    if (failure === undefined) return
+    await sleep(pauseMs)
   }
 }
