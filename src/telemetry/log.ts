@@ -35,11 +35,12 @@ export function redactError(error: unknown): Error {
 /** How long a log line may wait to be written together with others. */
 const flushIntervalMs = 100
 
+/** Lines are dropped when so many bytes wait, because nobody reads standard output. */
+const waitingMaxBytes = 16 * 1_024 * 1_024
+
 /** JSON lines on standard output, several in one write: one write for each line took 5 % of the event loop's time. */
 export function jsonLog(): DestinationStream {
-  const stream = destination({ minLength: 4_096, periodicFlush: flushIntervalMs })
-  process.once('exit', () => stream.flushSync())
-  return stream
+  return destination({ minLength: 4_096, maxLength: waitingMaxBytes, periodicFlush: flushIntervalMs })
 }
 
 /** For how long the lines of a kind about a failing store are counted instead of logged, after one was. */
