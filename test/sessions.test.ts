@@ -136,6 +136,14 @@ t.test('DELETE /session ends the session and clears the cookie, also when nobody
   t.equal(await redis.exists(sessionKeyOf(cookie)), 0)
 })
 
+t.test('a refusal sets no session cookie, also if the session of the cookie has ended', async (t) => {
+  const cookie = cookieOf(await api.signUp(await signUpBody()))
+  await redis.del(sessionKeyOf(cookie))
+  const reply = await api.whoAmI(cookie)
+  t.strictSame(statusAndErrno(reply), [401, '4101'])
+  t.equal(reply.headers['set-cookie'], undefined)
+})
+
 t.test('a sign-up starts a session with a new id, and destroys the session that it came with', async (t) => {
   const former = cookieOf(await api.signUp(await signUpBody()))
   const reply = await api.signUp(await signUpBody(), { headers: { cookie: former } })

@@ -15,6 +15,11 @@ export const loadSession = fp(
     })
 
     await fastify.register(fastifySession, fastify.sessions.options)
+
+    fastify.addHook('onRequest', async (request) => {
+      // If the session of the cookie has ended, @fastify/session clears the cookie, also in a refusal.
+      if (request.cookies[cookieName] !== request.session.encryptedSessionId) request.cookies[cookieName] = undefined
+    })
   },
   { fastify: '5.x', name: 'load-session', dependencies: ['sessions'] }
 )
