@@ -1,5 +1,6 @@
 import { EventEmitter, once } from 'node:events'
 import { readFileSync } from 'node:fs'
+import { setImmediate } from 'node:timers/promises'
 import fp from 'fastify-plugin'
 import t, { type Test } from 'tap'
 import type { Config } from '../dist/config/config.js'
@@ -53,6 +54,27 @@ t.test('G9: a login whose password is reset meanwhile is refused, and leaves no 
   t.strictSame(statusAndErrno(login), [401, '4102'])
   t.equal(login.headers['set-cookie'], undefined)
   t.equal(await redis.zcard(`sessions_of:${userId}`), 1, 'only the session of the reset is left')
+})
+
+t.test('shutdown waits for a logout everywhere whose client has disconnected', async (t) => {
+  const { cookie } = await registerUser()
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const app = await build(t, { DATABASE_URL: proxy.url })
+  const barrier = new EventEmitter()
+  const held = proxy.strike('begin_session_epoch', { kind: 'hold', until: once(barrier, 'release') })
+  const disconnection = new AbortController()
+  const url = `${await app.listen({ port: 0, host: '127.0.0.1' })}/api/v1.0/session?everywhere=true`
+  const logOut = fetch(url, { method: 'DELETE', headers: { cookie }, signal: disconnection.signal })
+  await held
+  disconnection.abort()
+  await t.rejects(logOut, { name: 'AbortError' })
+  const serverClosed = once(app.server, 'close')
+  const closed = app.close()
+  await serverClosed
+  await setImmediate()
+  barrier.emit('release')
+  await closed
+  t.equal(await redis.exists(sessionKeyOf(cookie)), 0)
 })
 
 t.test('G9: a login during a logout everywhere is refused', async (t) => {

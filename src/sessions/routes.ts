@@ -68,7 +68,7 @@ export const sessionRoutes: FastifyPluginAsync<{ config: Config }> = async (fast
       config: {
         outcomes: [...storeOutcomes, 'logged_out', 'malformed_parameter', 'body_too_large', 'unsupported_content_type']
       },
-      handler: logOut
+      handler: (request: LogOutRequest, reply: FastifyReply) => fastify.inFlight.track(logOut(request, reply))
     })
   })
 
