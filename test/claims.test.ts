@@ -128,6 +128,26 @@ t.test('G4: after a failure while a lost row is written again, the same request 
   t.equal((await retried(() => signUp(body))).statusCode, 201)
 })
 
+t.test('G4: a reclaim whose user is deleted meanwhile gets 503, and the same request signs up', async (t) => {
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const { signUp: signUpSlowly } = client(await build(t, { DATABASE_URL: proxy.url }))
+  const body = await signUpBody()
+  const first = await signUp(body)
+  const { mac, at } = await readClaimRecord(body.mobile)
+  const unknown = { state: 'unknown', mac, at, ttl: 300_000, issue: {} }
+  await redis.set(recordKey(body.mobile), JSON.stringify(unknown), 'PX', 300_000)
+  const barrier = new EventEmitter()
+  const held = proxy.strike('find_user', { kind: 'hold', until: once(barrier, 'release') })
+  const reclaim = signUpSlowly(body)
+  await held
+  await postgres.query('DELETE FROM users WHERE mobile = $1', [body.mobile])
+  barrier.emit('release')
+  t.strictSame(statusAndErrno(await reclaim), [503, '4500'])
+  const retry = await signUpSlowly(body)
+  t.equal(retry.statusCode, 201)
+  t.not(retry.json().data.user_id, first.json().data.user_id)
+})
+
 t.test('a replay whose row is lost leaves the claim of a newer code alone', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
   const { signUp: signUpSlowly } = client(await build(t, { DATABASE_URL: proxy.url }))

@@ -4,7 +4,7 @@ import type { Claim, CodePurpose, CompletedClaim } from '../codes/codes.js'
 import { ticketMaxLength } from '../codes/tickets.js'
 import type { Config } from '../config/config.js'
 import { mobileField, requiredText } from '../http/schemas.js'
-import type { OutcomeName } from '../outcomes.js'
+import { type OutcomeName, Refusal } from '../outcomes.js'
 import { passwordFault, passwordField } from '../passwords/policy.js'
 import { loginLimits } from '../sessions/login-limits.js'
 import type { SessionUser } from '../sessions/sessions.js'
@@ -36,8 +36,8 @@ interface CodeOwner {
 interface Redemption {
   purpose: CodePurpose
   /**
-   * Writes the hash to Postgres. If the row cannot be written, it discards the code and returns undefined: a sign-up of a
-   * mobile that belongs to another user, or a reset of a mobile without a user.
+   * Writes the hash to Postgres. If the row cannot be written, it ends the claim and returns undefined: a sign-up of a mobile
+   * that belongs to another user, or a reset of a mobile without a user.
    */
   write(
     request: NewPasswordRequest,
@@ -126,19 +126,22 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     if (userId !== undefined) {
       return { user: { user_id: userId, name: mobile, mobile }, sessionEpoch: firstSessionEpoch }
     }
-    // The mobile is registered. If another request has held the same code, probably the same client sent it, and it created this
-    // user. Then this request succeeds if its password matches the row.
+    // The mobile is registered. If an earlier request has held the same code, probably the same client sent it, and it created
+    // this user. Then this request succeeds if its password matches the row.
     if (claim.isReclaim) {
-      // It came before this request. The claim stays meanwhile: if this instance dies now, the next retry finds it.
+      // The claim stays while the password is verified: if this instance dies now, the next retry finds it.
       const user = await fastify.users.find(mobile)
-      const owner = user && (await verifyUser(user, mobile, password, reply))
-      if (user === undefined || owner !== undefined) return owner
+      // Deleted since the INSERT, or lost in a failover.
+      if (user === undefined) throw new Refusal('busy')
+      const owner = await verifyUser(user, mobile, password, reply)
+      if (owner !== undefined) return owner
       await fastify.codes.concede(claim, user.id).catch((err) => logUnendedClaim(request, err))
       return undefined
     }
     const wasTakenOver = await discard(claim, request)
-    // It took the code over after the lease of this request had expired.
-    return wasTakenOver ? findVerifiedUser(mobile, password, reply) : undefined
+    // After the lease of this request had expired, a later request reclaimed the code. It may have created the user.
+    const user = wasTakenOver ? await fastify.users.find(mobile) : undefined
+    return user && verifyUser(user, mobile, password, reply)
   }
 
   /** Needs no case for a reclaim: the UPDATE can be repeated. */
@@ -215,12 +218,6 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     ])
     reply.header('idempotent-replayed', 'true')
     return reply.outcome(redemption.success, { data: { ...owner.user, session: session === 'started' } })
-  }
-
-  /** Returns the user of a mobile if the password is theirs. */
-  async function findVerifiedUser(mobile: string, password: string, reply: FastifyReply) {
-    const user = await fastify.users.find(mobile)
-    return user && verifyUser(user, mobile, password, reply)
   }
 
   /** Returns the user if the password is theirs. Its duration is no secret: the caller has proved the code. */
