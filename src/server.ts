@@ -24,6 +24,7 @@ try {
 } catch (error) {
   // After a signal, a failure is a consequence of the shutdown.
   if (!isStopping) {
+    const { messagesOf } = await import('./telemetry/error-messages.js')
     process.stderr.write(`mobile-signup: ${messagesOf(error).join(': ')}\n`)
     process.exit(1)
   }
@@ -74,11 +75,4 @@ async function main(): Promise<void> {
 async function startTracing(): Promise<() => Promise<void>> {
   const traces = await import('./telemetry/traces.js')
   return traces.startTracing()
-}
-
-/** Returns the message of an error and of each of its causes. */
-function messagesOf(error: unknown): string[] {
-  if (!(error instanceof Error)) return []
-  const message = error.message || ('code' in error ? `${error.code}` : error.name)
-  return [message, ...messagesOf(error.cause)]
 }
