@@ -1,3 +1,4 @@
+import { lookup } from 'node:dns/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 
 /** Whether a signal has been received. */
@@ -66,7 +67,9 @@ async function main(): Promise<void> {
   const migrated = config.migrate ? migrate(config.databaseUrl) : undefined
   await Promise.race([migrated, sleep(migrationPatienceMs, undefined, { ref: false })])
   app.startUp.isComplete = false
-  const address = await app.listen({ port: config.port, host: config.host })
+  // Fastify would open a second server for the other address of localhost, without the handlers of http/.
+  const { address: host } = await lookup(config.host, { order: 'ipv4first' })
+  const address = await app.listen({ port: config.port, host })
   await migrated
   app.startUp.isComplete = true
   if (dev) process.stdout.write(await dev.demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
