@@ -209,7 +209,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
     const pendingTtlMs = Math.max(replayTtlMs, 2 * leaseMs)
     // A MAC, because a plain hash of six digits is reversed at once. Whoever reads Redis must not learn a claimed code, which
     // can be reclaimed or replayed. All secrets verify, so that retries survive a rotation.
-    const macKeys = deriveKeys(sessionSecrets, 'mobile-signup: code of an attempt')
+    const [macKey, ...formerMacKeys] = deriveKeys(sessionSecrets, 'mobile-signup: code of an attempt')
 
     const endClaim = (claim: Claim, options: { restoredCode: string; mayBeCommitted: boolean }) =>
       fastify.withRedis((redis) =>
@@ -263,9 +263,9 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       },
       createTicket: (mobile) => tickets.issue(mobile),
       async claim(mobile, presentedCode, purpose, { ticket, address }) {
-        const macs = macKeys.map((key) =>
+        const macOf = (key: Buffer) =>
           createHmac('sha256', key).update(`${macTexts[purpose]}:${mobile}:${presentedCode}`).digest('base64url')
-        )
+        const mac = macOf(macKey)
         const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
         const budgets = guessBudgets(config, ticketId, address)
         const result = await fastify.withRedis((redis) =>
@@ -281,14 +281,13 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
             guessesTtlMs,
             budgets.length,
             ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs]),
-            ...macs
+            mac,
+            ...formerMacKeys.map(macOf)
           )
         )
         switch (result[0]) {
           case 'claimed': {
             const [state, claimId, ttlMs, isReclaim, issue] = result
-            // The script stores the first MAC. There is one, because there is a secret.
-            const mac = macs[0] ?? ''
             const claim = { mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 }
             return { state, ...claim, issue, claimedAt: performance.now() }
           }
