@@ -325,19 +325,44 @@ t.test('a success leaves its record for 300 s, and gives all guesses and the uni
   t.equal(await redis.get('sms_codes:all'), '3')
 })
 
-t.test('the success of a reclaim, or with a code of another service, gives no units back', async (t) => {
+t.test('the units of a code are refunded once, also if a reclaim succeeds or the first success is lost', async (t) => {
   const { mobile, code, claim: first } = await claimIssued()
   await ageClaim(mobile, leaseMs)
   const second = await claim(mobile, code)
-  const foreign = newMobile()
-  const foreignClaim = await claim(foreign, await issueCode(foreign))
   await redis.set('sms_codes:all', 5, 'EX', 3_000)
   usedCount = 0
   await codes.complete(second, '7')
-  await codes.complete(foreignClaim, '8')
-  t.strictSame([await redis.get('sms_codes:all'), usedCount], ['5', 0])
+  t.strictSame([await redis.get('sms_codes:all'), usedCount], ['4', 1])
   await codes.complete(first, '7')
-  t.strictSame([await redis.get('sms_codes:all'), usedCount], ['4', 1], 'the first claim has given them back')
+  t.strictSame([await redis.get('sms_codes:all'), usedCount], ['4', 1])
+})
+
+t.test('a success with a code of another service refunds nothing', async (t) => {
+  const mobile = newMobile()
+  const claimed = await claim(mobile, await issueCode(mobile))
+  await redis.set('sms_codes:all', 5, 'EX', 3_000)
+  usedCount = 0
+  await codes.complete(claimed, '8')
+  t.strictSame([await redis.get('sms_codes:all'), usedCount], ['5', 0])
+})
+
+t.test('a success keeps the claim record of another code, unless that code has been used', async (t) => {
+  for (const isUnknown of [false, true]) {
+    const { mobile, claim: older } = await claimIssued()
+    const newerCode = await issueCode(mobile)
+    const newer = await claim(mobile, newerCode)
+    if (isUnknown) {
+      await codes.restore(newer, true)
+      await redis.del(codeKey(mobile))
+    }
+    await codes.complete(older, '7')
+    await ageClaim(mobile, leaseMs)
+    t.match(await present(mobile, newerCode), { state: 'claimed', isReclaim: true })
+  }
+  const { mobile, claim: older } = await claimIssued()
+  await codes.complete(await claim(mobile, await issueCode(mobile)), '6')
+  await codes.complete(older, '7')
+  t.match(await present(mobile, older.code), { state: 'done', userId: '7' })
 })
 
 t.test(

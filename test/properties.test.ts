@@ -189,7 +189,9 @@ class CodeModel {
 
   complete(code: string, claim: number): void {
     if (this.code === code) this.code = undefined
-    this.record = { state: 'done', code, claim }
+    const { record } = this
+    if (record === undefined || record.code === code || record.state === 'done')
+      this.record = { state: 'done', code, claim }
   }
 
   expireLease(): void {

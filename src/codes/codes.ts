@@ -157,7 +157,7 @@ declare module 'ioredis' {
   interface RedisCommander<Context> {
     claimCode(...keysAndArgs: (string | number)[]): Result<ClaimScriptResult, Context>
     endClaim(...keysAndArgs: (string | number)[]): Result<0 | 1, Context>
-    completeClaim(...keysAndArgs: (string | number)[]): Result<null, Context>
+    completeClaim(...keysAndArgs: (string | number)[]): Result<0 | 1, Context>
     concedeClaim(recordKey: string, claimId: string, mac: string, userId: string, ttlMs: number): Result<null, Context>
     reopenClaim(
       recordKey: string,
@@ -228,10 +228,9 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       )
 
     /** Refunds the limits on unused codes for each message with a code that has been used. */
-    async function refundSends({ mobile, issue, claimId, claimedAt, isReclaim }: Claim): Promise<void> {
+    async function refundSends({ mobile, issue, claimId, claimedAt }: Claim): Promise<void> {
       const { sends = [] }: Issue = JSON.parse(issue)
-      // The request that claimed the code before may have refunded them.
-      if (sends.length === 0 || isReclaim) return
+      if (sends.length === 0) return
       observer?.onCodeUsed()
       await Promise.all(
         sends.map(({ at, network }) => {
@@ -317,12 +316,13 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
         const { mobile, code, mac, claimId } = claim
         const record = JSON.stringify({ state: 'done', mac, at: claimId, user_id: userId })
         const keys = [recordKey(mobile), guessesKey(mobile), codeKey(mobile), issueKey(mobile)]
-        await Promise.all([
-          fastify.withRedis((redis) => redis.completeClaim(...keys, record, replayTtlMs, code)),
-          refundSends(claim).catch((err) =>
-            fastify.log.error({ err }, 'the limits of a used code could not be refunded')
-          )
-        ])
+        const isFirst = await fastify.withRedis((redis) =>
+          redis.completeClaim(...keys, record, replayTtlMs, mac, code)
+        )
+        if (isFirst === 0) return
+        await refundSends(claim).catch((err) =>
+          fastify.log.error({ err }, 'the limits of a used code could not be refunded')
+        )
       },
       async concede({ mobile, claimId, mac }, userId) {
         await fastify.withRedis((redis) => redis.concedeClaim(recordKey(mobile), claimId, mac, userId, replayTtlMs))

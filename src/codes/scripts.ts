@@ -128,14 +128,20 @@ return 1
 
 /**
  * Ends a claim with success, and resets the guesses at the mobile. If another request has held the same code meanwhile and
- * put it back, the code is used up.
+ * put it back, the code is used up. If another code is claimed, the record of that claim stays: without it that code would be
+ * lost if the instance with the claim dies.
  *
- * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, the claimed code.
+ * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, its `mac`, the claimed code. Returns 0
+ * if the same code was completed before, else 1.
  */
 export const completeClaim = `
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local stored = redis.call('GET', KEYS[1])
+local record = stored and cjson.decode(stored) or {}
+local is_own_code = record.mac == ARGV[3]
+if is_own_code or not stored or record.state == 'done' then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 redis.call('DEL', KEYS[2])
-if redis.call('GET', KEYS[3]) == ARGV[3] then redis.call('DEL', KEYS[3], KEYS[4]) end
+if redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4]) end
+return is_own_code and record.state == 'done' and 0 or 1
 `
 
 /**
