@@ -111,6 +111,7 @@ t.test('the same request signs up again if Postgres has lost the row, with a new
   t.not(row.id, lost.json().data.user_id)
   for (const reply of replies)
     t.match([reply.statusCode, reply.json()], [201, { data: { user_id: row.id, session: true } }])
+  t.equal((await instance.whoAmI(cookieOf(lost))).statusCode, 401, 'the session of the lost user has ended')
   const fresh = replies.filter(({ headers }) => headers['idempotent-replayed'] === undefined)
   t.equal(fresh.length, 1, 'one of them writes the row, the others are replays')
 })

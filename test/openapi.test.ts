@@ -12,7 +12,7 @@ const { build, openProxy, signUpBody, cookieOf } = await startTestbed(t)
 
 interface Media {
   schema: object
-  examples: Record<string, { value: { errno: string; errmsg: string } }>
+  examples: Record<string, { value: { errno: string; errmsg: string; data?: object } }>
 }
 
 interface Operation {
@@ -26,6 +26,8 @@ interface DescribedReply {
   headers: Record<string, unknown>
   body: string
 }
+
+const fieldsOf = (data: object = {}) => Object.keys(data).sort()
 
 const ajv = new Ajv2020({ strict: false })
 
@@ -46,14 +48,16 @@ function replyChecker(t: Test, paths: Record<string, Record<string, Operation>>)
     const [method = '', path = ''] = operation.split(' ')
     const about = `${operation}: ${name}`
     const { statusCode, headers, body } = reply
-    const { errno, errmsg } = JSON.parse(body)
+    const { errno, errmsg, data } = JSON.parse(body)
     const outcome = outcomes[name]
     t.strictSame([statusCode, errno], [outcome.status, outcome.errno], about)
     const response = paths[path]?.[method.toLowerCase()]?.responses[statusCode]
     if (response === undefined) throw new Error(`${about} is not described`)
     const media = response.content['application/json']
     t.ok(ajv.validate(media.schema, JSON.parse(body)), `${about} matches its schema: ${ajv.errorsText()}`)
-    t.equal(media.examples[name]?.value.errmsg, errmsg, `${about} has an example`)
+    const example = media.examples[name]?.value
+    t.equal(example?.errmsg, errmsg, `${about} has an example`)
+    t.strictSame(fieldsOf(example?.data), fieldsOf(data), `the example of ${about} has its data`)
     const describedHeaders = Object.keys(response.headers ?? {}).map((header) => header.toLowerCase())
     for (const header of ['retry-after', 'set-cookie', 'idempotent-replayed', 'x-request-id']) {
       if (headers[header] !== undefined) t.ok(describedHeaders.includes(header), `${about} has the header ${header}`)
