@@ -274,6 +274,13 @@ t.test('a gateway that fails', async (t) => {
     await Promise.all(checks)
   })
 
+  t.test('after a refused message, Retry-After is that of the limit of the address, if it is exhausted', async (t) => {
+    const { app, webhook } = await buildWithWebhook(t, { SMS_IP_HOURLY_MAX: '1' })
+    webhook.answer = answerWith(400)
+    const from = '198.51.100.77'
+    await checkRetryAfter(t, `sms_codes:network:${from}`, () => client(app).sendCode(newMobile(), { from }), 3_600)
+  })
+
   t.test('after the last message of a day, Retry-After is the end of the day', async (t) => {
     const { app, webhook } = await buildWithWebhook(t, { SMS_DAILY_MAX: '1' })
     webhook.answer = answerWith(500)
@@ -360,7 +367,7 @@ t.test('a code that completes a sign-up or a reset gives its units back, whateve
 })
 
 t.test(
-  'a lost answer to the consumption of the limits is 503 4001, with the Retry-After that then is true',
+  'limits that may be consumed are 503 4001 with the Retry-After that then is true, and nothing is sent',
   async (t) => {
     const proxy = await openProxy(t, 'REDIS_URL')
     const { app } = await buildWithWebhook(t, { SMS_RESEND_S: '60', REDIS_URL: proxy.url })
@@ -368,8 +375,48 @@ t.test(
     proxy.strike(`send_sms_code_${mobile}`, { kind: 'cut', bytes: 1 })
     const reply = await client(app).sendCode(mobile)
     t.strictSame([reply.statusCode, reply.json().errno, reply.headers['retry-after']], [503, '4001', '60'])
+
+    const { app: connected, webhook } = await buildWithWebhook(t, { SMS_RESEND_S: '60' })
+    const broken = newMobile()
+    // Another type of value is an error of the script. Redis goes on, so only the service can stop here.
+    await redis.hset(`send_sms_code_${broken}`, 'field', 'value')
+    t.strictSame(statusAndErrno(await client(connected).sendCode(broken)), [503, '4001'])
+    t.equal(webhook.received.length, 0)
   }
 )
+
+t.test(
+  'if no code can be stored, the units of the mobile are refunded, or Retry-After says that they are not',
+  async (t) => {
+    const proxy = await openProxy(t, 'REDIS_URL')
+    const { app, webhook } = await buildWithWebhook(t, { SMS_RESEND_S: '60', REDIS_URL: proxy.url })
+    const [refunded, lost] = [newMobile(), newMobile()]
+    // Another type of value is an error of the script. Redis goes on.
+    await redis.hset(`{sms_code_${refunded}}:issue`, 'field', 'value')
+    proxy.strike(`{sms_code_${lost}}:issue`, { kind: 'reset' })
+    for (const [mobile, retryAfter, count] of [
+      [refunded, '1', 0],
+      [lost, '60', 1]
+    ] as const) {
+      const reply = await client(app).sendCode(mobile)
+      t.strictSame([reply.statusCode, reply.json().errno, reply.headers['retry-after']], [503, '4001', retryAfter])
+      t.equal(await redis.exists(`send_sms_code_${mobile}`), count)
+    }
+    t.equal(webhook.received.length, 0)
+  }
+)
+
+t.test('Retry-After of a message that may be delivered is SMS_RESEND_S if Redis does not answer', async (t) => {
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const { app, webhook } = await buildWithWebhook(t, { SMS_RESEND_S: '60', REDIS_URL: proxy.url })
+  const mobile = newMobile()
+  webhook.answer = (_, response) => {
+    proxy.strike(`send_sms_code_${mobile}`, { kind: 'reset' })
+    response.writeHead(500).end()
+  }
+  const reply = await client(app).sendCode(mobile)
+  t.strictSame([reply.statusCode, reply.json().errno, reply.headers['retry-after']], [503, '4301', '60'])
+})
 
 t.test('a connection failure is retried once with the same id', async (t) => {
   const { app, webhook } = await buildWithWebhook(t)
