@@ -87,7 +87,7 @@ if code or record.state == 'pending'`
     patches: [
       {
         file: 'codes/scripts.js',
-        text: `if redis.call('GET', KEYS[3]) == ARGV[3] then redis.call('DEL', KEYS[3], KEYS[4]) end\n`,
+        text: `if redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4]) end\n`,
         replacement: ''
       }
     ]

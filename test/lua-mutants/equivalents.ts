@@ -31,6 +31,7 @@ export const equivalents: readonly { reason: string; mutants: readonly string[] 
     mutants: [
       "claimCode: return { 'claimed', now, ttl, names_code and 1 or «0 → -1», cjson.encode(issue) }",
       'endClaim: if not is_own then return «1 → 2» end',
+      "completeClaim: return is_own_code and record.state == 'done' and 0 or «1 → 2»",
       'endClaim: return «1 → 2»',
       'endClaim: «return 1 → »',
       'consumeLimits: return { «0 → -1», 0 }',
