@@ -1,0 +1,104 @@
+/*
+ * npm run mutation: StrykerJS changes one place of the sources at a time, and runs the test files of its area until one fails.
+ * A mutant that survives must be in test/mutants/equivalents.ts, with the reason why no test finds it.
+ *
+ * Arguments: names of areas, or all by default.
+ */
+import { readFile } from 'node:fs/promises'
+import { relative } from 'node:path'
+import { Stryker } from '@stryker-mutator/core'
+import { type Area, areas } from './mutants/areas.js'
+import { equivalents } from './mutants/equivalents.js'
+
+type Options = ConstructorParameters<typeof Stryker>[0]
+type Result = Awaited<ReturnType<Stryker['runMutationTest']>>[number]
+
+interface Counts {
+  mutants: number
+  killed: number
+  equivalent: number
+  survive: number
+}
+
+const options: Options = {
+  // Stryker changes the sources in a copy of the project, whose tests import its dist.
+  buildCommand: 'tsc -p tsconfig.build.json --noCheck --declaration false',
+  ignorePatterns: ['dist', '.tap', '.data', 'bench/results'],
+  plugins: ['@stryker-mutator/tap-runner', './test/mutants/not-mutated.js'],
+  ignorers: ['not-mutated'],
+  testRunner: 'tap',
+  coverageAnalysis: 'perTest',
+  // Test files wait for stores, so more run at a time than there are cores.
+  concurrency: 3,
+  timeoutMS: 10_000,
+  dryRunTimeoutMinutes: 10,
+  reporters: ['progress-append-only']
+}
+
+// For tap in the test files: a file ends at its first failure, and a test that hangs fails.
+process.env.TAP_BAIL = '1'
+process.env.TAP_TIMEOUT = '40'
+
+const selected = process.argv.slice(2)
+const unknown = selected.filter((name) => !areas.some((area) => area.name === name))
+if (unknown.length > 0) throw new Error(`no such area: ${unknown}`)
+
+const reasons = new Map(equivalents.flatMap(({ reason, mutants }) => mutants.map((id) => [id, reason])))
+const startedAt = Date.now()
+const print = (text: string) => process.stdout.write(`${text}\n`)
+
+const summary = new Map<string, Counts>()
+for (const area of areas) {
+  if (selected.length === 0 || selected.includes(area.name)) summary.set(area.name, await testArea(area))
+}
+printSummary()
+process.exit([...summary.values()].some(({ survive }) => survive > 0) ? 1 : 0)
+
+/** Tests the mutants of an area, and prints those that survive without a reason. */
+async function testArea({ sources, tests }: Area): Promise<Counts> {
+  const results = await new Stryker({
+    ...options,
+    mutate: [...sources],
+    tap: { testFiles: tests.map((test) => `test/${test}.test.ts`), nodeArgs: ['--import=tsx/esm'] }
+  }).runMutationTest()
+  const tested = results.filter(({ status }) => status !== 'Ignored')
+  const survivors = await Promise.all(
+    tested.filter(({ status }) => status === 'Survived' || status === 'NoCoverage').map(identify)
+  )
+  const unexplained = survivors.filter((id) => !reasons.has(id))
+  for (const id of unexplained) print(`survives: ${id}`)
+  return {
+    mutants: tested.length,
+    killed: tested.length - survivors.length,
+    equivalent: survivors.length - unexplained.length,
+    survive: unexplained.length
+  }
+}
+
+/** Returns the file and the changed line, with the place as `«before → after»`. */
+async function identify({ fileName, location: { start, end }, replacement = '' }: Result): Promise<string> {
+  const lines = (await readFile(fileName, 'utf8')).split('\n').slice(start.line - 1, end.line)
+  const [first = '', last = ''] = [lines[0], lines.at(-1)]
+  const before =
+    lines.length === 1
+      ? first.slice(start.column - 1, end.column - 1)
+      : `${first.slice(start.column - 1)} … ${last.slice(0, end.column - 1).trim()}`
+  const change = `«${before} → ${shorten(replacement)}»`
+  return `${relative('', fileName)}: ${first.slice(0, start.column - 1).trimStart()}${change}${last.slice(end.column - 1)}`
+}
+
+/** Shortens a text of several lines to its first and its last one. */
+function shorten(text: string): string {
+  const lines = text.split('\n')
+  return lines.length === 1 ? text : `${lines[0]} … ${lines.at(-1)?.trim()}`
+}
+
+function printSummary(): void {
+  const row = (title: string, cells: (string | number)[]) =>
+    print(`${title.padEnd(12)}${cells.map((cell) => `${cell}`.padStart(12)).join('')}`)
+  row('area', ['mutants', 'killed', 'equivalent', 'survive', 'score'])
+  for (const [name, { mutants, killed, equivalent, survive }] of summary) {
+    row(name, [mutants, killed, equivalent, survive, `${((100 * killed) / mutants).toFixed(1)} %`])
+  }
+  print(`${Math.round((Date.now() - startedAt) / 1_000)} s`)
+}

@@ -1,0 +1,52 @@
+/** Mutants that no test can find, by the reason. Each is written as the run prints it. */
+export const equivalents: readonly { reason: string; mutants: readonly string[] }[] = [
+  {
+    reason: 'The number comes from the script, and is that of a budget in the list. The check is for the types.',
+    mutants: ['src/codes/codes.ts: if («spent !== undefined → true») observer?.onLimitReached(spent.name)']
+  },
+  {
+    reason: 'The Retry-After of the outcome is the whole pause. It differs only in seconds from the rest of the pause.',
+    mutants: [
+      "src/codes/routes.ts: if (pauseSeconds > 0) return reply.outcome('sms_gateway_unavailable', «{ retryAfterSeconds: pauseSeconds } → {}»)"
+    ]
+  },
+  {
+    reason: 'It is a part of the message of an error, for the log only.',
+    mutants: [
+      // biome-ignore lint/suspicious/noTemplateCurlyInString: it is the source of the mutant
+      'src/codes/senders/webhook.ts: const message = `the SMS webhook did not answer: ${signal.aborted ? «\'timeout\' → ""» : errorCodeOf(error)}`'
+    ]
+  },
+  {
+    reason: 'The chunks of a body are thrown away.',
+    mutants: ['src/codes/senders/webhook.ts: for await (const chunk of body ?? «[] → ["Stryker was here"]») {']
+  },
+  {
+    reason: 'fetch gives its errors a cause that is not null.',
+    mutants: [
+      "src/codes/senders/webhook.ts: return typeof cause === 'object' && «cause !== null → true» && 'code' in cause ? String(cause.code) : 'unknown'"
+    ]
+  },
+  {
+    reason: 'A ticket with fewer parts has no valid MAC, whatever stands for the absent parts.',
+    mutants: [
+      "src/codes/tickets.ts: const [id = «'' → \"Stryker was here!\"», expiry = '', mac = ''] = ticket.split('.')",
+      "src/codes/tickets.ts: const [id = '', expiry = «'' → \"Stryker was here!\"», mac = ''] = ticket.split('.')",
+      "src/codes/tickets.ts: const [id = '', expiry = '', mac = «'' → \"Stryker was here!\"»] = ticket.split('.')"
+    ]
+  },
+  {
+    reason: 'An absent field counts as false.',
+    mutants: ['src/users/redeem-code.ts: endReplay(«{ passwordWasWrong: false } → {}»)']
+  },
+  {
+    reason: 'Without a name, Postgres parses the statement each time.',
+    mutants: ['src/users/users.ts: name: «\'set_password\' → ""»,']
+  },
+  {
+    reason: 'Every key of the table is the name of an outcome. The filter is for the types.',
+    mutants: [
+      'src/outcomes.ts: export const outcomeNames = «Object.keys(outcomes).filter(isOutcomeName) → Object.keys(outcomes)»'
+    ]
+  }
+]
