@@ -45,7 +45,7 @@ const allowedImports: Record<string, string[]> = {
   'index.ts': ['app.ts', 'config', 'stores'],
   'calibrate.ts': ['config', 'passwords'],
   'cli.ts': ['calibrate.ts', 'migrate.ts', 'server.ts'],
-  'migrate.ts': ['config', 'stores'],
+  'migrate.ts': ['config', 'stores', 'telemetry'],
   'server.ts': ['app.ts', 'config', 'dev', 'stores', 'telemetry']
 }
 

@@ -316,9 +316,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
         const { mobile, code, mac, claimId } = claim
         const record = JSON.stringify({ state: 'done', mac, at: claimId, user_id: userId })
         const keys = [recordKey(mobile), guessesKey(mobile), codeKey(mobile), issueKey(mobile)]
-        const isFirst = await fastify.withRedis((redis) =>
-          redis.completeClaim(...keys, record, replayTtlMs, mac, code)
-        )
+        const isFirst = await fastify.withRedis((redis) => redis.completeClaim(...keys, record, replayTtlMs, mac, code))
         if (isFirst === 0) return
         await refundSends(claim).catch((err) =>
           fastify.log.error({ err }, 'the limits of a used code could not be refunded')
