@@ -32,7 +32,7 @@ export const areas: readonly Area[] = [
   {
     name: 'sessions',
     sources: ['src/sessions/**/*.ts'],
-    tests: ['limits', 'session-index', 'openapi', 'epochs', 'logins', 'sessions', 'strangers']
+    tests: ['limits', 'session-index', 'openapi', 'epochs', 'logins', 'sessions', 'strangers', 'hash-pool']
   },
   {
     name: 'passwords',
