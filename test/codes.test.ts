@@ -504,7 +504,7 @@ t.test('spent guesses are refused until the exact end of the longest window, whi
   const code = await issueCode(mobile)
   const [hour, day] = [3_600, 86_400]
 
-  /** Lets the windows begin so many seconds ago. Checks how long the right code is refused, and by which budget. */
+  /** Stores windows that began the given seconds ago. Checks how long the right code is refused, and which budget refuses it. */
   async function checkSpent(guesserAge: number, allAge: number, windowEnd: number, budget: LimitName) {
     const now = await redisNow()
     await redis.hset(guessesKey(mobile), {
@@ -555,7 +555,7 @@ t.test('a withdrawal puts the previous code and its issue back, with the TTL tha
   t.strictSame(await readJson(issueKey(mobile)), previousIssue)
   for (const key of [codeKey(mobile), issueKey(mobile)]) {
     const ttlMs = await redis.pttl(key)
-    // Two clocks, of which each has whole milliseconds.
+    // This clock and that of Redis are both rounded to milliseconds.
     const passedMs = Date.now() - startedAt + 2
     t.ok(ttlMs <= 5_000_000 && ttlMs >= 5_000_000 - passedMs, `${ttlMs} ms`)
   }

@@ -109,9 +109,12 @@ t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4
   }
 })
 
+/** What never becomes a request: Node emits `connect` for the first, and `clientError` for the second. */
+const refusedByParser = [`CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 'GARBAGE\r\n\r\n']
+
 t.test('a client that resets its connection after a refusal does not end the service', async (t) => {
   const { app, port } = await listen(t)
-  for (const bytes of [`CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 'GARBAGE\r\n\r\n']) {
+  for (const bytes of refusedByParser) {
     const inserts = await holdInserts()
     const { socket } = await openRecorded(app, port)
     const refused = once(app.server, bytes.startsWith('CONNECT') ? 'connect' : 'clientError')
@@ -128,7 +131,7 @@ t.test('a client that resets its connection after a refusal does not end the ser
 
 t.test('a client that does not close its side after a refusal loses the connection', async (t) => {
   const { app, port } = await listen(t)
-  for (const bytes of [`CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 'GARBAGE\r\n\r\n']) {
+  for (const bytes of refusedByParser) {
     const socket = connect({ port, host: '127.0.0.1', allowHalfOpen: true })
     socket.on('error', () => undefined).resume()
     socket.write(bytes)

@@ -21,7 +21,7 @@ interface Counts {
 }
 
 const options: Options = {
-  // Stryker changes the sources in a copy of the project, whose tests import its dist.
+  // Stryker changes and builds a copy of the project. The tests import the dist of that copy.
   buildCommand: 'tsc -p tsconfig.build.json --noCheck --declaration false',
   ignorePatterns: ['dist', '.tap', '.data', 'bench/results'],
   plugins: ['@stryker-mutator/tap-runner', './test/mutants/not-mutated.js'],

@@ -145,9 +145,10 @@ export async function startTestbed(t: Test) {
   function cookieOf(reply: Pick<Reply, 'cookies'>): string {
     const [cookie] = reply.cookies
     if (cookie === undefined) throw new Error('the reply sets no cookie')
-    const sessionId = decodeURIComponent(cookie.value).split('.')[0]
+    const pair = `${cookie.name}=${cookie.value}`
+    const sessionId = sessionIdOf(pair)
     if (sessionId) secrets.add(sessionId)
-    return `${cookie.name}=${cookie.value}`
+    return pair
   }
 
   async function userRows(mobile: string) {

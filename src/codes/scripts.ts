@@ -128,8 +128,8 @@ return 1
 
 /**
  * Ends a claim with success, and resets the guesses at the mobile. If another request has held the same code meanwhile and
- * put it back, the code is used up. If another code is claimed, the record of that claim stays: without it that code would be
- * lost if the instance with the claim dies.
+ * put it back, the code is used up. If another code has been claimed since, the record of that claim stays. Without the record
+ * that code would be lost if the instance that claimed it dies.
  *
  * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, its `mac`, the claimed code. Returns 0
  * if the same code was completed before, else 1.

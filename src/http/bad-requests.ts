@@ -9,7 +9,7 @@ import type { RequestLog } from '../telemetry/log.js'
 import { headersOfReply } from './reply-headers.js'
 
 /**
- * How long a client may take to close its side after a refusal. Node's server leaves that side open, so without this bound a
+ * How long a client may take to close its side of a refused connection. Node's server waits for that without a limit, so a
  * client could keep the file descriptor.
  */
 const closingGraceMs = 1_000

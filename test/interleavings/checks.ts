@@ -1,5 +1,6 @@
 import { verify } from '@node-rs/argon2'
 import type { Reply } from '../../testkit/client.js'
+import { sessionKeyOf } from '../../testkit/testbed.js'
 import {
   type Answer,
   areReplaysOver,
@@ -26,7 +27,7 @@ const isSuccess = ({ reply }: { reply: Reply }) => reply.json().errno === '0'
 /** Requests that are the same have one success. */
 const requestOf = ({ action, password }: Client) => `${action} with ${password}`
 
-/** The statements on the row of a user. Each success needs one of them. */
+/** The statements that read or write the row of a user. Each success has run one of them. */
 const rowStatements = ['insert_user', 'find_user', 'set_password']
 
 /** Compares a run with the guarantees of docs/guarantees.md. */
@@ -117,7 +118,7 @@ export class Checks {
     }
   }
 
-  /** Returns the index of the entry, or -1 if Redis has not run the completion, or the success was a replay. */
+  /** Returns the index of the round trip that completed a success. It is -1 if Redis has not run it, and for a replay. */
   private completionOf({ attempt }: Answer): number {
     return this.indexOf('completeClaim', attempt)
   }
@@ -159,7 +160,7 @@ export class Checks {
     if (isReset && isLive) violations.push(`G9: the session of ${name} lives after a later reset`)
   }
 
-  /** Whether a request can succeed at all: a sign-up needs that there is no user, a reset that there is one. */
+  /** Whether a request can succeed: a sign-up needs a mobile without a user, a reset a mobile with one. */
   private hasPossibleSuccess({ action }: Client, row: Row | undefined): boolean {
     return (action === 'sign up') === (row === undefined)
   }
@@ -198,8 +199,8 @@ export class Checks {
   }
 
   /**
-   * Whether the record of a client's code may be another one: that of another code, or of a claim for the other purpose. There
-   * is one record for each mobile. A request that reads or writes the row has a claim.
+   * Whether another claim may have replaced the record of a client's code, because a mobile has one record. The other claim is
+   * of another code, or for the other purpose. A request that reads or writes the row has claimed its code.
    */
   private isRecordReplaced({ presents, action }: Client): boolean {
     const roundTrips = this.roundTrips()
@@ -244,11 +245,11 @@ export class Checks {
     return rows[0]
   }
 
-  /** Whether the session of a reply is stored, and its epoch has not ended. */
+  /** Whether the session of a reply is stored and has a current epoch. */
   private async hasSession({ cookies }: Reply, userId: string): Promise<boolean> {
-    const sessionId = decodeURIComponent(cookies[0]?.value ?? '').split('.')[0]
     const { redis } = this.system.stores
-    const [stored, epoch] = await redis.mget(`session:${sessionId}`, `{sessions_of:${userId}}:epoch`)
+    const sessionKey = sessionKeyOf(`sid=${cookies[0]?.value}`)
+    const [stored, epoch] = await redis.mget(sessionKey, `{sessions_of:${userId}}:epoch`)
     if (!stored) return false
     const session = JSON.parse(stored)
     return session.user_id === userId && Number(session.epoch) >= Number(epoch ?? 0)

@@ -67,7 +67,7 @@ export function hasHappened({ entries }: History, event: ScenarioEvent): boolean
   return entries.some((entry) => entry.kind === 'event' && entry.event === event)
 }
 
-/** Whether the guesser of a client has spent its wrong codes, by the entries before one. */
+/** Whether the guesser of a client has no wrong codes left. Only the entries before the index `before` count. */
 export function isSpent({ entries, guesses }: History, { address }: ClientSpec, before = entries.length): boolean {
   let wrong = 0
   let isGuessable = true
@@ -75,7 +75,7 @@ export function isSpent({ entries, guesses }: History, { address }: ClientSpec, 
     if (entry.kind === 'event' && entry.event === 'a new code is sent') isGuessable = true
     if (entry.kind !== 'round trip') continue
     if (entry.name === 'completeClaim') {
-      // A success gives all wrong codes back. Then there is nothing to guess.
+      // A success resets the wrong codes. After it there is nothing to guess.
       wrong = 0
       isGuessable = false
     }

@@ -1,6 +1,6 @@
 /** A change of one place in a Lua script. */
 export interface Mutant {
-  /** The changed text, which stands for the script in its file. */
+  /** The script with the change. It may contain `${name}`, as in its file. */
   lua: string
   /** The line of the script, from 0. */
   line: number

@@ -67,6 +67,6 @@ export async function compiledMutants(redisUrl: string, scripts: readonly Script
   return compiled
 }
 
-/** Replaces `${name}` by the script of that name. */
+/** Inserts the script `name` where a script contains `${name}`. */
 export const interpolate = (scripts: readonly Script[], lua: string) =>
   lua.replace(/\$\{(\w+)\}/g, (_, name) => scripts.find((script) => script.name === name)?.lua ?? '')

@@ -13,7 +13,7 @@ export const equivalents: readonly { reason: string; mutants: readonly string[] 
   {
     reason: 'It is a part of the message of an error, for the log only.',
     mutants: [
-      // biome-ignore lint/suspicious/noTemplateCurlyInString: it is the source of the mutant
+      // biome-ignore lint/suspicious/noTemplateCurlyInString: the placeholder is part of the mutant
       'src/codes/senders/webhook.ts: const message = `the SMS webhook did not answer: ${signal.aborted ? «\'timeout\' → ""» : errorCodeOf(error)}`'
     ]
   },
