@@ -181,6 +181,17 @@ t.test('503 4500: under overload a login is refused by admission, before its lim
   await Promise.all(hashes)
 })
 
+t.test('503 4500: Retry-After of a login is the time until the hash queue may be short enough', async (t) => {
+  const app = await build(t)
+  const { mobile, password } = await registerUser()
+  // Too long when the login arrives, and when it would join.
+  for (const delays of [[7], [0, 7]]) {
+    app.passwords.admissionDelaySeconds = () => delays.shift() ?? 0
+    const reply = await client(app).logIn({ mobile, password })
+    t.strictSame([...statusAndErrno(reply), reply.headers['retry-after']], [503, '4500', '7'])
+  }
+})
+
 t.test('503 4001: a login that fails because of Postgres is not counted as a failure', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
   const app = await build(t, { DATABASE_URL: proxy.url })
@@ -227,6 +238,21 @@ t.test('a login replaces a hash that has outdated parameters, but never a newer 
   connection.release()
   await untilRehashes(0, 'run')
   t.equal(await phcOf(raced.mobile), newerPhc)
+})
+
+t.test('a login keeps a hash that has the present parameters, or if the hash queue is too long', async (t) => {
+  const { mobile, password } = await registerUser()
+  const [before] = await userRows(mobile)
+  const appWithTwoPasses = await build(t, { HASH_PASSES: '2' })
+  // The login is admitted twice, and its rehash is not.
+  const delays = [0, 0, 1]
+  appWithTwoPasses.passwords.admissionDelaySeconds = () => delays.shift() ?? 0
+  for (const app of [await build(t), appWithTwoPasses]) {
+    t.equal((await client(app).logIn({ mobile, password })).statusCode, 201)
+    // The shutdown waits for rehashes.
+    await app.close()
+    t.strictSame(await userRows(mobile), [before])
+  }
 })
 
 t.test('DELETE /session?everywhere=true ends all sessions of the user and no others', async (t) => {

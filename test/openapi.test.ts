@@ -105,6 +105,11 @@ t.test('the reply of every outcome on every route matches its description', asyn
   check(sendCode, 'invalid_mobile', await api.sendCode('1'))
   check(sendCode, 'body_too_large', await api.sendCode('x'.repeat(5_000)))
   check(sendCode, 'unsupported_content_type', await api.sendCode('1', textType))
+  // A logout has no body, but Fastify reads one.
+  const logOutWith = (payload: string, type: string) =>
+    app.inject({ method: 'DELETE', url: '/api/v1.0/session', headers: { 'content-type': type }, payload })
+  check(logOut, 'body_too_large', await logOutWith(JSON.stringify('x'.repeat(5_000)), 'application/json'))
+  check(logOut, 'unsupported_content_type', await logOutWith('a text', 'text/plain'))
   for (const [operation, send] of operationsWithBody.slice(0, 2)) {
     for (const [name, changes] of [
       ['passwords_differ', { password2: 'another one' }],

@@ -36,6 +36,13 @@ export const equivalents: readonly { reason: string; mutants: readonly string[] 
     ]
   },
   {
+    reason: 'A text without a valid signature is as good as no cookie.',
+    mutants: [
+      'src/sessions/load-session.ts: const { value } = secret.unsign(request.cookies[cookieName] ?? «\'\' → "Stryker was here!"»)',
+      'src/sessions/sessions.ts: const formerId = signer.unsign(request.cookies[cookieName] ?? «\'\' → "Stryker was here!"»).value'
+    ]
+  },
+  {
     reason: 'An absent field counts as false.',
     mutants: ['src/users/redeem-code.ts: endReplay(«{ passwordWasWrong: false } → {}»)']
   },

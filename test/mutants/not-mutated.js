@@ -23,8 +23,8 @@ const rules = [
     reason: 'No promise is about the text of a log line. That it names nobody is checked at the end of each test file.'
   },
   {
-    types: ['ArrowFunctionExpression'],
-    matches: (path) => /^\(?err\)? => ([\w.]+\.)?log[\w.]*\(/.test(`${path}`),
+    types: ['ArrowFunctionExpression', 'BlockStatement'],
+    matches: (path) => /^(\(?err\)? =>|\{)\s*([\w.]+\.)?log[\w.]*\([^;]*\);?\s*\}?$/.test(`${path}`),
     reason: 'It only writes to the log.'
   },
   {
