@@ -10,27 +10,23 @@ import { equivalents } from './lua-mutants/equivalents.js'
 import { firstFailure } from './lua-mutants/first-failure.js'
 import { compiledMutants, interpolate, readScripts, type ScriptMutant } from './lua-mutants/scripts.js'
 import { Workspace } from './lua-mutants/workspace.js'
+import { type Counts, elapsedSeconds, idsOf, print, printSummary, selectByName } from './mutants/summary.js'
 
 const [first, ...others] = process.argv.slice(2)
 const areEquivalentsRun = first === 'equivalents'
 const names = areEquivalentsRun || first === undefined ? others : [first, ...others]
 
-const reasons = new Map(equivalents.flatMap(({ reason, mutants }) => mutants.map((id) => [id, reason])))
-const startedAt = Date.now()
-const print = (text: string) => process.stdout.write(`${text}\n`)
-const elapsedSeconds = () => Math.round((Date.now() - startedAt) / 1_000)
-
+const known = idsOf(equivalents)
 const scripts = await readScripts()
-const unknown = names.filter((name) => !scripts.some((script) => script.name === name))
-if (unknown.length > 0) throw new Error(`no such script: ${unknown}`)
+const selectedScripts = selectByName(scripts, names)
 
 // Each run starts a Redis. A Postgres of its own would take longer than most runs.
 const stores = await startStores()
 process.env.TESTBED_DATABASE_URL = stores.databaseUrl
 
 const all = await compiledMutants(stores.redisUrl, scripts)
-const selected = all.filter(({ script }) => names.length === 0 || names.includes(script.name))
-const tested = selected.filter(({ id }) => reasons.has(id) === areEquivalentsRun)
+const selected = all.filter(({ script }) => selectedScripts.includes(script))
+const tested = selected.filter(({ id }) => known.has(id) === areEquivalentsRun)
 
 /** The test files that have found each mutant. */
 const killers = new Map<ScriptMutant, string>()
@@ -45,11 +41,19 @@ const surviving = () => tested.filter((mutant) => !killers.has(mutant))
 if (surviving().length > 0) await runOtherTests()
 await stores.stop()
 
-const missing = [...reasons.keys()].filter((id) => !all.some((mutant) => mutant.id === id))
+const missing = [...known].filter((id) => !all.some((mutant) => mutant.id === id))
 for (const id of missing) print(`no such mutant any more: ${id}`)
 const unexpected = areEquivalentsRun ? [...killers.keys()] : surviving()
 for (const mutant of unexpected) print(describe(mutant))
-printSummary()
+for (const killer of new Set(killers.values())) {
+  print(`found by ${killer}: ${[...killers.values()].filter((other) => other === killer).length}`)
+}
+printSummary(
+  new Map([
+    ...selectedScripts.map(({ name }) => [name, count(selected.filter(({ script }) => script.name === name))] as const),
+    ['all', count(selected)]
+  ])
+)
 process.exit(missing.length + unexpected.length > 0 ? 1 : 0)
 
 async function checkUnchanged(test: string): Promise<void> {
@@ -78,23 +82,11 @@ function describe(mutant: ScriptMutant): string {
   return `${killer === undefined ? 'survives' : `found by ${killer}`}: src/${script.file}.ts:${script.line + line} ${id}`
 }
 
-function printSummary(): void {
-  const columns = (cells: (string | number)[]) =>
-    cells.map((cell, index) => (index === 0 ? `${cell}`.padEnd(16) : `${cell}`.padStart(11))).join('')
-  print(columns(['script', 'mutants', 'killed', 'equivalent', 'survive']))
-  function printRow(title: string, ofScript: readonly ScriptMutant[]): void {
-    const known = ofScript.filter(({ id }) => reasons.has(id))
-    const killed = ofScript.filter((mutant) => killers.has(mutant))
-    const survivors = ofScript.filter((mutant) => surviving().includes(mutant))
-    print(columns([title, ofScript.length, killed.length, known.length, survivors.length]))
+function count(mutants: readonly ScriptMutant[]): Counts {
+  return {
+    mutants: mutants.length,
+    killed: mutants.filter((mutant) => killers.has(mutant)).length,
+    equivalent: mutants.filter(({ id }) => known.has(id)).length,
+    survive: mutants.filter((mutant) => surviving().includes(mutant)).length
   }
-  for (const { name } of scripts) {
-    const ofScript = selected.filter(({ script }) => script.name === name)
-    if (ofScript.length > 0) printRow(name, ofScript)
-  }
-  printRow('all', selected)
-  for (const killer of new Set(killers.values())) {
-    print(`found by ${killer}: ${[...killers.values()].filter((other) => other === killer).length}`)
-  }
-  print(`${elapsedSeconds()} s`)
 }

@@ -9,16 +9,10 @@ import { relative } from 'node:path'
 import { Stryker } from '@stryker-mutator/core'
 import { type Area, areas } from './mutants/areas.js'
 import { equivalents } from './mutants/equivalents.js'
+import { type Counts, idsOf, print, printSummary, selectByName } from './mutants/summary.js'
 
 type Options = ConstructorParameters<typeof Stryker>[0]
 type Result = Awaited<ReturnType<Stryker['runMutationTest']>>[number]
-
-interface Counts {
-  mutants: number
-  killed: number
-  equivalent: number
-  survive: number
-}
 
 const options: Options = {
   // Stryker changes and builds a copy of the project. The tests import the dist of that copy.
@@ -39,19 +33,10 @@ const options: Options = {
 process.env.TAP_BAIL = '1'
 process.env.TAP_TIMEOUT = '40'
 
-const selected = process.argv.slice(2)
-const unknown = selected.filter((name) => !areas.some((area) => area.name === name))
-if (unknown.length > 0) throw new Error(`no such area: ${unknown}`)
-
-const reasons = new Map(equivalents.flatMap(({ reason, mutants }) => mutants.map((id) => [id, reason])))
-const startedAt = Date.now()
-const print = (text: string) => process.stdout.write(`${text}\n`)
-
+const known = idsOf(equivalents)
 const summary = new Map<string, Counts>()
-for (const area of areas) {
-  if (selected.length === 0 || selected.includes(area.name)) summary.set(area.name, await testArea(area))
-}
-printSummary()
+for (const area of selectByName(areas, process.argv.slice(2))) summary.set(area.name, await testArea(area))
+printSummary(summary)
 process.exit([...summary.values()].some(({ survive }) => survive > 0) ? 1 : 0)
 
 /** Tests the mutants of an area, and prints those that survive without a reason. */
@@ -65,7 +50,7 @@ async function testArea({ sources, tests }: Area): Promise<Counts> {
   const survivors = await Promise.all(
     tested.filter(({ status }) => status === 'Survived' || status === 'NoCoverage').map(identify)
   )
-  const unexplained = survivors.filter((id) => !reasons.has(id))
+  const unexplained = survivors.filter((id) => !known.has(id))
   for (const id of unexplained) print(`survives: ${id}`)
   return {
     mutants: tested.length,
@@ -91,14 +76,4 @@ async function identify({ fileName, location: { start, end }, replacement = '' }
 function shorten(text: string): string {
   const lines = text.split('\n')
   return lines.length === 1 ? text : `${lines[0]} … ${lines.at(-1)?.trim()}`
-}
-
-function printSummary(): void {
-  const row = (title: string, cells: (string | number)[]) =>
-    print(`${title.padEnd(12)}${cells.map((cell) => `${cell}`.padStart(12)).join('')}`)
-  row('area', ['mutants', 'killed', 'equivalent', 'survive', 'score'])
-  for (const [name, { mutants, killed, equivalent, survive }] of summary) {
-    row(name, [mutants, killed, equivalent, survive, `${((100 * killed) / mutants).toFixed(1)} %`])
-  }
-  print(`${Math.round((Date.now() - startedAt) / 1_000)} s`)
 }

@@ -1,5 +1,7 @@
+import type { Equivalents } from '../mutants/summary.js'
+
 /** Mutants that no test can kill, by the reason. Each is written as the run prints it. */
-export const equivalents: readonly { reason: string; mutants: readonly string[] }[] = [
+export const equivalents: readonly Equivalents[] = [
   {
     reason: 'Lua lists begin with 1, so what is stored under 0 is never read.',
     mutants: [

@@ -1,5 +1,7 @@
+import type { Equivalents } from './summary.js'
+
 /** Mutants that no test can find, by the reason. Each is written as the run prints it. */
-export const equivalents: readonly { reason: string; mutants: readonly string[] }[] = [
+export const equivalents: readonly Equivalents[] = [
   {
     reason: 'The number comes from the script, and is that of a budget in the list. The check is for the types.',
     mutants: ['src/codes/codes.ts: if («spent !== undefined → true») observer?.onLimitReached(spent.name)']
