@@ -295,11 +295,36 @@ t.test('a restore leaves a newer code and its issue, and the claim of a newer co
   t.strictSame(await readJson(recordKey(late.mobile)), done)
 })
 
-t.test('a code is restored also if its record is lost', async (t) => {
-  const { mobile, code, claim: claimed } = await claimIssued()
-  await redis.del(recordKey(mobile))
-  await codes.restore(claimed, false)
-  t.equal(await redis.get(codeKey(mobile)), code)
+t.test('a code whose record is lost is restored, but not after the lease: then it may have been used', async (t) => {
+  for (const [ageMs, count] of [
+    [leaseMs - slackMs, 2],
+    [leaseMs, 0]
+  ] as const) {
+    const { mobile, claim: claimed } = await claimIssued()
+    await redis.del(recordKey(mobile))
+    const claimId = `${Number(claimed.claimId) - ageMs * 1_000}`
+    await codes.restore({ ...claimed, claimId }, true)
+    t.equal(await redis.exists(codeKey(mobile), recordKey(mobile)), count)
+  }
+})
+
+t.test('a reclaim keeps the MAC of the claim, so a rotation of the secret brings no used code back', async (t) => {
+  const [former, present] = ['former'.padEnd(32, '.'), 'present'.padEnd(32, '.')]
+  const before = await buildCodes(t, config({ SESSION_SECRET: `${former},${present}` }))
+  const after = await buildCodes(t, config({ SESSION_SECRET: `${present},${former}` }))
+  const mobile = newMobile()
+  const code = await issueCode(mobile)
+  const claimBy = async (instance: typeof codes) => {
+    const result = await instance.claim(mobile, code, 'sign_up', { ticket: undefined, address })
+    if (result.state !== 'claimed') throw new Error(`the code is not claimed, but ${result.state}`)
+    return result
+  }
+  const slow = await claimBy(before)
+  await ageClaim(mobile, leaseMs)
+  await after.complete(await claimBy(after), '7')
+  await before.restore(slow, true)
+  t.equal(await redis.exists(codeKey(mobile)), 0)
+  t.equal((await readJson(recordKey(mobile))).state, 'done')
 })
 
 t.test('a discard leaves nothing of the code', async (t) => {
@@ -487,7 +512,7 @@ t.test('a wrong code is counted for the guesser and for all, in windows that beg
   t.ok(`${next[address]}` > `1 ${since}`, 'a new window has begun')
 })
 
-t.test('a wrong code is counted while an unknown claim can be taken over, though its code has expired', async (t) => {
+t.test('a wrong code is counted while there is a record, of which the code could be guessed', async (t) => {
   const { mobile, claim: claimed } = await claimIssued()
   await codes.restore(claimed, true)
   await redis.del(codeKey(mobile), issueKey(mobile))
@@ -496,7 +521,10 @@ t.test('a wrong code is counted while an unknown claim can be taken over, though
 
   const { mobile: completed } = await completeIssued()
   t.equal((await present(completed, 'wrong')).state, 'wrong')
-  t.equal(await redis.exists(guessesKey(completed)), 0, 'a completed claim cannot be taken over')
+  t.equal(await redis.exists(guessesKey(completed)), 1, 'a completed claim can be replayed')
+  await redis.del(recordKey(completed), guessesKey(completed))
+  t.equal((await present(completed, 'wrong')).state, 'wrong')
+  t.strictSame(await keysOf(completed), [], 'without a record there is nothing to guess')
 })
 
 t.test('spent guesses are refused until the exact end of the longest window, which is reported', async (t) => {
@@ -582,6 +610,12 @@ t.test('a withdrawal puts a code without a TTL back without one, and no code tha
   await codes.withdraw(await issue(mobile))
   t.strictSame(await keysOf(mobile), [codeKey(mobile)], 'a code of another service had no issue')
   t.equal(await redis.get(codeKey(mobile)), foreign)
+
+  const orphaned = newMobile()
+  await issue(orphaned)
+  await redis.del(codeKey(orphaned))
+  await codes.withdraw(await issue(orphaned))
+  t.strictSame(await keysOf(orphaned), [], 'an issue without its code does not come back')
 })
 
 t.test('a withdrawal does not fail in the millisecond in which the previous code expires', async (t) => {

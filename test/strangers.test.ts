@@ -201,7 +201,8 @@ t.test('a wrong code is counted only where there is something to guess', async (
   t.equal(await guess(body), 429, 'a claim could be taken over, so it counts')
   await inserts.release()
   t.equal((await first).statusCode, 201)
-  t.equal(await guess(body), 422, 'nothing to guess after the success')
+  for (let n = 0; n < 5; n++) t.equal(await guess(body), 422)
+  t.equal(await guess(body), 429, 'the code of a success could be replayed, so it counts')
 })
 
 t.test('G8: new codes, failed messages and restores give no guesses back; a success gives all back', async (t) => {

@@ -142,7 +142,7 @@ declare module 'fastify' {
 }
 
 type ClaimScriptResult =
-  | ['claimed', claimId: string, ttlMs: number, isReclaim: 0 | 1, issue: string]
+  | ['claimed', claimId: string, ttlMs: number, isReclaim: 0 | 1, issue: string, mac: string]
   | ['done', userId: string, claimId: string]
   | ['in_progress' | 'wrong']
   | ['spent', waitMs: number, budget: number]
@@ -223,7 +223,8 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
           claim.issue,
           pendingTtlMs,
           options.restoredCode,
-          options.mayBeCommitted ? 1 : 0
+          options.mayBeCommitted ? 1 : 0,
+          leaseMs * 1_000
         )
       )
 
@@ -264,7 +265,6 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       async claim(mobile, presentedCode, purpose, { ticket, address }) {
         const macOf = (key: Buffer) =>
           createHmac('sha256', key).update(`${macTexts[purpose]}:${mobile}:${presentedCode}`).digest('base64url')
-        const mac = macOf(macKey)
         const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
         const budgets = guessBudgets(config, ticketId, address)
         const result = await fastify.withRedis((redis) =>
@@ -280,13 +280,13 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
             guessesTtlMs,
             budgets.length,
             ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs]),
-            mac,
+            macOf(macKey),
             ...formerMacKeys.map(macOf)
           )
         )
         switch (result[0]) {
           case 'claimed': {
-            const [state, claimId, ttlMs, isReclaim, issue] = result
+            const [state, claimId, ttlMs, isReclaim, issue, mac] = result
             const claim = { mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 }
             return { state, ...claim, issue, claimedAt: performance.now() }
           }

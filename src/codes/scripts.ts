@@ -33,9 +33,9 @@ local now = time[1] .. string.format('%06d', time[2])
 /**
  * KEYS: the code, the record, the issue, the guesses. ARGV: the presented code, the purpose, the lease in µs, the TTL of the
  * record in ms, the TTL of the guesses in ms, the number of budgets, for each budget its field, maximum and window in ms,
- * and the MACs of the presented code under all secrets; the first of them is stored.
+ * and the MACs of the presented code under all secrets. The first of them is stored, unless the record names this code already.
  *
- * Returns `{'claimed', at, ttl, 1 if the record names this code already, else 0, issue}`, `{'in_progress'}`,
+ * Returns `{'claimed', at, ttl, 1 if the record names this code already, else 0, issue, mac}`, `{'in_progress'}`,
  * `{'done', user_id, at}`, `{'wrong'}`, or
  * `{'spent', ms, number}`: the ms until the budget with the longest wait has room again, and its number.
  */
@@ -64,9 +64,10 @@ for n = 7 + 3 * budgets, #ARGV do names_code = names_code or record.mac == ARGV[
 
 local function claim(ttl, issue)
   issue.code = nil
-  local pending = { state = 'pending', mac = ARGV[7 + 3 * budgets], at = now, ttl = ttl, issue = issue }
+  local mac = names_code and record.mac or ARGV[7 + 3 * budgets]
+  local pending = { state = 'pending', mac = mac, at = now, ttl = ttl, issue = issue }
   redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[4]), ttl))
-  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue) }
+  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue), mac }
 end
 
 if code == ARGV[1] then
@@ -87,7 +88,7 @@ elseif names_code then
   return { 'done', record.user_id, record.at }
 end
 
-if code or record.state == 'pending' or record.state == 'unknown' then
+if code or stored then
   for n = 1, budgets do redis.call('HSET', KEYS[4], fields[n], counts[n] + 1 .. ' ' .. starts[n]) end
   redis.call('PEXPIRE', KEYS[4], ARGV[5])
 end
@@ -96,16 +97,17 @@ return { 'wrong' }
 
 /**
  * Ends a claim without success. If another request has claimed the same code since, nothing changes. If another code was
- * completed since, its record stays.
+ * completed since, its record stays. Without a record nothing changes after the lease: another request may have completed the
+ * code, and the record of that has expired.
  *
  * KEYS: the code, the record, the issue. ARGV: the claim's `at`, `mac`, `ttl` and `issue`, the TTL of the record in ms, the
- * code to restore or '' to discard it, 1 if the row may have been committed, else 0. Returns 0 if another request has
- * claimed the code since, else 1.
+ * code to restore or '' to discard it, 1 if the row may have been committed, else 0, the lease in µs. Returns 0 if another
+ * request has claimed the code since, else 1.
  */
-export const endClaim = `
+export const endClaim = `${readClock}
 local stored = redis.call('GET', KEYS[2])
 local record = stored and cjson.decode(stored) or {}
-local is_own = not stored or record.at == ARGV[1]
+local is_own = record.at == ARGV[1] or not stored and now - ARGV[1] < tonumber(ARGV[8])
 if record.mac == ARGV[2] and not is_own then return 0 end
 local ttl, issue = tonumber(ARGV[3]), cjson.decode(ARGV[4])
 if ARGV[6] ~= '' and (is_own or record.state == 'done') then
@@ -194,14 +196,15 @@ else redis.call('DEL', KEYS[1]) end
  *
  * KEYS: the code, the issue. ARGV: the new code, its TTL in ms, the purpose or '', the network that asks, the TTL in ms from
  * which the present code is kept. Returns the code and its TTL in ms, and for a new code the previous code or nil, its TTL
- * in ms and its issue or nil.
+ * in ms and its issue or nil. The issue of another code than the previous one is not returned.
  */
 export const issueCode = `${readClock}
 local previous, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
 local stored = redis.call('GET', KEYS[2])
 local issue = stored and cjson.decode(stored) or {}
 local send = { at = now, network = ARGV[4] }
-if previous and issue.code == previous and (issue.purpose or '') == ARGV[3] and ttl >= tonumber(ARGV[5]) then
+local is_own = issue.code == previous
+if is_own and (issue.purpose or '') == ARGV[3] and ttl >= tonumber(ARGV[5]) then
   table.insert(issue.sends, send)
   redis.call('SET', KEYS[2], cjson.encode(issue), 'KEEPTTL')
   return { previous, ttl }
@@ -209,7 +212,7 @@ end
 local new = { code = ARGV[1], purpose = ARGV[3] ~= '' and ARGV[3] or nil, sends = { send } }
 redis.call('SET', KEYS[2], cjson.encode(new), 'PX', ARGV[2])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return { ARGV[1], tonumber(ARGV[2]), previous, ttl, stored }
+return { ARGV[1], tonumber(ARGV[2]), previous, ttl, is_own and stored }
 `
 
 /**

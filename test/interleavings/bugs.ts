@@ -51,8 +51,8 @@ if record.mac == ARGV[2] and not is_own then return 0 end`,
       {
         file: 'codes/scripts.js',
         text: `  redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[4]), ttl))
-  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue) }`,
-        replacement: `  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue) }`
+  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue), mac }`,
+        replacement: `  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue), mac }`
       },
       {
         file: 'codes/codes.js',
@@ -75,9 +75,9 @@ local code`,
       },
       {
         file: 'codes/scripts.js',
-        text: `if code or record.state == 'pending'`,
+        text: 'if code or stored then',
         replacement: `if wait > 0 then return { 'spent', wait, spent } end
-if code or record.state == 'pending'`
+if code or stored then`
       }
     ]
   },

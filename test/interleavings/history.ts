@@ -70,17 +70,12 @@ export function hasHappened({ entries }: History, event: ScenarioEvent): boolean
 /** Whether the guesser of a client has no wrong codes left. Only the entries before the index `before` count. */
 export function isSpent({ entries, guesses }: History, { address }: ClientSpec, before = entries.length): boolean {
   let wrong = 0
-  let isGuessable = true
   for (const entry of entries.slice(0, before)) {
-    if (entry.kind === 'event' && entry.event === 'a new code is sent') isGuessable = true
     if (entry.kind !== 'round trip') continue
-    if (entry.name === 'completeClaim') {
-      // A success resets the wrong codes. After it there is nothing to guess.
-      wrong = 0
-      isGuessable = false
-    }
     const { client, name } = entry
-    if (name === 'claimCode' && client.presents === 'a wrong code' && client.address === address && isGuessable) wrong++
+    // A success resets the wrong codes.
+    if (name === 'completeClaim') wrong = 0
+    if (name === 'claimCode' && client.presents === 'a wrong code' && client.address === address) wrong++
   }
   return wrong >= guesses
 }

@@ -31,7 +31,7 @@ export const equivalents: readonly Equivalents[] = [
   {
     reason: 'The caller asks only whether the value is 0, is 1 or is positive.',
     mutants: [
-      "claimCode: return { 'claimed', now, ttl, names_code and 1 or «0 → -1», cjson.encode(issue) }",
+      "claimCode: return { 'claimed', now, ttl, names_code and 1 or «0 → -1», cjson.encode(issue), mac }",
       'endClaim: if not is_own then return «1 → 2» end',
       "completeClaim: return is_own_code and record.state == 'done' and 0 or «1 → 2»",
       'endClaim: return «1 → 2»',
@@ -88,7 +88,7 @@ export const equivalents: readonly Equivalents[] = [
       'claimCode: local rest = math.«ceil → floor»((window - (now - since)) / 1000)',
       "claimCode: if wait > «0 → 1» then return { 'spent', wait, spent } end",
       "endClaim: local life = ttl < 0 and {} or { 'PX', math.max(ttl, «1 → 2») }",
-      "issueCode: if previous and issue.code == previous and (issue.purpose or '') == ARGV[3] and ttl «>= → >» tonumber(ARGV[5]) then",
+      "issueCode: if is_own and (issue.purpose or '') == ARGV[3] and ttl «>= → >» tonumber(ARGV[5]) then",
       'withdrawCode: local rest = math.«floor → ceil»(ttl - (now - issue.sends[1].at) / 1000)',
       "withdrawCode: if value == '' or (ttl >= 0 and rest <= «0 → 1») then redis.call('DEL', KEYS[n])",
       'consumeLimits: if math.max(ttl, «1 → 0») > wait then wait, longest = math.max(ttl, 1), n end',
