@@ -4,6 +4,7 @@ import { hash, verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import fp from 'fastify-plugin'
 import t from 'tap'
+import { Refusal } from '../dist/outcomes.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { leaseMsOf, recordKey, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
@@ -127,6 +128,23 @@ t.test('G4: after a failure while a lost row is written again, the same request 
   t.equal(await redis.exists(`sms_code_${body.mobile}`), 0, 'the code, which has been used, does not come back')
   t.equal((await readClaimRecord(body.mobile)).state, 'unknown')
   t.equal((await retried(() => signUp(body))).statusCode, 201)
+})
+
+t.test('a replay to which a former primary answers without the row does not log its user out', async (t) => {
+  const app = await build(t)
+  const { signUp, logIn, whoAmI } = client(app)
+  const body = await signUpBody()
+  const first = await signUp(body)
+  const { find, insert } = app.users
+  app.users.find = async () => undefined
+  // A former primary refuses writes.
+  app.users.insert = () => Promise.reject(new Refusal('storage_unavailable'))
+  t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+  Object.assign(app.users, { find, insert })
+  const retry = await signUp(body)
+  t.match([retry.statusCode, retry.json()], [201, { data: { ...first.json().data, session: true } }])
+  t.equal((await whoAmI(cookieOf(first))).statusCode, 200)
+  t.equal((await logIn(body)).statusCode, 201)
 })
 
 t.test('G4: a reclaim whose user is deleted meanwhile gets 503, and the same request signs up', async (t) => {

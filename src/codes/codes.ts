@@ -47,6 +47,8 @@ export interface Claim {
   readonly issue: string
   /** When the code was claimed, by `performance.now()`. */
   readonly claimedAt: number
+  /** Only after `reopen`: the user of the row that Postgres may have lost. */
+  readonly lostUserId?: string
 }
 
 /** What a claim reads of the issue of a code. */
@@ -325,14 +327,14 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
       async concede({ mobile, claimId, mac }, userId) {
         await fastify.withRedis((redis) => redis.concedeClaim(recordKey(mobile), claimId, mac, userId, replayTtlMs))
       },
-      async reopen({ mobile, claimId: completedId }) {
+      async reopen({ mobile, claimId: completedId, userId: lostUserId }) {
         const reopened = await fastify.withRedis((redis) =>
           redis.reopenClaim(recordKey(mobile), completedId, pendingTtlMs)
         )
         if (reopened === null) return undefined
         const [claimId, mac, ttlMs] = reopened
         const claimedAt = performance.now()
-        return { mobile, code: '', mac, ttlMs, claimId, isReclaim: true, issue: '{}', claimedAt }
+        return { mobile, code: '', mac, ttlMs, claimId, isReclaim: true, issue: '{}', claimedAt, lostUserId }
       },
       async endReplay({ mobile, claimId }, { passwordWasWrong }) {
         await fastify.withRedis((redis) => redis.endReplay(recordKey(mobile), claimId, passwordWasWrong ? 1 : 0))

@@ -124,6 +124,7 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     const { mobile, password } = request.body
     const userId = await fastify.users.insert(mobile, passwordHash)
     if (userId !== undefined) {
+      if (claim.lostUserId !== undefined) await endSessionsOfLostUser(claim.lostUserId, request)
       return { user: { user_id: userId, name: mobile, mobile }, sessionEpoch: firstSessionEpoch }
     }
     // The mobile is registered. If an earlier request has held the same code, probably the same client sent it, and it created
@@ -142,6 +143,16 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
     // After the lease of this request had expired, a later request reclaimed the code. It may have created the user.
     const user = wasTakenOver ? await fastify.users.find(mobile) : undefined
     return user && verifyUser(user, mobile, password, reply)
+  }
+
+  /**
+   * The INSERT of a reopened claim has proved that the row of this user is gone. A read would not prove it: a former primary may
+   * answer one without a row that exists, and the user could then start no session.
+   */
+  async function endSessionsOfLostUser(userId: string, request: FastifyRequest): Promise<void> {
+    await fastify.sessions
+      .endBefore(userId, firstSessionEpoch + 1)
+      .catch((err) => request.log.error({ reqId: request.id, err }, 'the sessions of a lost user could not be ended'))
   }
 
   /** Needs no case for a reclaim: the UPDATE can be repeated. */
@@ -200,10 +211,8 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
       await endReplay({ passwordWasWrong: false })
       throw error
     }
-    // A failover or a restore of Postgres has lost the row.
+    // A failover or a restore of Postgres has lost the row, or a former primary has answered that does not have it yet.
     if (user === undefined) {
-      // The user that the lost row described exists no more.
-      await fastify.sessions.endBefore(completed.userId, firstSessionEpoch + 1)
       const claim = await fastify.codes.reopen(completed)
       return claim === undefined ? reply.outcome('busy') : writePassword(request, reply, claim, redemption)
     }
