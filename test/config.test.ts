@@ -184,7 +184,18 @@ t.test('an invalid value of any variable is a fault that names the variable', as
     ],
     ['SESSION_SECRET', 'short', `${secret},short`, `${secret},`, ','],
     ['COOKIE_SECURE', 'TRUE', '1', 'auto'],
-    ['TRUST_PROXY', 'true', '1', '10.0.0.0/33', '10.0.0.0/', '::/129', '10.0.0.0/8,', 'loopback', '1.2.3.4/8/8'],
+    [
+      'TRUST_PROXY',
+      'true',
+      '1',
+      '10.0.0.0/33',
+      '10.0.0.0/',
+      '0.0.0.0/0',
+      '::/129',
+      '10.0.0.0/8,',
+      'loopback',
+      '1.2.3.4/8/8'
+    ],
     ['API_PREFIX', 'api', '/api/', '//', '/a b', '/:id', '/*'],
     ['LEGACY_STATUS', 'on'],
     ['DEFAULT_LANGUAGE', 'ZH', 'zh-CN'],
@@ -353,5 +364,7 @@ t.test('PGSSLROOTCERT is the CA of a DATABASE_URL that asks for TLS and names no
   t.equal(urlOf(verified), `${verified}&sslrootcert=${encodeURIComponent(PGSSLROOTCERT)}`)
   t.equal(urlOf(`${verified}&sslrootcert=own.crt`), `${verified}&sslrootcert=own.crt`)
   t.equal(urlOf(stores.DATABASE_URL), stores.DATABASE_URL)
-  t.match(faultsOf({ ...stores, PGSSLROOTCERT: '/nowhere' }), [/^PGSSLROOTCERT: "\/nowhere" cannot be read; expected/])
+  for (const path of ['/nowhere', '/tmp']) {
+    t.match(faultsOf({ ...stores, PGSSLROOTCERT: path }), [/^PGSSLROOTCERT: "\/\w+" cannot be read; expected/], path)
+  }
 })

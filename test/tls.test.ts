@@ -1,8 +1,8 @@
 import { execFileSync } from 'node:child_process'
 import { chownSync } from 'node:fs'
-import { mkdir, mkdtemp, rm } from 'node:fs/promises'
+import { copyFile, mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import type pg from 'pg'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
@@ -117,6 +117,22 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
     `SELECT DISTINCT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'mobile-signup'`
   )
   t.strictSame(rows, [{ ssl: true }])
+})
+
+t.test('the file of a CA is read once, so new connections need it no more', async (t) => {
+  const file = join(await mkdtemp(join(tmpdir(), 'mobile-signup-test-')), 'ca.crt')
+  await copyFile(ca.certificate, file)
+  const app = await build(t, { DATABASE_URL: tlsPostgres.url, PGSSLROOTCERT: file })
+  await rm(dirname(file), { recursive: true })
+  await tlsPostgres.postgres.query(
+    `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'mobile-signup'`
+  )
+  await until('Postgres answers on a new connection', () =>
+    app.postgres.checkWritable().then(
+      () => true,
+      () => false
+    )
+  )
 })
 
 t.test('with --use-openssl-ca Redis must have a certificate of the CA of SSL_CERT_FILE', async (t) => {

@@ -1,4 +1,4 @@
-import { accessSync, constants } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { isIP } from 'node:net'
 import { parseRedisUrl } from './redis-url.js'
 
@@ -78,14 +78,15 @@ function isAddressRange(range: string): boolean {
   const [address = '', prefixLength, ...rest] = range.split('/')
   const maxPrefixLength = { 4: 32, 6: 128 }[isIP(address)]
   if (maxPrefixLength === undefined || rest.length > 0) return false
-  return prefixLength === undefined || (/^\d{1,3}$/.test(prefixLength) && Number(prefixLength) <= maxPrefixLength)
+  // @fastify/proxy-addr refuses a length of 0.
+  return prefixLength === undefined || (/^[1-9]\d{0,2}$/.test(prefixLength) && Number(prefixLength) <= maxPrefixLength)
 }
 
 export const readableFile: Parser<string> = {
   expected: 'the path of a readable file',
   parse(text) {
     try {
-      accessSync(text, constants.R_OK)
+      readFileSync(text)
       return text
     } catch {
       throw invalid(text, 'cannot be read')

@@ -3,6 +3,7 @@ import fastifyPostgres from '@fastify/postgres'
 import type { FastifyInstance } from 'fastify'
 import fp from 'fastify-plugin'
 import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
+import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
 import { Refusal } from '../outcomes.js'
 import { redactError } from '../telemetry/log.js'
@@ -50,17 +51,19 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     // it refuses `statement_timeout` as a startup parameter.
     const hasPooler = pgPooler === 'transaction'
     const connection = {
-      connectionString: databaseUrl,
       application_name: 'mobile-signup',
       connectionTimeoutMillis: storeTimeoutMs,
       query_timeout: storeTimeoutMs,
-      ...(!hasPooler && { statement_timeout: storeTimeoutMs })
+      ...(!hasPooler && { statement_timeout: storeTimeoutMs }),
+      // Once, because it reads the files of certificates. node-postgres would read them for each connection, and where it
+      // connects again after a failure, a file that cannot be read ends the process.
+      ...parseIntoClientConfig(databaseUrl)
     }
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = poolOf(fastify)
 
-    // An `error` event without a listener ends the process. The pool emits those of idle connections. The second line adds a
-    // listener for those of connections in use.
+    // An `error` event without a listener ends the process. The pool emits those of idle connections. A connection in use
+    // needs a listener of its own.
     pool.on('error', (err) => fastify.log.warn({ err, store: 'postgres' }, 'an idle Postgres connection failed'))
     pool.on('connect', (client) => client.on('error', () => undefined))
 
