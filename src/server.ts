@@ -1,19 +1,25 @@
 import { lookup } from 'node:dns/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
+import type { DestinationStream } from 'pino'
 
 /** Whether a signal has been received. */
 let isStopping = false
 /** Ends gracefully what the start has begun so far. */
 let stop = async (): Promise<void> => undefined
+/** Calls back when the log lines so far have been written, or could not be. */
+let flushLog = (done: () => void): void => done()
+
+/** How long the end of the process waits for the reader of standard output. */
+const logPatienceMs = 1_000
 
 // Before anything else is loaded: until then Node as process 1 ignores the signals.
 for (const signal of ['SIGINT', 'SIGTERM'] as const) {
   process.on(signal, async () => {
     // A second signal skips graceful shutdown.
-    if (isStopping) process.exit(1)
+    if (isStopping) return exit(1)
     isStopping = true
     await stop()
-    process.exit(0)
+    await exit(0)
   })
 }
 
@@ -27,15 +33,25 @@ try {
   if (!isStopping) {
     const { messagesOf } = await import('./telemetry/error-messages.js')
     process.stderr.write(`mobile-signup: ${messagesOf(error).join(': ')}\n`)
-    process.exit(1)
+    await exit(1)
   }
+}
+
+/** Ends the process when its log is written. */
+async function exit(code: number): Promise<void> {
+  const isWritten = await Promise.race([
+    new Promise<boolean>((resolve) => flushLog(() => resolve(true))),
+    sleep(logPatienceMs, false)
+  ])
+  if (isWritten) process.exit(code)
+  // Nobody reads standard output. An exit would wait for the thread that writes there.
+  process.kill(process.pid, 'SIGKILL')
 }
 
 async function main(): Promise<void> {
   // Before the modules that it instruments are loaded.
   const stopTracing = process.env.OTEL_EXPORTER_OTLP_ENDPOINT ? await startTracing() : undefined
   const { loadConfig, usesEmbeddedStores } = await import('./config/config.js')
-  const { jsonLog } = await import('./telemetry/log.js')
   const { buildApp } = await import('./app.js')
   const { migrate } = await import('./stores/migrations.js')
   // Nothing of src/dev is loaded in production.
@@ -46,18 +62,18 @@ async function main(): Promise<void> {
   if (stores) stop = () => stores.stop()
   await stores?.start()
 
-  const app = await buildApp(config, { logStream: dev ? await dev.prettyLog() : jsonLog() })
+  const app = await buildApp(config, { logStream: dev ? await dev.prettyLog() : await openLog() })
   // Node's own report prints every field of an error, and a Redis error carries the arguments of its command.
   process.on('uncaughtException', (err) => {
     app.log.fatal({ err }, 'uncaught exception')
-    process.exit(1)
+    exit(1)
   })
   stop = async () => {
     app.shutdown.announce()
     if (app.server.listening) await sleep(config.shutdownDelayMs)
     setTimeout(() => {
       app.log.error('the shutdown took longer than SHUTDOWN_TIMEOUT_MS')
-      process.exit(1)
+      exit(1)
     }, config.shutdownTimeoutMs)
     await app.close()
     await Promise.all([stores?.stop(), stopTracing?.()])
@@ -73,6 +89,13 @@ async function main(): Promise<void> {
   await migrated
   app.startUp.isComplete = true
   if (dev) process.stdout.write(await dev.demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
+}
+
+async function openLog(): Promise<DestinationStream> {
+  const { jsonLog } = await import('./telemetry/log.js')
+  const log = jsonLog()
+  flushLog = (done) => log.flush(done)
+  return log
 }
 
 async function startTracing(): Promise<() => Promise<void>> {

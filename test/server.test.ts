@@ -1,4 +1,4 @@
-import { execFile } from 'node:child_process'
+import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
@@ -297,6 +297,40 @@ t.test('a shutdown that exceeds SHUTDOWN_TIMEOUT_MS ends with exit code 1', asyn
   await disconnected
   t.match(service.stdout, 'the shutdown took longer than SHUTDOWN_TIMEOUT_MS')
   await inserts.release()
+})
+
+/** Starts the built service with a pipe as standard output, and returns its URL. */
+async function startWithPipe(t: Test) {
+  const { PATH } = process.env
+  const service = spawn(process.execPath, ['dist/server.js'], {
+    env: { PATH, PORT: '0', ...stores.environment },
+    stdio: ['ignore', 'pipe', 'inherit']
+  })
+  t.teardown(() => service.kill('SIGKILL'))
+  let log = ''
+  service.stdout.on('data', (text) => {
+    log += text
+  })
+  await until('the service listens', () => log.includes('Server listening at'))
+  return { service, url: /http:[^"]+/.exec(log)?.[0] ?? '' }
+}
+
+t.test('the process ends also if the reader of its standard output has gone, or does not read', async (t) => {
+  const gone = await startWithPipe(t)
+  gone.service.stdout.destroy()
+  await fetch(gone.url)
+  gone.service.kill('SIGTERM')
+  t.strictSame(await once(gone.service, 'exit'), [0, null])
+
+  const stalled = await startWithPipe(t)
+  stalled.service.stdout.pause()
+  const headers = { 'x-request-id': 'x'.repeat(100) }
+  // Their lines take more than a pipe and both sides of it can hold.
+  for (let n = 0; n < 40; n++) {
+    await Promise.all(Array.from({ length: 50 }, async () => (await fetch(stalled.url, { headers })).text()))
+  }
+  stalled.service.kill('SIGTERM')
+  t.strictSame(await once(stalled.service, 'exit'), [null, 'SIGKILL'], 'it cannot exit by itself')
 })
 
 const untilNotReady = (url: string) =>

@@ -38,9 +38,16 @@ const flushIntervalMs = 100
 /** Lines are dropped when so many bytes wait, because nobody reads standard output. */
 const waitingMaxBytes = 16 * 1_024 * 1_024
 
-/** JSON lines on standard output, several in one write: one write for each line took 5 % of the event loop's time. */
-export function jsonLog(): DestinationStream {
-  return destination({ minLength: 4_096, maxLength: waitingMaxBytes, periodicFlush: flushIntervalMs })
+/**
+ * JSON lines on standard output, several in one write: one write for each line took 5 % of the event loop's time. Call `flush`
+ * before the process ends.
+ */
+export function jsonLog() {
+  const stream = destination({ minLength: 4_096, maxLength: waitingMaxBytes, periodicFlush: flushIntervalMs })
+  // pino calls it when the process ends and after a fatal line. sonic-boom then repeats a write that fails for ever, also if
+  // nobody can read it any more.
+  stream.flushSync = () => undefined
+  return stream
 }
 
 /** For how long the lines of a kind about a failing store are counted instead of logged, after one was. */
