@@ -211,6 +211,28 @@ t.test('shutdown does not wait for a request that never arrives completely', asy
   await closed
 })
 
+t.test('bytes after a request that cannot be parsed add nothing to its refusal', async (t) => {
+  const { app, port } = await listen(t)
+  const inserts = await holdInserts()
+  const { socket, closed, replies } = await openRecorded(app, port)
+  const received = once(app.server, 'request')
+  const sendGarbage = async () => {
+    const refused = once(app.server, 'clientError')
+    socket.write('GARBAGE\r\n\r\n')
+    await refused
+  }
+  socket.write(await signUpRequest())
+  await inserts.arrived(1)
+  const [, response] = await received
+  await sendGarbage()
+  const listeners = response.listenerCount('close')
+  for (let n = 0; n < 3; n++) await sendGarbage()
+  t.equal(response.listenerCount('close'), listeners)
+  await inserts.release()
+  await closed
+  t.strictSame(replies().match(/HTTP\/1\.1 \d+/g), ['HTTP/1.1 201', 'HTTP/1.1 400'])
+})
+
 t.test('good requests before garbage on a connection are answered first, in order', async (t) => {
   const { app, port } = await listen(t)
   for (const [name, garbage, status] of [

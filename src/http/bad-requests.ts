@@ -35,6 +35,8 @@ function logRequest(log: FastifyBaseLogger | undefined, requestId: string, statu
 /** The two handlers of Fastify's options that answer what never becomes a request. */
 export function badRequestHandlers({ defaultLanguage }: Config, requestLog: RequestLog) {
   const body = badRequestBody(defaultLanguage)
+  /** After bytes that it cannot parse, Node reports an error for all that follow on the connection, too. */
+  const refused = new WeakSet<Socket>()
   return {
     /** Answers bytes that Node cannot parse as HTTP. Fastify calls it with the instance as `this`. */
     async clientErrorHandler(
@@ -42,6 +44,8 @@ export function badRequestHandlers({ defaultLanguage }: Config, requestLog: Requ
       error: NodeJS.ErrnoException,
       socket: Socket
     ): Promise<void> {
+      if (refused.has(socket)) return
+      refused.add(socket)
       // Bytes that are written before would be read as the response of an earlier request.
       await this?.shutdown.untilAnswered(socket)
       refuseSocket(socket, statusOf(error), body, this?.log)
@@ -65,7 +69,8 @@ export const badRequests = fp<{ config: Config }>(
       logRequest(fastify.log, requestId, 417)
     })
     fastify.server.on('connect', async (_request, socket: Socket) => {
-      // Node has removed its listeners. Without these, a reset ends the process, and the end of unread bytes is not noticed.
+      // Node has removed its listeners. Without one for `error`, a reset ends the process. Without `resume`, the client's FIN
+      // is not noticed behind bytes that nobody reads.
       socket.on('error', () => undefined).resume()
       await fastify.shutdown.untilAnswered(socket)
       refuseSocket(socket, 400, body, fastify.log)

@@ -55,7 +55,7 @@ export const replies = fp<{ config: Config }>(
     })
 
     fastify.setErrorHandler((error: FastifyError, request, reply) => {
-      // An unknown route stays one, also with a body that cannot be parsed.
+      // An unknown route is answered as such even if its body cannot be parsed.
       const name = request.is404 ? 'no_such_route' : outcomeOf(error)
       const cause = error instanceof Refusal ? error.cause : outcomes[name].status >= 500 ? error : undefined
       if (cause !== undefined) request.log.error({ reqId: request.id, err: cause }, name)
