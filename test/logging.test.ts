@@ -113,6 +113,15 @@ t.test('the cause of a server-side failure is logged once at level error, and a 
   t.equal(lines.filter(({ level }) => level === 50).length, 1)
 })
 
+t.test('a line about a session that could not be stored has the cause', async (t) => {
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const { app, lines } = await buildWithLog(t, { REDIS_URL: proxy.url })
+  proxy.strike('session:', { kind: 'reset' })
+  t.equal((await client(app).signUp(await signUpBody())).json().data.session, false)
+  const [line] = lines.filter(({ msg }) => msg === 'a session could not be stored')
+  t.match(line, { err: { message: /^storage_unavailable: ./ } })
+})
+
 t.test('an X-Forwarded-For of a peer that TRUST_PROXY does not name is logged, at most once a minute', async (t) => {
   const { app, lines } = await buildWithLog(t, { TRUST_PROXY: '10.0.0.0/8' })
   const send = (remoteAddress: string) =>

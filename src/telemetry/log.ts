@@ -27,8 +27,8 @@ const redact = (text: string) => maskMobiles(text.replace(/,? with args beginnin
  */
 export function redactError(error: unknown): Error {
   if (!(error instanceof Error)) return new Error('not an error')
-  const { name, code } = { code: undefined, ...error, name: error.name }
-  const copy = new Error(redact(error.message))
+  const { name, cause, code } = { code: undefined, ...error, name: error.name, cause: error.cause }
+  const copy = new Error(redact(error.message), { ...(cause !== undefined && { cause: redactError(cause) }) })
   return Object.assign(copy, { name, stack: redact(error.stack ?? ''), ...(code !== undefined && { code }) })
 }
 
