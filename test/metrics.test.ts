@@ -111,6 +111,18 @@ t.test('a message counts as sent unless it was certainly not sent', async (t) =>
   }
 })
 
+t.test('the failures of every route are counted from 0, so that an alert sees the first', async (t) => {
+  const text = await scrape(await build(t, { METRICS_PORT: '0' }))
+  for (const [method, route] of [
+    ['POST', '/api/v1.0/users'],
+    ['DELETE', '/api/v1.0/session']
+  ]) {
+    const labels = `method="${method}",route="${route}",outcome="internal_error"`
+    t.equal(sampleOf(text, `mobile_signup_request_duration_seconds_count{${labels}}`), 0)
+  }
+  t.notMatch(text, 'route="/health/live"')
+})
+
 t.test('failed round trips to a store are counted', async (t) => {
   const proxy = await openProxy(t, 'REDIS_URL')
   const app = await build(t, { METRICS_PORT: '0', REDIS_URL: proxy.url })

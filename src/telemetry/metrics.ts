@@ -4,6 +4,7 @@ import { monitorEventLoopDelay } from 'node:perf_hooks'
 import fp from 'fastify-plugin'
 import { Counter, Gauge, Histogram, Registry } from 'prom-client'
 import type { Config } from '../config/config.js'
+import type { OutcomeName } from '../outcomes.js'
 import { type LimitName, limitNames, type Observer, type StoreName } from './observer.js'
 
 declare module 'fastify' {
@@ -94,6 +95,11 @@ export class Metrics implements Observer {
 
   scrape(): Promise<string> {
     return this.registry.metrics()
+  }
+
+  /** Prepares the count of failures of a route. `increase()` of Prometheus does not see how a series begins. */
+  addRoute(method: string, route: string): void {
+    this.requests.zero({ method, route, outcome: 'internal_error' satisfies OutcomeName })
   }
 
   onRequest(labels: { method: string; route: string; outcome: string }, durationMs: number): void {
@@ -216,6 +222,9 @@ export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: Met
     const stopProcessMetrics = metrics.addProcess()
     fastify.addHook('onClose', async () => stopProcessMetrics())
 
+    fastify.addHook('onRoute', ({ method, url, config }) => {
+      if (!config?.isProbe) for (const name of [method].flat()) metrics.addRoute(name, url)
+    })
     fastify.addHook('onResponse', (request, reply, done) => {
       const { config, url: route = noRoute } = request.routeOptions
       if (!config.isProbe) {
