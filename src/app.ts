@@ -85,11 +85,26 @@ const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config 
   if (config.sms) await fastify.register(codeRoutes, { config })
 }
 
-/** Builds the service, ready to listen. */
+/**
+ * Builds the service, ready to listen.
+ *
+ * @throws if a store does not answer, a hash thread cannot start or a port is in use; nothing is left open then
+ */
 export async function buildApp(config: Config, options: BuildOptions = {}): Promise<FastifyInstance> {
+  const app = Fastify(serverOptions(config, options.logStream))
+  try {
+    await registerService(app, config, options)
+    await app.ready()
+  } catch (error) {
+    await app.close()
+    throw error
+  }
+  return app
+}
+
+async function registerService(app: FastifyInstance, config: Config, { overrides }: BuildOptions): Promise<void> {
   const metrics = config.metricsPort === undefined ? undefined : new Metrics()
 
-  const app = Fastify(serverOptions(config, options.logStream))
   await app.register(replyHeaders)
   await app.register(forwardedFor)
   await app.register(replies, { config })
@@ -101,7 +116,7 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
     config,
     coalesceEvents: true,
     observer: metrics,
-    overrides: options.overrides
+    overrides
   })
   await app.register(openapi, { config })
   const storeChecks = new StoreChecks(checksOf(app))
@@ -110,8 +125,6 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
   await app.register(healthRoutes, { storeChecks, ownFailure: () => ownFailure(app) })
   // Nothing of src/dev is loaded in production.
   if (config.embedded) await app.register(import('./dev/sign-up-page.js'), { config })
-  await app.ready()
-  return app
 }
 
 const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: StoreChecks): MetricsSources => ({
@@ -122,7 +135,7 @@ const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: S
   failingStores: () => storeChecks.failing()
 })
 
-/** Each check writes, or asks whether it could: a replica answers reads, too. */
+/** Each check tests whether the store takes writes: a replica answers reads, too. */
 const checksOf = ({ postgres, withRedis }: FastifyInstance) => ({
   Postgres: () => postgres.checkWritable(),
   Redis: () => withRedis((redis) => redis.set('mobile_signup:health', '', 'PX', 1_000))

@@ -211,3 +211,9 @@ t.test('an idle Postgres connection that fails does not end the process', async 
   const body = await signUpBody()
   t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)
 })
+
+t.test('a start that fails leaves no connection open', async (t) => {
+  const { href: REDIS_URL, port: METRICS_PORT } = Object.assign(new URL(stores.redisUrl), { pathname: '/5' })
+  await t.rejects(build(t, { REDIS_URL, METRICS_PORT }), { code: 'EADDRINUSE' })
+  await until('its connections are closed', async () => !`${await redis.client('LIST')}`.includes(' db=5 '))
+})

@@ -2,8 +2,8 @@ import { fileURLToPath } from 'node:url'
 import { runner } from 'node-pg-migrate'
 
 /**
- * Applies the pending migrations of `sql/`, each in a transaction of its own. An advisory lock lets one instance at a
- * time in, so instances that start together do not collide.
+ * Applies the pending migrations of `sql/`, each in a transaction of its own. With an advisory lock, instances that
+ * start together take turns.
  *
  * @returns the names of the migrations that this call has applied
  */

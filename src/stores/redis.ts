@@ -78,7 +78,7 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     fastify.decorate('withRedis', async <T>(run: (redis: Redis | Cluster) => Promise<T>) => {
       try {
         const result = await observeRoundTrip(observer, 'redis', run(client))
-        // Not when it connects: a server that is no master accepts connections, too.
+        // After a command, not when it connects: a server that is no master accepts connections, too.
         if (lastError !== undefined) fastify.log.info({ store: 'redis' }, 'Redis answers again')
         lastError = undefined
         return result
