@@ -16,6 +16,7 @@ interface Media {
 }
 
 interface Operation {
+  security?: object[]
   requestBody?: { content: { 'application/json': { schema: { properties: Record<string, { examples: string[] }> } } } }
   responses: Record<string, { headers?: Record<string, unknown>; content: { 'application/json': Media } }>
 }
@@ -179,6 +180,9 @@ t.test('the document is OpenAPI 3.1, and its examples are valid', async (t) => {
   const app = await build(t)
   const { openapi, paths } = await documentOf(app)
   t.equal(openapi, '3.1.0')
+  for (const method of ['get', 'delete']) {
+    t.strictSame(paths['/api/v1.0/session']?.[method]?.security, [{ session: [] }], `${method} takes the cookie`)
+  }
   for (const [path, operations] of Object.entries(paths)) {
     for (const [method, { requestBody, responses }] of Object.entries(operations)) {
       for (const { content } of Object.values(responses)) {

@@ -182,8 +182,10 @@ t.test('503 4001: a session cannot be ended while Redis does not answer', async 
   const cookie = cookieOf(await client(app).signUp(await signUpBody()))
   const writes = await holdRedisWrites()
   const reply = await client(app).logOut(cookie)
+  const replyWithoutSession = await client(app).logOut('')
   await writes.release()
   t.strictSame(statusAndErrno(reply), [503, '4001'])
+  t.equal(replyWithoutSession.statusCode, 200, 'without a session there is nothing to end')
 })
 
 t.test('a request target in absolute form keeps its session', async (t) => {

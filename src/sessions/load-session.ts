@@ -7,7 +7,7 @@ export const loadSession = fp(
     const { cookieName, secret } = fastify.sessions.options
 
     fastify.addHook('onRequest', async (request) => {
-      request.raw.url = originForm(request.raw.url ?? '/')
+      request.raw.url = originForm(request.raw.url ?? '')
       // @fastify/session accepts a cookie signed with an older secret, but then clears it. So it gets the cookie as the
       // newest secret signs it.
       const { value } = secret.unsign(request.cookies[cookieName] ?? '')
@@ -29,5 +29,5 @@ export const loadSession = fp(
  * @fastify/session compares the target with the path of the cookie, and without a match loads no session.
  */
 function originForm(target: string): string {
-  return target.replace(/^https?:\/\/[^/?#]*/i, '') || '/'
+  return target.replace(/^https?:\/\/[^/?#]*/i, '')
 }

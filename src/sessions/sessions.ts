@@ -15,6 +15,12 @@ export interface SessionUser {
   mobile: string
 }
 
+/** What counts of a stored session. */
+interface StoredSession {
+  user: SessionUser
+  epoch: number
+}
+
 interface Sessions {
   /**
    * Logs a user in: stores a session under a new id and sends it as a cookie. The session that the request came with is
@@ -45,10 +51,12 @@ declare module 'fastify' {
   interface FastifyInstance {
     sessions: Sessions
   }
-  interface Session extends Partial<SessionUser> {
-    /** The epoch of the session, and the oldest epoch of its user whose sessions live. */
-    epoch?: number
-    currentEpoch?: number
+  interface Session {
+    /** Absent unless the session was stored. */
+    owner?: StoredSession & {
+      /** The oldest epoch of the user whose sessions live. The session has ended if its own is older. */
+      currentEpoch: number
+    }
   }
 }
 
@@ -123,8 +131,6 @@ export const sessions = fp<{ config: Config }>(
     const cookieOptions: CookieSerializeOptions = { ...attributes, maxAge: sessionTtlSeconds }
     const signer = new Signer([...sessionSecrets])
 
-    const store = (sessionId: string, session: Session) =>
-      fastify.withRedis((redis) => redis.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds))
     const destroy = (sessionId: string) => fastify.withRedis((redis) => redis.del(sessionKey(sessionId)))
     const addToIndex = (userId: string, sessionId: string, epoch: number, formerId: string) =>
       fastify.withRedis((redis) =>
@@ -157,12 +163,12 @@ export const sessions = fp<{ config: Config }>(
       const { user, epoch } = stored
       const currentEpoch = await fastify.withRedis((redis) => redis.get(epochKey(user.user_id)))
       const cookie = { originalMaxAge: sessionTtlSeconds * 1_000 }
-      return { cookie, ...user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) }
+      return { cookie, owner: { user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) } }
     }
 
     const sessionStore: SessionStore = {
-      set(sessionId, session, done) {
-        store(sessionId, session).then(() => done(), done)
+      set(_sessionId, _session, done) {
+        done(new Error('only start() stores sessions: no route changes one'))
       },
       get(sessionId, done) {
         load(sessionId).then((session) => done(null, session), done)
@@ -200,7 +206,9 @@ export const sessions = fp<{ config: Config }>(
         try {
           // In one round trip, except in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
           // here, or whoever ends the epoch finds the session in the index and destroys it.
-          const stored = store(sessionId, session)
+          const stored = fastify.withRedis((redis) =>
+            redis.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds)
+          )
           if (fastify.isRedisCluster) await stored
           const [, excessIds] = await Promise.all([
             stored,
@@ -220,16 +228,15 @@ export const sessions = fp<{ config: Config }>(
         return 'started'
       },
 
-      userOf({ session }) {
-        const owner = ownerOf(session)
+      userOf({ session: { owner } }) {
         return owner === undefined || owner.epoch < owner.currentEpoch ? undefined : owner.user
       },
 
       async end(request, reply) {
-        const { user_id, sessionId } = request.session
-        if (request.cookies[cookieName] === request.session.encryptedSessionId) {
+        const { owner, sessionId } = request.session
+        if (owner !== undefined) {
           await request.session.destroy()
-          if (user_id !== undefined) await removeFromIndex(user_id, [sessionId])
+          await removeFromIndex(owner.user.user_id, [sessionId])
         }
         // Otherwise @fastify/session clears the cookie a second time.
         request.cookies[cookieName] = undefined
@@ -248,8 +255,7 @@ export const sessions = fp<{ config: Config }>(
         )
       },
 
-      async endEverywhere({ session }) {
-        const owner = ownerOf(session)
+      async endEverywhere({ session: { owner } }) {
         if (owner === undefined) return
         const { user, epoch, currentEpoch } = owner
         // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
@@ -262,18 +268,6 @@ export const sessions = fp<{ config: Config }>(
   },
   { fastify: '5.x', name: 'sessions', dependencies: ['redis', 'users'] }
 )
-
-interface StoredSession {
-  user: SessionUser
-  epoch: number
-}
-
-/** Returns who owns a session, also if it is outdated. */
-function ownerOf(session: Session): (StoredSession & { currentEpoch: number }) | undefined {
-  const { user_id, name, mobile, epoch = firstSessionEpoch, currentEpoch = firstSessionEpoch } = session
-  if (user_id === undefined || name === undefined || mobile === undefined) return undefined
-  return { user: { user_id, name, mobile }, epoch, currentEpoch }
-}
 
 /**
  * Parses a stored session. Only its user and its epoch count: other services write sessions, too, and @fastify/session would

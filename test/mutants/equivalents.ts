@@ -45,6 +45,16 @@ export const equivalents: readonly Equivalents[] = [
     ]
   },
   {
+    reason: 'Node gives each request a target.',
+    mutants: [
+      'src/sessions/load-session.ts: request.raw.url = originForm(request.raw.url ?? «\'\' → "Stryker was here!"»)'
+    ]
+  },
+  {
+    reason: 'Only for the interface of @fastify/session, which stores a session only if a route has changed it.',
+    mutants: ['src/sessions/sessions.ts: set(_sessionId, _session, done) «{ … } → {}»,']
+  },
+  {
     reason: 'An absent field counts as false.',
     mutants: ['src/users/redeem-code.ts: endReplay(«{ passwordWasWrong: false } → {}»)']
   },

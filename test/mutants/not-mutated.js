@@ -33,8 +33,9 @@ const rules = [
     reason: 'The message of an error is for the log only.'
   },
   {
-    types: ['ObjectProperty'],
-    matches: (path) => /^(description|examples|operationId|summary|tags):/.test(`${path}`),
+    types: ['ObjectProperty', 'ObjectExpression'],
+    matches: (path) =>
+      /^(\{\s*description: '[^']*'\s*\}$|(description|examples|operationId|summary|tags):)/.test(`${path}`),
     reason: 'It describes the API for people.'
   },
   {
