@@ -15,7 +15,7 @@ export const bugs: readonly Bug[] = [
     patches: [
       {
         file: 'codes/scripts.js',
-        text: `local is_own = not stored or record.at == ARGV[1]
+        text: `local is_own = record.at == ARGV[1] or not stored and now - ARGV[1] < tonumber(ARGV[8])
 if record.mac == ARGV[2] and not is_own then return 0 end`,
         replacement: 'local is_own = true'
       }
