@@ -79,7 +79,8 @@ export const equivalents: readonly Equivalents[] = [
     reason: 'A time ends one microsecond of the clock of Redis later. No test can send a request in that microsecond.',
     mutants: [
       'claimCode: if not count or now - since «>= → >» window then count, since = 0, now end',
-      "claimCode: if since and now - since «< → <=» tonumber(ARGV[3]) then return { 'in_progress' } end"
+      "claimCode: if since and now - since «< → <=» tonumber(ARGV[3]) then return { 'in_progress' } end",
+      'endClaim: local is_own = record.at == ARGV[1] or not stored and now - ARGV[1] «< → <=» tonumber(ARGV[8])'
     ]
   },
   {
