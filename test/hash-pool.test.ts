@@ -1,3 +1,4 @@
+import { EventEmitter } from 'node:events'
 import { readdirSync, readFileSync } from 'node:fs'
 import { readFile, rm, writeFile } from 'node:fs/promises'
 import { syncBuiltinESMExports } from 'node:module'
@@ -5,6 +6,7 @@ import { type AddressInfo, connect, type Socket } from 'node:net'
 import { constants, getPriority } from 'node:os'
 import { join } from 'node:path'
 import { PassThrough } from 'node:stream'
+import { setImmediate as endOfPass } from 'node:timers/promises'
 import workerThreads, { type Worker } from 'node:worker_threads'
 import { verify } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
@@ -45,6 +47,48 @@ function watchWorkers(t: Test): Worker[] {
   process.on('worker', onWorker)
   t.teardown(() => process.off('worker', onWorker))
   return workers
+}
+
+/** Returns the indexes of the threads that get the next jobs, in the order of the jobs. */
+function recordJobs(workers: readonly Worker[]): number[] {
+  const jobs: number[] = []
+  for (const [index, worker] of workers.entries()) {
+    const { postMessage } = worker
+    worker.postMessage = (message) => {
+      jobs.push(index)
+      postMessage.call(worker, message)
+    }
+  }
+  return jobs
+}
+
+/** Fails as with `ulimit -u`: the constructor throws, and there is no event. */
+class RefusedWorker {
+  constructor() {
+    throw new Error('ERR_WORKER_INIT_FAILED: EAGAIN')
+  }
+}
+
+/** Is being started until it is terminated. */
+class StartingWorker extends EventEmitter {
+  terminate = async () => this.emit('exit')
+}
+
+/**
+ * Replaces the class of threads that are started from now on.
+ *
+ * @returns a function that ends this
+ */
+function replaceWorkers(t: Test, replacement: object): () => void {
+  const { Worker } = workerThreads
+  function use(workerClass: object): void {
+    Object.assign(workerThreads, { Worker: workerClass })
+    syncBuiltinESMExports()
+  }
+  use(replacement)
+  const restore = () => use(Worker)
+  t.teardown(restore)
+  return restore
 }
 
 t.test('the pool hashes and verifies, and a job that fails does not stop it', async (t) => {
@@ -91,6 +135,7 @@ t.test('closing the pool finishes the queue', async (t) => {
   const jobs = Array.from({ length: 20 }, () => pool.hash('a password'))
   await pool.close()
   t.equal((await Promise.all(jobs)).length, 20)
+  t.match(await pool.hash('a password').catch((error) => error), { outcome: 'busy' })
 })
 
 t.test('a pool with invalid parameters does not become ready', async (t) => {
@@ -117,25 +162,15 @@ t.test(
     for (const client of clients) client.destroy()
     t.strictSame(await Promise.all([begun, next]), [false, false])
     t.equal(pool.expectedWaitMs, 0)
-    await t.rejects(
-      pool.hash('late', clients[2]),
-      new ClientDisconnected(),
-      'a client that has disconnected before adds no job'
-    )
+    const late = await pool.hash('late', clients[2]).catch((error) => error)
+    t.match(late, { outcome: 'busy' }, 'a client that has disconnected before adds no job')
   }
 )
 
 t.test('a thread has its next job before it has finished one; idle threads come first', async (t) => {
   const { workers, pool } = startWatchedPool(t, 2)
   await pool.ready()
-  const jobs: number[] = []
-  for (const [index, worker] of workers.entries()) {
-    const { postMessage } = worker
-    worker.postMessage = (message) => {
-      jobs.push(index)
-      postMessage.call(worker, message)
-    }
-  }
+  const jobs = recordJobs(workers)
   const hashes = ['first', 'second', 'third', 'fourth', 'fifth'].map((password) => pool.hash(password))
   t.strictSame(
     [jobs.slice(0, 2).sort(), jobs.slice(2).sort()],
@@ -147,6 +182,36 @@ t.test('a thread has its next job before it has finished one; idle threads come 
   )
   await Promise.all(hashes)
   t.equal(jobs.length, 5)
+})
+
+t.test('a job goes to the idle thread, whichever it is', async (t) => {
+  const { workers, pool } = startWatchedPool(t, 2)
+  await pool.ready()
+  const jobs = recordJobs(workers)
+  const idle = new Set<number | undefined>()
+  // Of idle threads the one that has ended first gets the next job. So the slow job alternates between them.
+  while (idle.size < workers.length) {
+    jobs.length = 0
+    const slow = pool.verify(slowPhc, 'slow')
+    await pool.hash('fast')
+    await Promise.all([slow, pool.hash('next')])
+    t.equal(jobs[2], jobs[1])
+    idle.add(jobs[1])
+  }
+})
+
+t.test('an observer learns how long each job has waited and computed', async (t) => {
+  const pool = startPool(t, 1)
+  await pool.ready()
+  const jobs: { waitMs: number; durationMs: number }[] = []
+  pool.onJob = (waitMs, durationMs) => jobs.push({ waitMs, durationMs })
+  const startedAt = performance.now()
+  await Promise.all([pool.verify(slowPhc, 'slow'), pool.hash('a password')])
+  const elapsedMs = performance.now() - startedAt
+  t.equal(jobs.length, 2)
+  for (const { waitMs, durationMs } of jobs) {
+    t.ok(waitMs >= 0 && durationMs > 0 && waitMs + durationMs <= elapsedMs, `${waitMs} + ${durationMs} ms`)
+  }
 })
 
 t.test('if a thread ends, another one computes the job that it had next', async (t) => {
@@ -245,28 +310,61 @@ t.test('a thread that the operating system refuses is started again later', asyn
   const errors: unknown[] = []
   pool.onThreadError = (error) => errors.push(error)
   await pool.ready()
-
-  // With `ulimit -u` the constructor throws, and there is no event.
-  class RefusedWorker {
-    constructor() {
-      throw new Error('ERR_WORKER_INIT_FAILED: EAGAIN')
-    }
-  }
-  const { Worker } = workerThreads
-  replaceWorker(RefusedWorker)
-  t.teardown(() => replaceWorker(Worker))
+  const allow = replaceWorkers(t, RefusedWorker)
   await workers[0]?.terminate()
   await until('the second start has failed, too', () => errors.length >= 2)
   t.equal(pool.isAvailable, false)
   await t.rejects(pool.hash('a password'), new Refusal('busy', undefined, { retryAfterSeconds: 5 }))
-  replaceWorker(Worker)
+  allow()
   await until('a thread has started', () => pool.isAvailable)
   t.match(await pool.hash('a password'), /^\$argon2id\$/)
+})
 
-  function replaceWorker(replacement: object): void {
-    Object.assign(workerThreads, { Worker: replacement })
-    syncBuiltinESMExports()
-  }
+t.test('a pool stays available while one of its threads works', async (t) => {
+  const { workers, pool } = startWatchedPool(t, 2)
+  const errors: unknown[] = []
+  pool.onThreadError = (error) => errors.push(error)
+  await pool.ready()
+  replaceWorkers(t, RefusedWorker)
+  await workers[0]?.terminate()
+  await until('the second start has failed, too', () => errors.length >= 2)
+  t.equal(pool.isAvailable, true)
+  t.match(await pool.hash('a password'), /^\$argon2id\$/)
+})
+
+t.test('a pool is unavailable if a thread cannot start while the others have not started', async (t) => {
+  const { workers, pool } = startWatchedPool(t, 2)
+  await pool.ready()
+  replaceWorkers(t, StartingWorker)
+  await workers[0]?.terminate()
+  t.equal(pool.isAvailable, true)
+  replaceWorkers(t, RefusedWorker)
+  await workers[1]?.terminate()
+  t.equal(pool.isAvailable, false)
+})
+
+t.test('a pool that is closed before a thread is started again starts none', async (t) => {
+  const { workers, pool } = startWatchedPool(t, 1)
+  await pool.ready()
+  const allow = replaceWorkers(t, RefusedWorker)
+  const restarts: (() => void)[] = []
+  const restoreTimers = t.intercept(globalThis, 'setTimeout', {
+    value: (restart: () => void) => {
+      restarts.push(restart)
+      return { unref: () => undefined }
+    }
+  }).restore
+  // Nobody listens to the errors of this pool.
+  workers[0]?.emit('error', new Error('out of memory'))
+  await workers[0]?.terminate()
+  restoreTimers()
+  allow()
+  t.equal(restarts.length, 1)
+  await pool.close()
+  restarts[0]?.()
+  // Node reports a new thread in the next tick.
+  await endOfPass()
+  t.equal(workers.length, 1)
 })
 
 /** The settings of an instance with one thread, whose requests do not time out. */

@@ -45,6 +45,20 @@ export const equivalents: readonly Equivalents[] = [
     ]
   },
   {
+    reason: 'A thread answers only the jobs that it has. The check is for the types.',
+    mutants: ['src/passwords/hash-pool.ts: if («job === undefined → false») return']
+  },
+  {
+    reason: 'Neither text says that huge pages are off.',
+    mutants: [
+      "src/passwords/huge-pages.ts: const setting = await readFile(settingFile, 'utf8').catch(() => «'' → \"Stryker was here!\"»)"
+    ]
+  },
+  {
+    reason: 'Nobody knows the random password of the decoy, so it never matches.',
+    mutants: ['src/passwords/passwords.ts: return matches && «phc !== undefined → true»']
+  },
+  {
     reason: 'Node gives each request a target.',
     mutants: [
       'src/sessions/load-session.ts: request.raw.url = originForm(request.raw.url ?? «\'\' → "Stryker was here!"»)'
