@@ -13,6 +13,12 @@ export const equivalents: readonly Equivalents[] = [
     ]
   },
   {
+    reason: 'Without an observer it throws another error, which is answered alike. Only the log differs.',
+    mutants: [
+      'src/codes/sms.ts: if (!(error instanceof MessageNotSent)) «observer?.onCodeSent → observer.onCodeSent»()'
+    ]
+  },
+  {
     reason: 'It is a part of the message of an error, for the log only.',
     mutants: [
       // biome-ignore lint/suspicious/noTemplateCurlyInString: the placeholder is part of the mutant
