@@ -62,7 +62,7 @@ async function main(): Promise<void> {
   if (stores) stop = () => stores.stop()
   await stores?.start()
 
-  const app = await buildApp(config, { logStream: dev ? await dev.prettyLog() : await openLog() })
+  const app = await buildApp(config, { logStream: await (dev ? dev.prettyLog() : openLog()) })
   // Node's own report prints every field of an error, and a Redis error carries the arguments of its command.
   process.on('uncaughtException', (err) => {
     app.log.fatal({ err }, 'uncaught exception')
@@ -91,6 +91,7 @@ async function main(): Promise<void> {
   if (dev) process.stdout.write(await dev.demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
 }
 
+/** Opens the log of JSON lines, which `exit` flushes. */
 async function openLog(): Promise<DestinationStream> {
   const { jsonLog } = await import('./telemetry/log.js')
   const log = jsonLog()

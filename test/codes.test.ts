@@ -66,8 +66,8 @@ async function checkTtl(t: Test, key: string, ms: number): Promise<void> {
   t.ok(ttlMs > ms - slackMs && ttlMs <= ms, `${key}: ${ttlMs} ms of ${ms} ms`)
 }
 
-const present = (mobile: string, code: string, purpose: CodePurpose = 'sign_up', from = address) =>
-  codes.claim(mobile, code, purpose, { ticket: undefined, address: from })
+const present = (mobile: string, code: string, purpose: CodePurpose = 'sign_up', from = address, instance = codes) =>
+  instance.claim(mobile, code, purpose, { ticket: undefined, address: from })
 
 /** Presents a code, and returns the claim. */
 async function claim(...args: Parameters<typeof present>): Promise<Claim> {
@@ -314,11 +314,7 @@ t.test('a reclaim keeps the MAC of the claim, so a rotation of the secret brings
   const after = await buildCodes(t, config({ SESSION_SECRET: `${present},${former}` }))
   const mobile = newMobile()
   const code = await issueCode(mobile)
-  const claimBy = async (instance: typeof codes) => {
-    const result = await instance.claim(mobile, code, 'sign_up', { ticket: undefined, address })
-    if (result.state !== 'claimed') throw new Error(`the code is not claimed, but ${result.state}`)
-    return result
-  }
+  const claimBy = (instance: typeof codes) => claim(mobile, code, 'sign_up', address, instance)
   const slow = await claimBy(before)
   await ageClaim(mobile, leaseMs)
   await after.complete(await claimBy(after), '7')

@@ -49,7 +49,7 @@ function watchWorkers(t: Test): Worker[] {
   return workers
 }
 
-/** Returns the indexes of the threads that get the next jobs, in the order of the jobs. */
+/** Records which thread gets each of the next jobs. Returns a list to which the index of the thread is added. */
 function recordJobs(workers: readonly Worker[]): number[] {
   const jobs: number[] = []
   for (const [index, worker] of workers.entries()) {
@@ -69,15 +69,15 @@ class RefusedWorker {
   }
 }
 
-/** Is being started until it is terminated. */
+/** A thread that never becomes ready. */
 class StartingWorker extends EventEmitter {
   terminate = async () => this.emit('exit')
 }
 
 /**
- * Replaces the class of threads that are started from now on.
+ * Replaces the class of the threads that are started from now on.
  *
- * @returns a function that ends this
+ * @returns a function that restores the real class
  */
 function replaceWorkers(t: Test, replacement: object): () => void {
   const { Worker } = workerThreads
@@ -163,7 +163,8 @@ t.test(
     t.strictSame(await Promise.all([begun, next]), [false, false])
     t.equal(pool.expectedWaitMs, 0)
     const late = await pool.hash('late', clients[2]).catch((error) => error)
-    t.match(late, { outcome: 'busy' }, 'a client that has disconnected before adds no job')
+    t.type(late, ClientDisconnected, 'a client that has disconnected before adds no job')
+    t.equal(late.outcome, 'busy')
   }
 )
 
@@ -189,7 +190,7 @@ t.test('a job goes to the idle thread, whichever it is', async (t) => {
   await pool.ready()
   const jobs = recordJobs(workers)
   const idle = new Set<number | undefined>()
-  // Of idle threads the one that has ended first gets the next job. So the slow job alternates between them.
+  // Of two idle threads, the one that became idle first gets the next job. So the slow job alternates between them.
   while (idle.size < workers.length) {
     jobs.length = 0
     const slow = pool.verify(slowPhc, 'slow')

@@ -2,7 +2,7 @@ import { execFileSync } from 'node:child_process'
 import { chownSync } from 'node:fs'
 import { copyFile, mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { dirname, join } from 'node:path'
+import { join } from 'node:path'
 import type pg from 'pg'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
@@ -120,10 +120,10 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
 })
 
 t.test('the file of a CA is read once, so new connections need it no more', async (t) => {
-  const file = join(await mkdtemp(join(tmpdir(), 'mobile-signup-test-')), 'ca.crt')
+  const file = join(directory, 'deleted.crt')
   await copyFile(ca.certificate, file)
   const app = await build(t, { DATABASE_URL: tlsPostgres.url, PGSSLROOTCERT: file })
-  await rm(dirname(file), { recursive: true })
+  await rm(file)
   await tlsPostgres.postgres.query(
     `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'mobile-signup'`
   )

@@ -5,10 +5,10 @@ import { hkdfSync } from 'node:crypto'
  *
  * @param purpose separates the keys of different uses; with another text, nothing made before can be verified
  */
-export const deriveKeys = (
+export function deriveKeys(
   [newest, ...former]: readonly [string, ...string[]],
   purpose: string
-): [Buffer, ...Buffer[]] => {
+): [Buffer, ...Buffer[]] {
   const derive = (secret: string) => Buffer.from(hkdfSync('sha256', secret, '', purpose, 32))
   return [derive(newest), ...former.map(derive)]
 }

@@ -27,9 +27,10 @@ const redact = (text: string) => maskMobiles(text.replace(/,? with args beginnin
  */
 export function redactError(error: unknown): Error {
   if (!(error instanceof Error)) return new Error('not an error')
-  const { name, cause, code } = { code: undefined, ...error, name: error.name, cause: error.cause }
-  const copy = new Error(redact(error.message), { ...(cause !== undefined && { cause: redactError(cause) }) })
-  return Object.assign(copy, { name, stack: redact(error.stack ?? ''), ...(code !== undefined && { code }) })
+  const { name, message, stack = '', cause } = error
+  const { code } = { code: undefined, ...error }
+  const copy = new Error(redact(message), { ...(cause !== undefined && { cause: redactError(cause) }) })
+  return Object.assign(copy, { name, stack: redact(stack), ...(code !== undefined && { code }) })
 }
 
 /** How long a log line may wait to be written together with others. */
@@ -44,8 +45,8 @@ const waitingMaxBytes = 16 * 1_024 * 1_024
  */
 export function jsonLog() {
   const stream = destination({ minLength: 4_096, maxLength: waitingMaxBytes, periodicFlush: flushIntervalMs })
-  // pino calls it when the process ends and after a fatal line. sonic-boom then repeats a write that fails for ever, also if
-  // nobody can read it any more.
+  // pino calls it when the process ends, and after a fatal line. sonic-boom repeats a failing write for ever in it, even if the
+  // reader has gone.
   stream.flushSync = () => undefined
   return stream
 }
