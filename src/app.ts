@@ -135,7 +135,7 @@ const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: S
   failingStores: () => storeChecks.failing()
 })
 
-/** Each check tests whether the store takes writes: a replica answers reads, too. */
+/** Each check tests whether its store accepts writes, because a replica also answers reads. */
 const checksOf = ({ postgres, withRedis }: FastifyInstance) => ({
   Postgres: () => postgres.checkWritable(),
   Redis: () => withRedis((redis) => redis.set('mobile_signup:health', '', 'PX', 1_000))

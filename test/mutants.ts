@@ -1,5 +1,6 @@
 /*
- * npm run mutation: StrykerJS changes one place of the sources at a time, and runs the test files of its area until one fails.
+ * npm run mutation: StrykerJS makes one change in an area of the sources at a time, and runs the test files of the area until
+ * one fails.
  * A mutant that survives must be in test/mutants/equivalents.ts, with the reason why no test finds it.
  *
  * Arguments: names of areas, or all by default.

@@ -325,7 +325,7 @@ t.test('the process ends also if the reader of its standard output has gone, or 
   const stalled = await startWithPipe(t)
   stalled.service.stdout.pause()
   const headers = { 'x-request-id': 'x'.repeat(100) }
-  // Their lines take more than a pipe and both sides of it can hold.
+  // The log lines of these requests are more than the pipe can hold.
   for (let n = 0; n < 40; n++) {
     await Promise.all(Array.from({ length: 50 }, async () => (await fetch(stalled.url, { headers })).text()))
   }

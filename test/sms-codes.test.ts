@@ -378,7 +378,7 @@ t.test(
 
     const { app: connected, webhook } = await buildWithWebhook(t, { SMS_RESEND_S: '60' })
     const broken = newMobile()
-    // Another type of value is an error of the script. Redis goes on, so only the service can stop here.
+    // The script fails at a value of another type. Redis itself still works, so only the service can stop the message.
     await redis.hset(`send_sms_code_${broken}`, 'field', 'value')
     t.strictSame(statusAndErrno(await client(connected).sendCode(broken)), [503, '4001'])
     t.equal(webhook.received.length, 0)
@@ -391,7 +391,7 @@ t.test(
     const proxy = await openProxy(t, 'REDIS_URL')
     const { app, webhook } = await buildWithWebhook(t, { SMS_RESEND_S: '60', REDIS_URL: proxy.url })
     const [refunded, lost] = [newMobile(), newMobile()]
-    // Another type of value is an error of the script. Redis goes on.
+    // The script fails at a value of another type. Redis itself still works.
     await redis.hset(`{sms_code_${refunded}}:issue`, 'field', 'value')
     proxy.strike(`{sms_code_${lost}}:issue`, { kind: 'reset' })
     for (const [mobile, retryAfter, count] of [

@@ -98,7 +98,7 @@ return { 'wrong' }
 /**
  * Ends a claim without success. If another request has claimed the same code since, nothing changes. If another code was
  * completed since, its record stays. Without a record nothing changes after the lease: another request may have completed the
- * code, and the record of that has expired.
+ * code, and its record may have expired.
  *
  * KEYS: the code, the record, the issue. ARGV: the claim's `at`, `mac`, `ttl` and `issue`, the TTL of the record in ms, the
  * code to restore or '' to discard it, 1 if the row may have been committed, else 0, the lease in µs. Returns 0 if another
@@ -130,8 +130,8 @@ return 1
 
 /**
  * Ends a claim with success, and resets the guesses at the mobile. If another request has held the same code meanwhile and
- * put it back, the code is used up. If another code has been claimed since, the record of that claim stays. Without the record
- * that code would be lost if the instance that claimed it dies.
+ * put it back, the code is used up. If another code has been claimed since, the record of that claim stays: the instance that
+ * claimed it may die, and only the record brings that code back.
  *
  * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, its `mac`, the claimed code. Returns 0
  * if the same code was completed before, else 1.

@@ -55,15 +55,15 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       connectionTimeoutMillis: storeTimeoutMs,
       query_timeout: storeTimeoutMs,
       ...(!hasPooler && { statement_timeout: storeTimeoutMs }),
-      // Once, because it reads the files of certificates. node-postgres would read them for each connection, and where it
-      // connects again after a failure, a file that cannot be read ends the process.
+      // Parsed once, because this reads the files of certificates. From a `connectionString`, node-postgres reads them for each
+      // connection. A file that cannot be read then ends the process when the pool connects again by itself.
       ...parseIntoClientConfig(databaseUrl)
     }
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = poolOf(fastify)
 
-    // An `error` event without a listener ends the process. The pool emits those of idle connections. A connection in use
-    // needs a listener of its own.
+    // An `error` event without a listener ends the process. The pool emits the errors of its idle connections. A
+    // connection in use emits its own.
     pool.on('error', (err) => fastify.log.warn({ err, store: 'postgres' }, 'an idle Postgres connection failed'))
     pool.on('connect', (client) => client.on('error', () => undefined))
 

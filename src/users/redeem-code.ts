@@ -146,8 +146,8 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
   }
 
   /**
-   * The INSERT of a reopened claim has proved that the row of this user is gone. A read would not prove it: a former primary may
-   * answer one without a row that exists, and the user could then start no session.
+   * Ends the sessions of a user whose row Postgres has lost. Only a successful INSERT proves the loss. A read does not: a former
+   * primary may lack a row that exists, and then its user could not log in.
    */
   async function endSessionsOfLostUser(userId: string, request: FastifyRequest): Promise<void> {
     await fastify.sessions
@@ -211,7 +211,7 @@ export function redeemCodeHandlers(fastify: FastifyInstance, config: Config) {
       await endReplay({ passwordWasWrong: false })
       throw error
     }
-    // A failover or a restore of Postgres has lost the row, or a former primary has answered that does not have it yet.
+    // A failover or a restore of Postgres has lost the row, or the answer came from a former primary that lacks it.
     if (user === undefined) {
       const claim = await fastify.codes.reopen(completed)
       return claim === undefined ? reply.outcome('busy') : writePassword(request, reply, claim, redemption)

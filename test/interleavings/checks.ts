@@ -118,7 +118,7 @@ export class Checks {
     }
   }
 
-  /** Returns the index of the round trip that completed a success. It is -1 if Redis has not run it, and for a replay. */
+  /** Returns the index of the round trip that completed a success, or -1 if Redis has run none. A replay has none. */
   private completionOf({ attempt }: Answer): number {
     return this.indexOf('completeClaim', attempt)
   }

@@ -1,13 +1,13 @@
 // JavaScript, because Stryker imports it.
 
 /**
- * What this file uses of a path of Babel. `toString` returns the source of the node.
+ * The part of Babel's `NodePath` that this file uses. `toString` returns the source of the node.
  *
  * @typedef {{ node: { type: string }, parentPath: Path | null, toString(): string }} Path
  */
 
 /**
- * Source that Stryker does not change: the types of its nodes, what the source contains, and why.
+ * Stryker does not change a node that has one of the types of a rule and that the rule matches.
  *
  * @type {{ types: string[], matches(path: Path): boolean, reason: string }[]}
  */

@@ -23,7 +23,7 @@ export function idsOf(equivalents: readonly Equivalents[]): ReadonlySet<string> 
 }
 
 /**
- * Returns the items with these names, or all if there are no names.
+ * Returns the items with these names. If no name is given, it returns all items.
  *
  * @throws {Error} if there is no item with a name
  */
