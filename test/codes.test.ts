@@ -111,8 +111,7 @@ t.test('a new code and its issue have the same TTL; a resend keeps it, and notes
   const before = await redisNow()
   const first = await codes.issue(mobile, 'sign_up', address)
   const after = await redisNow()
-  t.match(first, { mobile, ttlSeconds: 300, replaced: { code: null, issue: null } })
-  t.match(first.code, /^\d{6}$/)
+  t.match(first, { code: /^\d{6}$/, ttlSeconds: 300 })
   t.equal(await redis.get(codeKey(mobile)), first.code)
   const [firstSend] = (await readJson(issueKey(mobile))).sends
   t.ok(before <= Number(firstSend.at) && Number(firstSend.at) <= after, 'the time is that of Redis')
@@ -124,7 +123,7 @@ t.test('a new code and its issue have the same TTL; a resend keeps it, and notes
   }
 
   const second = await codes.issue(mobile, 'sign_up', '2001:db8::1')
-  t.strictSame([second.code, second.replaced], [first.code, undefined])
+  t.equal(second.code, first.code)
   t.ok(second.ttlSeconds > 170 && second.ttlSeconds <= 200)
   const { sends } = await readJson(issueKey(mobile))
   t.match(sends, [firstSend, { at: /^\d{16}$/, network: '2001:db8:0:0::/64' }])
@@ -135,18 +134,27 @@ t.test('a new code is for one purpose or for both, and replaces a code of anothe
   const mobile = newMobile()
   const forBoth = await codes.issue(mobile, undefined, address)
   t.strictSame(Object.keys(await readJson(issueKey(mobile))).sort(), ['code', 'sends'])
-  t.equal((await codes.issue(mobile, undefined, address)).replaced, undefined)
+  t.equal((await codes.issue(mobile, undefined, address)).code, forBoth.code)
 
-  const issueForBoth = await redis.get(issueKey(mobile))
+  const issueForBoth = await readJson(issueKey(mobile))
   const forReset = await issue(mobile, 'password')
-  t.equal((await readJson(issueKey(mobile))).purpose, 'password')
-  t.match(forReset.replaced, { code: forBoth.code, issue: issueForBoth })
-  t.ok(Number(forReset.replaced?.ttlMs) > lifeMs - slackMs && Number(forReset.replaced?.ttlMs) <= lifeMs)
+  const { purpose, sends, replaced } = await readJson(issueKey(mobile))
+  t.equal(purpose, 'password')
+  t.strictSame(replaced, { code: forBoth.code, ttl: replaced.ttl, at: sends[0].at, issue: issueForBoth })
+  t.ok(replaced.ttl > lifeMs - slackMs && replaced.ttl <= lifeMs)
+
+  await issue(mobile)
+  const second = (await readJson(issueKey(mobile))).replaced
+  t.equal(second.code, forReset.code)
+  t.equal(second.issue.replaced, undefined, 'only one replaced code is kept')
 
   const foreign = await issueCode(mobile)
-  t.match((await issue(mobile, 'password')).replaced, { code: foreign })
+  await issue(mobile, 'password')
+  const third = (await readJson(issueKey(mobile))).replaced
+  t.strictSame(third, { code: foreign, ttl: third.ttl, at: third.at }, 'a code of another service has no issue')
   await redis.persist(codeKey(mobile))
-  t.match((await issue(mobile, 'password')).replaced, { ttlMs: -1 }, 'a code without a TTL is not sent again')
+  await issue(mobile, 'password')
+  t.equal((await readJson(issueKey(mobile))).replaced.ttl, -1, 'a code without a TTL is not sent again')
 })
 
 t.test('a claim moves a code into its record, which lives for 300 s or as long as the code', async (t) => {
@@ -278,7 +286,18 @@ t.test('a restore leaves a newer code and its issue, and the claim of a newer co
   const issued = await readJson(issueKey(mobile))
   await codes.restore(older, false)
   t.equal(await redis.get(codeKey(mobile)), newer.code)
-  t.strictSame(await readJson(issueKey(mobile)), issued)
+  const { replaced: _, ...unchanged } = await readJson(issueKey(mobile))
+  t.strictSame(unchanged, issued)
+
+  for (const isIssued of [true, false]) {
+    const { mobile, claim: older } = await claimIssued()
+    if (isIssued) await issue(mobile)
+    const foreign = await issueCode(mobile)
+    const issued = await redis.get(issueKey(mobile))
+    await codes.restore(older, false)
+    t.equal(await redis.get(codeKey(mobile)), foreign)
+    t.equal(await redis.get(issueKey(mobile)), issued, 'the issue of another code is left alone')
+  }
 
   const { claim: late } = await claimIssued()
   const newerClaim = await claim(late.mobile, (await issue(late.mobile)).code)
@@ -557,25 +576,23 @@ async function issueTwo() {
   const previous = await issue(mobile)
   const previousIssue = await readJson(issueKey(mobile))
   const latest = await issue(mobile, 'password')
-  const { replaced } = latest
-  if (replaced === undefined) throw new Error('the second code is not new')
-  return { mobile, previous, previousIssue, latest, replaced }
+  return { mobile, previous: previous.code, previousIssue, latest: latest.code }
 }
 
-/** Lets the newest code have been issued some seconds earlier. */
-async function ageIssue(mobile: string, seconds: number): Promise<void> {
+/** Lets the newest code have replaced a code with another TTL, some seconds earlier. */
+async function changeReplaced(mobile: string, ttl: number, ageSeconds: number): Promise<void> {
   const issued = await readJson(issueKey(mobile))
-  const [send] = issued.sends
-  send.at = `${Number(send.at) - seconds * 1_000_000}`
-  await redis.set(issueKey(mobile), JSON.stringify(issued), 'KEEPTTL')
+  const at = `${Number(issued.replaced.at) - ageSeconds * 1_000_000}`
+  const changed = { ...issued, replaced: { ...issued.replaced, ttl, at } }
+  await redis.set(issueKey(mobile), JSON.stringify(changed), 'KEEPTTL')
 }
 
 t.test('a withdrawal puts the previous code and its issue back, with the TTL that is left', async (t) => {
   const startedAt = Date.now()
-  const { mobile, previous, previousIssue, latest, replaced } = await issueTwo()
-  await ageIssue(mobile, 5_000)
-  await codes.withdraw({ ...latest, replaced: { ...replaced, ttlMs: 10_000_000 } })
-  t.equal(await redis.get(codeKey(mobile)), previous.code)
+  const { mobile, previous, previousIssue, latest } = await issueTwo()
+  await changeReplaced(mobile, 10_000_000, 5_000)
+  await codes.withdraw(mobile, latest)
+  t.equal(await redis.get(codeKey(mobile)), previous)
   t.strictSame(await readJson(issueKey(mobile)), previousIssue)
   for (const key of [codeKey(mobile), issueKey(mobile)]) {
     const ttlMs = await redis.pttl(key)
@@ -587,44 +604,45 @@ t.test('a withdrawal puts the previous code and its issue back, with the TTL tha
 
 t.test('a withdrawal puts a code without a TTL back without one, and no code that has expired', async (t) => {
   const immortal = await issueTwo()
-  await codes.withdraw({ ...immortal.latest, replaced: { ...immortal.replaced, ttlMs: -1 } })
-  t.equal(await redis.get(codeKey(immortal.mobile)), immortal.previous.code)
-  t.equal(await redis.pttl(codeKey(immortal.mobile)), -1)
+  await changeReplaced(immortal.mobile, -1, 5)
+  await codes.withdraw(immortal.mobile, immortal.latest)
+  t.equal(await redis.get(codeKey(immortal.mobile)), immortal.previous)
+  for (const key of [codeKey(immortal.mobile), issueKey(immortal.mobile)]) t.equal(await redis.pttl(key), -1)
 
-  for (const ttlMs of [0, 1_000]) {
-    const expired = await issueTwo()
-    await ageIssue(expired.mobile, 5)
-    await codes.withdraw({ ...expired.latest, replaced: { ...expired.replaced, ttlMs } })
-    t.strictSame(await keysOf(expired.mobile), [], `${ttlMs} ms`)
+  for (const ttl of [0, 1_000]) {
+    const { mobile, latest } = await issueTwo()
+    await changeReplaced(mobile, ttl, 5)
+    await codes.withdraw(mobile, latest)
+    t.strictSame(await keysOf(mobile), [], `${ttl} ms`)
   }
 
   const mobile = newMobile()
-  await codes.withdraw(await issue(mobile))
+  await codes.withdraw(mobile, (await issue(mobile)).code)
   t.strictSame(await keysOf(mobile), [], 'there was no previous code')
 
   const foreign = await issueCode(mobile)
-  await codes.withdraw(await issue(mobile))
+  await codes.withdraw(mobile, (await issue(mobile)).code)
   t.strictSame(await keysOf(mobile), [codeKey(mobile)], 'a code of another service had no issue')
   t.equal(await redis.get(codeKey(mobile)), foreign)
 
   const orphaned = newMobile()
   await issue(orphaned)
   await redis.del(codeKey(orphaned))
-  await codes.withdraw(await issue(orphaned))
+  await codes.withdraw(orphaned, (await issue(orphaned)).code)
   t.strictSame(await keysOf(orphaned), [], 'an issue without its code does not come back')
 })
 
 t.test('a withdrawal does not fail in the millisecond in which the previous code expires', async (t) => {
   const mobile = newMobile()
-  const lifeMs = 1_000
+  const ttl = 1_000
   for (let n = 0; n < 200; n++) {
     // The time until the script runs is between 0 and 5 ms. So in many runs the rest of the life is 0 ms.
     const restUs = (n % 20) * 250
-    const at = `${(await redisNow()) - lifeMs * 1_000 + restUs}`
-    await redis.set(issueKey(mobile), JSON.stringify({ code: 'new', sends: [{ at, network: address }] }))
+    const at = `${(await redisNow()) - ttl * 1_000 + restUs}`
+    const issued = { code: 'new', sends: [{ at, network: address }], replaced: { code: 'previous', ttl, at } }
+    await redis.set(issueKey(mobile), JSON.stringify(issued))
     await redis.set(codeKey(mobile), 'new')
-    const replaced = { code: 'previous', ttlMs: lifeMs, issue: null }
-    await codes.withdraw({ mobile, code: 'new', ttlSeconds: 0, replaced })
+    await codes.withdraw(mobile, 'new')
     t.not(await redis.get(codeKey(mobile)), 'new')
   }
 })
@@ -633,10 +651,10 @@ t.test('a withdrawal changes nothing if the code was sent again, replaced or cla
   /** Withdraws a code after something has happened, and checks that the keys stay as they were. */
   async function checkUnchanged(name: string, happen: (mobile: string, code: string) => Promise<unknown>) {
     const { mobile, latest } = await issueTwo()
-    await happen(mobile, latest.code)
+    await happen(mobile, latest)
     const state = () => Promise.all([keysOf(mobile), redis.get(codeKey(mobile)), redis.get(issueKey(mobile))])
     const before = await state()
-    await codes.withdraw(latest)
+    await codes.withdraw(mobile, latest)
     t.strictSame(await state(), before, name)
   }
   await checkUnchanged('sent again', (mobile) => issue(mobile, 'password'))
@@ -645,6 +663,53 @@ t.test('a withdrawal changes nothing if the code was sent again, replaced or cla
   await checkUnchanged('written by another service, too', (mobile) => redis.del(issueKey(mobile)))
   await checkUnchanged('claimed', (mobile, code) => claim(mobile, code, 'password'))
   await checkUnchanged('expired', (mobile) => redis.del(codeKey(mobile)))
+})
+
+t.test('a withdrawal puts a code back whose claim has failed since the newer code was issued', async (t) => {
+  const { mobile, code, issued, claim: claimed } = await claimIssued(newMobile(), 200_000)
+  const { code: newer } = await issue(mobile)
+  await codes.restore(claimed, false)
+  t.equal(await redis.get(codeKey(mobile)), newer, 'until then the newer code stays')
+  for (const key of [codeKey(mobile), issueKey(mobile)]) await checkTtl(t, key, lifeMs)
+  await codes.withdraw(mobile, newer)
+  t.equal(await redis.get(codeKey(mobile)), code)
+  t.strictSame(await readJson(issueKey(mobile)), issued)
+  for (const key of [codeKey(mobile), issueKey(mobile)]) await checkTtl(t, key, 200_000)
+})
+
+t.test('a failed claim does not displace the code that a withdrawal puts back already', async (t) => {
+  const { mobile, claim: claimed } = await claimIssued()
+  const second = await issueCode(mobile)
+  const { code: newest } = await issue(mobile)
+  await codes.restore(claimed, false)
+  await codes.withdraw(mobile, newest)
+  t.equal(await redis.get(codeKey(mobile)), second)
+})
+
+t.test('a withdrawal puts no code back that is claimed again or used', async (t) => {
+  /** Claims a code, restores it although its row may be committed, and issues a newer one. */
+  async function replaceRestored() {
+    const { mobile, code, claim: first } = await claimIssued()
+    await codes.restore(first, true)
+    return { mobile, code, first, newer: (await issue(mobile, 'password')).code }
+  }
+  /** Withdraws the newer code, and checks that none is left. */
+  async function checkNoneIsBack(mobile: string, newer: string) {
+    await codes.withdraw(mobile, newer)
+    t.strictSame(
+      (await keysOf(mobile)).filter((key) => key !== recordKey(mobile)),
+      []
+    )
+  }
+  const claimed = await replaceRestored()
+  await claim(claimed.mobile, claimed.code)
+  t.equal(await redis.get(codeKey(claimed.mobile)), claimed.newer)
+  for (const key of [codeKey(claimed.mobile), issueKey(claimed.mobile)]) await checkTtl(t, key, lifeMs)
+  await checkNoneIsBack(claimed.mobile, claimed.newer)
+
+  const used = await replaceRestored()
+  await codes.complete(used.first, '7')
+  await checkNoneIsBack(used.mobile, used.newer)
 })
 
 t.test('a claim is identified by 16 digits, also in the first tenth of a second', async (t) => {

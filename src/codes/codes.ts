@@ -76,18 +76,10 @@ export type ClaimResult =
   | { readonly state: 'spent'; readonly retryAfterSeconds: number }
 
 /** A code to send. */
-export interface IssuedCode {
-  readonly mobile: string
+interface IssuedCode {
   readonly code: string
   /** The remaining life of the code. */
   readonly ttlSeconds: number
-  /** What the new code has replaced. Absent if the code is not new. */
-  readonly replaced?: {
-    readonly code: string | null
-    /** As PTTL returns it: negative if the code had none. */
-    readonly ttlMs: number
-    readonly issue: string | null
-  }
 }
 
 interface Codes {
@@ -99,14 +91,17 @@ interface Codes {
    * @param address that asks for the code
    */
   issue(mobile: string, purpose: CodePurpose | undefined, address: string): Promise<IssuedCode>
-  /** Withdraws a new code that was certainly not sent, and puts the previous one back. */
-  withdraw(issued: IssuedCode): Promise<void>
+  /**
+   * Withdraws a code that was certainly not sent, and puts the one that it has replaced back, unless that is used. A code that
+   * another message may have delivered stays.
+   */
+  withdraw(mobile: string, code: string): Promise<void>
   /** Returns a ticket: it proves that the client that sends it has asked for a code of the mobile. */
   createTicket(mobile: string): string
   /** Claims the code of a mobile. A wrong code costs the guesser; the code stays. */
   claim(mobile: string, presentedCode: string, purpose: CodePurpose, guesser: Guesser): Promise<ClaimResult>
   /**
-   * Puts the code back with its remaining TTL, unless a newer code exists.
+   * Puts the code back with its remaining TTL. If a newer code exists, a withdrawal of that one puts it back.
    *
    * @param mayBeCommitted whether the write was sent to Postgres. Then the claim record stays, because the row may exist.
    */
@@ -149,12 +144,6 @@ type ClaimScriptResult =
   | ['in_progress' | 'wrong']
   | ['spent', waitMs: number, budget: number]
 
-type IssueScriptResult = [
-  code: string,
-  ttlMs: number,
-  ...replaced: [] | [code: string | null, ttlMs: number, issue: string | null]
-]
-
 declare module 'ioredis' {
   interface RedisCommander<Context> {
     claimCode(...keysAndArgs: (string | number)[]): Result<ClaimScriptResult, Context>
@@ -167,8 +156,8 @@ declare module 'ioredis' {
       ttlMs: number
     ): Result<[claimId: string, mac: string, ttlMs: number] | null, Context>
     endReplay(recordKey: string, claimId: string, passwordWasWrong: 0 | 1): Result<null, Context>
-    issueCode(...keysAndArgs: (string | number)[]): Result<IssueScriptResult, Context>
-    withdrawCode(...keysAndArgs: (string | number)[]): Result<null, Context>
+    issueCode(...keysAndArgs: (string | number)[]): Result<[code: string, ttlMs: number], Context>
+    withdrawCode(codeKey: string, issueKey: string, code: string): Result<null, Context>
   }
 }
 
@@ -248,20 +237,13 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
         const newCode = `${randomInt(1_000_000)}`.padStart(6, '0')
         const lifeMs = smsCodeTtlS * 1_000
         const [{ network }] = networksOf(address)
-        const [code, ttlMs, ...replaced] = await fastify.withRedis((redis) =>
+        const [code, ttlMs] = await fastify.withRedis((redis) =>
           redis.issueCode(codeKey(mobile), issueKey(mobile), newCode, lifeMs, purpose ?? '', network, lifeMs / 2)
         )
-        const issued = { mobile, code, ttlSeconds: Math.floor(ttlMs / 1_000) }
-        if (replaced.length === 0) return issued
-        const [previousCode, previousTtlMs, issue] = replaced
-        return { ...issued, replaced: { code: previousCode, ttlMs: previousTtlMs, issue } }
+        return { code, ttlSeconds: Math.floor(ttlMs / 1_000) }
       },
-      async withdraw({ mobile, code, replaced }) {
-        if (replaced === undefined) return
-        const keys = [codeKey(mobile), issueKey(mobile)]
-        await fastify.withRedis((redis) =>
-          redis.withdrawCode(...keys, code, replaced.code ?? '', replaced.ttlMs, replaced.issue ?? '')
-        )
+      async withdraw(mobile, code) {
+        await fastify.withRedis((redis) => redis.withdrawCode(codeKey(mobile), issueKey(mobile), code))
       },
       createTicket: (mobile) => tickets.issue(mobile),
       async claim(mobile, presentedCode, purpose, { ticket, address }) {

@@ -103,7 +103,7 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
       }
       // The code first: a retry must not be sent the code that is withdrawn.
       await fastify.codes
-        .withdraw(issued)
+        .withdraw(mobile, issued.code)
         .catch((err) => log.error({ reqId: id, err }, 'a code could not be withdrawn'))
       await refundMobile().catch((err) => log.error({ reqId: id, err }, 'a limit could not be refunded'))
       const retryAfterSeconds = Math.max(

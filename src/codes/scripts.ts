@@ -17,6 +17,8 @@
  *   code       the code that was issued; if another service has stored another code since, the issue does not apply
  *   purpose    sign_up or password; absent if the code is for both
  *   sends      for each message with the code: its time `at`, in µs of Redis's clock, and the `network` that asked for it
+ *   replaced   the code that a withdrawal puts back, if it is unused: its `code`, its `ttl` in ms at the time `at`, negative if
+ *              it had none, and its `issue`, absent if another service wrote the code
  *
  * The guesses, a hash. Each field is a budget: the number of wrong codes in its window, and the start of the window in µs.
  *
@@ -30,6 +32,16 @@ local time = redis.call('TIME')
 local now = time[1] .. string.format('%06d', time[2])
 `
 
+/** Defines `forget_replaced`: a withdrawal of the newest code must not put a code back that is claimed or used. */
+const forgetReplaced = `
+local function forget_replaced(issue_key, code)
+  local issue = cjson.decode(redis.call('GET', issue_key) or '{}')
+  if not issue.replaced or issue.replaced.code ~= code then return end
+  issue.replaced = nil
+  redis.call('SET', issue_key, cjson.encode(issue), 'KEEPTTL')
+end
+`
+
 /**
  * KEYS: the code, the record, the issue, the guesses. ARGV: the presented code, the purpose, the lease in µs, the TTL of the
  * record in ms, the TTL of the guesses in ms, the number of budgets, for each budget its field, maximum and window in ms,
@@ -39,7 +51,7 @@ local now = time[1] .. string.format('%06d', time[2])
  * `{'done', user_id, at}`, `{'wrong'}`, or
  * `{'spent', ms, number}`: the ms until the budget with the longest wait has room again, and its number.
  */
-export const claimCode = `${readClock}
+export const claimCode = `${readClock}${forgetReplaced}
 local budgets = tonumber(ARGV[6])
 local fields = {}
 for n = 1, budgets do fields[n] = ARGV[3 * n + 4] end
@@ -63,7 +75,7 @@ local names_code = false
 for n = 7 + 3 * budgets, #ARGV do names_code = names_code or record.mac == ARGV[n] end
 
 local function claim(ttl, issue)
-  issue.code = nil
+  issue.code, issue.replaced = nil, nil
   local mac = names_code and record.mac or ARGV[7 + 3 * budgets]
   local pending = { state = 'pending', mac = mac, at = now, ttl = ttl, issue = issue }
   redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[4]), ttl))
@@ -82,7 +94,11 @@ if code == ARGV[1] then
 elseif names_code then
   local since = record.state == 'pending' and record.at or record.checking
   if since and now - since < tonumber(ARGV[3]) then return { 'in_progress' } end
-  if record.state ~= 'done' then return claim(record.ttl, record.issue or {}) end
+  if record.state ~= 'done' then
+    local claimed = claim(record.ttl, record.issue or {})
+    forget_replaced(KEYS[3], ARGV[1])
+    return claimed
+  end
   record.checking = now
   redis.call('SET', KEYS[2], cjson.encode(record), 'KEEPTTL')
   return { 'done', record.user_id, record.at }
@@ -96,7 +112,7 @@ return { 'wrong' }
 `
 
 /**
- * Ends a claim without success. If another request has claimed the same code since, nothing changes. If another code was
+ * Ends a claim without success. A newer code stays, and a withdrawal of it puts the older one back. If another request has claimed the same code since, nothing changes. If another code was
  * completed since, its record stays. Without a record nothing changes after the lease: another request may have completed the
  * code, and its record may have expired.
  *
@@ -112,10 +128,15 @@ if record.mac == ARGV[2] and not is_own then return 0 end
 local ttl, issue = tonumber(ARGV[3]), cjson.decode(ARGV[4])
 if ARGV[6] ~= '' and (is_own or record.state == 'done') then
   local life = ttl < 0 and {} or { 'PX', math.max(ttl, 1) }
-  if redis.call('SET', KEYS[1], ARGV[6], 'NX', unpack(life)) and issue.sends then
-    issue.code = ARGV[6]
-    redis.call('SET', KEYS[3], cjson.encode(issue), unpack(life))
-    issue.code = nil
+  local own_issue = issue.sends and { code = ARGV[6], purpose = issue.purpose, sends = issue.sends }
+  if not redis.call('SET', KEYS[1], ARGV[6], 'NX', unpack(life)) then
+    local newer = cjson.decode(redis.call('GET', KEYS[3]) or '{}')
+    if newer.code == redis.call('GET', KEYS[1]) and not newer.replaced then
+      newer.replaced = { code = ARGV[6], ttl = ttl, at = now, issue = own_issue }
+      redis.call('SET', KEYS[3], cjson.encode(newer), 'KEEPTTL')
+    end
+  elseif own_issue then
+    redis.call('SET', KEYS[3], cjson.encode(own_issue), unpack(life))
   end
 end
 if not is_own then return 1 end
@@ -136,13 +157,15 @@ return 1
  * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, its `mac`, the claimed code. Returns 0
  * if the same code was completed before, else 1.
  */
-export const completeClaim = `
+export const completeClaim = `${forgetReplaced}
 local stored = redis.call('GET', KEYS[1])
 local record = stored and cjson.decode(stored) or {}
 local is_own_code = record.mac == ARGV[3]
 if is_own_code or not stored or record.state == 'done' then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 redis.call('DEL', KEYS[2])
-if redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4]) end
+local code = redis.call('GET', KEYS[3])
+if code == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4])
+elseif code then forget_replaced(KEYS[4], ARGV[4]) end
 return is_own_code and record.state == 'done' and 0 or 1
 `
 
@@ -195,13 +218,11 @@ else redis.call('DEL', KEYS[1]) end
  * Stores a new code, or keeps the present one if this service made it for the same purpose and enough of its life is left.
  *
  * KEYS: the code, the issue. ARGV: the new code, its TTL in ms, the purpose or '', the network that asks, the TTL in ms from
- * which the present code is kept. Returns the code and its TTL in ms, and for a new code the previous code or nil, its TTL
- * in ms and its issue or nil. The issue of another code than the previous one is not returned.
+ * which the present code is kept. Returns the code and its TTL in ms.
  */
 export const issueCode = `${readClock}
 local previous, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
-local stored = redis.call('GET', KEYS[2])
-local issue = stored and cjson.decode(stored) or {}
+local issue = cjson.decode(redis.call('GET', KEYS[2]) or '{}')
 local send = { at = now, network = ARGV[4] }
 local is_own = issue.code == previous
 if is_own and (issue.purpose or '') == ARGV[3] and ttl >= tonumber(ARGV[5]) then
@@ -209,27 +230,31 @@ if is_own and (issue.purpose or '') == ARGV[3] and ttl >= tonumber(ARGV[5]) then
   redis.call('SET', KEYS[2], cjson.encode(issue), 'KEEPTTL')
   return { previous, ttl }
 end
+issue.replaced = nil
 local new = { code = ARGV[1], purpose = ARGV[3] ~= '' and ARGV[3] or nil, sends = { send } }
+if previous then new.replaced = { code = previous, ttl = ttl, at = now, issue = is_own and issue or nil } end
 redis.call('SET', KEYS[2], cjson.encode(new), 'PX', ARGV[2])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return { ARGV[1], tonumber(ARGV[2]), previous, ttl, is_own and stored }
+return { ARGV[1], tonumber(ARGV[2]) }
 `
 
 /**
- * Withdraws a new code and puts the previous one back with the life that is left of it. Nothing changes if an even newer
- * code has come, or if the code was sent again meanwhile.
+ * Withdraws a code and puts the one that it has replaced back, with the life that is left of it. Nothing changes if a newer
+ * code has come, or if another message has the same code.
  *
- * KEYS: the code, the issue. ARGV: the code to withdraw, the previous code or '', its TTL in ms when it was replaced, its
- * issue or ''.
+ * KEYS: the code, the issue. ARGV: the code to withdraw.
  */
 export const withdrawCode = `${readClock}
 local issue = cjson.decode(redis.call('GET', KEYS[2]) or '{}')
 if redis.call('GET', KEYS[1]) ~= ARGV[1] or issue.code ~= ARGV[1] or #issue.sends > 1 then return end
-local ttl = tonumber(ARGV[3])
-local rest = math.floor(ttl - (now - issue.sends[1].at) / 1000)
-local life = ttl < 0 and {} or { 'PX', rest }
-for n, value in ipairs({ ARGV[2], ARGV[4] }) do
-  if value == '' or (ttl >= 0 and rest <= 0) then redis.call('DEL', KEYS[n])
-  else redis.call('SET', KEYS[n], value, unpack(life)) end
+local replaced = issue.replaced or { ttl = 0, at = now }
+local rest = math.floor(replaced.ttl - (now - replaced.at) / 1000)
+local life = replaced.ttl < 0 and {} or { 'PX', rest }
+if replaced.ttl >= 0 and rest <= 0 then
+  redis.call('DEL', KEYS[1], KEYS[2])
+  return
 end
+redis.call('SET', KEYS[1], replaced.code, unpack(life))
+if replaced.issue then redis.call('SET', KEYS[2], cjson.encode(replaced.issue), unpack(life))
+else redis.call('DEL', KEYS[2]) end
 `

@@ -87,8 +87,8 @@ if code or stored then`
     patches: [
       {
         file: 'codes/scripts.js',
-        text: `if redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4]) end\n`,
-        replacement: ''
+        text: 'if code == ARGV[4] then',
+        replacement: 'if false then'
       }
     ]
   },
@@ -136,5 +136,10 @@ if code or stored then`
         replacement: `redis.call('SET', KEYS[1], ARGV[6], unpack(life))`
       }
     ]
+  },
+  {
+    name: 'a withdrawal puts a used code back',
+    scenario: 'a sign-up and a code that is withdrawn',
+    patches: [{ file: 'codes/scripts.js', text: 'issue.replaced.code ~= code', replacement: 'true' }]
   }
 ]

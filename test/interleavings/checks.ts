@@ -167,7 +167,7 @@ export class Checks {
 
   /** Whether the code of a client has expired or was replaced. */
   private isReplaced({ presents }: Client): boolean {
-    return presents === 'the code' && this.history.entries.some(({ kind }) => kind === 'event')
+    return presents === 'the code' && hasHappened(this.history, 'the code expires', 'a new code is sent')
   }
 
   /** Whether a request was refused for good, because of the row. That uses the code up, even if Redis does not hear of it. */

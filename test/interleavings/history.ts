@@ -37,7 +37,7 @@ export type Entry =
   | { kind: 'arrival'; client: Client; attempt: Attempt }
   | RoundTrip
   | Answer
-  | { kind: 'event'; event: ScenarioEvent }
+  | { kind: 'event'; event: ScenarioEvent | 'the issued code is withdrawn' }
   | { kind: 'all leases have passed' }
 
 /** What has happened in one run. */
@@ -63,8 +63,8 @@ export function send({ app }: System, { mobile }: History, sender: ClientSpec): 
   return action === 'sign up' ? api.signUp(body, options) : api.resetPassword(body, options)
 }
 
-export function hasHappened({ entries }: History, event: ScenarioEvent): boolean {
-  return entries.some((entry) => entry.kind === 'event' && entry.event === event)
+export function hasHappened({ entries }: History, ...events: ScenarioEvent[]): boolean {
+  return entries.some((entry) => entry.kind === 'event' && events.some((event) => event === entry.event))
 }
 
 /** Whether the guesser of a client has no wrong codes left. Only the entries before the index `before` count. */

@@ -9,7 +9,8 @@ export interface ClientSpec {
   attempts: number
 }
 
-export type ScenarioEvent = 'a new code is sent' | 'the code expires'
+/** A code that is issued is another one. Its message is refused, so later it is withdrawn. */
+export type ScenarioEvent = 'a new code is sent' | 'the code expires' | 'a code is issued'
 
 /** Clients of one mobile, and what else may happen. */
 export interface Scenario {
@@ -110,6 +111,11 @@ export const scenarios: readonly Scenario[] = [
       { ...signUp, ...bob, presents: 'the new code', name: 'N' }
     ],
     events: ['a new code is sent']
+  },
+  {
+    name: 'a sign-up and a code that is withdrawn',
+    clients: [{ ...signUp, ...ann, name: 'A', attempts: 3 }],
+    events: ['a code is issued']
   },
   {
     name: 'a sign-up and the end of the code',

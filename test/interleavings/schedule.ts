@@ -49,6 +49,8 @@ class Run {
   private faults = 0
   private leases = 0
   private lastClient: Client | undefined
+  /** The code that was issued, until it is withdrawn. */
+  private issuedCode: string | undefined
 
   constructor(
     private readonly system: System,
@@ -93,10 +95,11 @@ class Run {
       const clients = this.clientsByTurn()
       const usual = clients.flatMap((client) => this.usualOption(client) ?? [])
       const events = [...this.lateOptions(), ...this.eventOptions()]
-      if (usual.length === 0) await this.choose([end, ...events])
+      const withdrawal = this.withdrawalOptions()
+      if (usual.length === 0) await this.choose([...(withdrawal.length > 0 ? withdrawal : [end]), ...events])
       else {
         const others = clients.flatMap((client) => [...this.swapOptions(client), ...this.faultOptions(client)])
-        await this.choose([...usual, ...others, ...this.leaseOptions(), ...events])
+        await this.choose([...usual, ...others, ...this.leaseOptions(), ...withdrawal, ...events])
       }
     }
     // A request that waits for something else than a step would end the run before its orders have been tried.
@@ -212,11 +215,25 @@ class Run {
   }
 
   private async happen(event: ScenarioEvent): Promise<void> {
-    const { redis } = this.system.stores
-    const key = codeKey(this.history.mobile)
-    this.history.entries.push({ kind: 'event', event })
-    if (event === 'the code expires') await redis.del(key)
-    else await redis.set(key, codes['the new code'], 'EX', 300)
+    const { app, stores } = this.system
+    const { mobile, entries } = this.history
+    entries.push({ kind: 'event', event })
+    if (event === 'the code expires') await stores.redis.del(codeKey(mobile))
+    else if (event === 'a new code is sent') await stores.redis.set(codeKey(mobile), codes['the new code'], 'EX', 300)
+    else this.issuedCode = (await app.codes.issue(mobile, undefined, '192.0.2.9')).code
+  }
+
+  private withdrawalOptions(): Option[] {
+    const { issuedCode } = this
+    const { mobile, entries } = this.history
+    if (issuedCode === undefined) return []
+    const event = 'the issued code is withdrawn'
+    const perform = async () => {
+      this.issuedCode = undefined
+      entries.push({ kind: 'event', event })
+      await this.system.app.codes.withdraw(mobile, issuedCode)
+    }
+    return [{ text: event, perform }]
   }
 
   private async arrive(sender: Client): Promise<Attempt> {
