@@ -37,7 +37,7 @@ const passwordsThatHashAfter = (beforeHash: () => Promise<unknown>) =>
     { fastify: '5.x', name: 'passwords' }
   )
 
-async function failToHash(): Promise<void> {
+async function failToHash(): Promise<never> {
   throw new Error('no memory for a hash')
 }
 
@@ -74,6 +74,18 @@ t.test('a replay with a wrong password gets 409, and the second one ends the rep
   t.equal((await signUp(body)).headers['idempotent-replayed'], 'true', 'after the first wrong password')
   t.strictSame(statusAndErrno(await signUp(withWrongPassword)), [409, '4003'])
   t.strictSame(statusAndErrno(await signUp(body)), [422, '4004'], 'after the second, the code is a used code')
+})
+
+t.test('a replay whose password could not be verified counts as no wrong password', async (t) => {
+  const app = await build(t)
+  const { signUp } = client(app)
+  const body = await signUpBody()
+  t.equal((await signUp(body)).statusCode, 201)
+  const { verify } = app.passwords
+  app.passwords.verify = failToHash
+  for (let n = 0; n < 2; n++) t.strictSame(statusAndErrno(await signUp(body)), [500, '4500'])
+  app.passwords.verify = verify
+  t.equal((await signUp(body)).headers['idempotent-replayed'], 'true')
 })
 
 t.test('of many simultaneous replays with wrong passwords, two are verified', async (t) => {
@@ -376,6 +388,20 @@ t.test('a conflict discards the code: 409, and then 422', async (t) => {
   t.strictSame(statusAndErrno(await signUp(secondSignUp)), [409, '4003'])
   t.strictSame(statusAndErrno(await signUp(secondSignUp)), [422, '4004'])
 })
+
+t.test(
+  'a conflict stays a conflict if Redis does not answer the discard, also with the password of the user',
+  async (t) => {
+    const proxy = await openProxy(t, 'REDIS_URL')
+    const { signUp } = client(await build(t, { REDIS_URL: proxy.url }))
+    const body = await signUpBody()
+    t.equal((await signUp(body)).statusCode, 201)
+    const secondSignUp = { ...body, sms_code: await issueCode(body.mobile) }
+    const struck = proxy.strike(recordKey(body.mobile), { kind: 'reset' }, 1)
+    t.strictSame(statusAndErrno(await signUp(secondSignUp)), [409, '4003'])
+    await struck
+  }
+)
 
 t.test('a failure before the INSERT restores the code and deletes the claim record', async (t) => {
   const body = await signUpBody()

@@ -75,8 +75,12 @@ export const equivalents: readonly Equivalents[] = [
     mutants: ['src/sessions/sessions.ts: set(_sessionId, _session, done) «{ … } → {}»,']
   },
   {
-    reason: 'An absent field counts as false.',
-    mutants: ['src/users/redeem-code.ts: endReplay(«{ passwordWasWrong: false } → {}»)']
+    reason: 'What is absent counts as false. The caught error is for the log only.',
+    mutants: [
+      'src/users/redeem-code.ts: endReplay(«{ passwordWasWrong: false } → {}»)',
+      'src/users/redeem-code.ts: await endReplay(«{ passwordWasWrong: false } → {}»)',
+      'src/users/redeem-code.ts: } catch (err) «{ … } → {}»'
+    ]
   },
   {
     reason: 'Without a name, Postgres parses the statement each time.',
