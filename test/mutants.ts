@@ -15,14 +15,17 @@ import { type Counts, idsOf, print, printSummary, selectByName } from './mutants
 type Options = ConstructorParameters<typeof Stryker>[0]
 type Result = Awaited<ReturnType<Stryker['runMutationTest']>>[number]
 
+/** Stryker changes and builds a copy of the project. The tests import the dist of that copy. */
+const build = 'tsc -p tsconfig.build.json --noCheck --declaration false'
+
+/** The environment says which mutant is active. Otherwise the hash threads have none. */
+const giveThreadsEnvironment = `sed -i 's/env: {}/env: process.env/' dist/passwords/hash-pool.js`
+
 const options: Options = {
-  // Stryker changes and builds a copy of the project. The tests import the dist of that copy.
-  buildCommand: 'tsc -p tsconfig.build.json --noCheck --declaration false',
   ignorePatterns: ['dist', '.tap', '.data', 'bench/results'],
   plugins: ['@stryker-mutator/tap-runner', './test/mutants/not-mutated.js'],
   ignorers: ['not-mutated'],
   testRunner: 'tap',
-  coverageAnalysis: 'perTest',
   // Test files wait for stores, so more run at a time than there are cores.
   concurrency: 3,
   timeoutMS: 10_000,
@@ -41,10 +44,12 @@ printSummary(summary)
 process.exit([...summary.values()].some(({ survive }) => survive > 0) ? 1 : 0)
 
 /** Tests the mutants of an area, and prints those that survive without a reason. */
-async function testArea({ sources, tests }: Area): Promise<Counts> {
+async function testArea({ sources, tests, isThread = false }: Area): Promise<Counts> {
   const results = await new Stryker({
     ...options,
     mutate: [...sources],
+    buildCommand: isThread ? `${build} && ${giveThreadsEnvironment}` : build,
+    coverageAnalysis: isThread ? 'off' : 'perTest',
     tap: { testFiles: tests.map((test) => `test/${test}.test.ts`), nodeArgs: ['--import=tsx/esm'] }
   }).runMutationTest()
   const tested = results.filter(({ status }) => status !== 'Ignored')
