@@ -140,8 +140,9 @@ t.test('a new code is for one purpose or for both, and replaces a code of anothe
   const forReset = await issue(mobile, 'password')
   const { purpose, sends, replaced } = await readJson(issueKey(mobile))
   t.equal(purpose, 'password')
-  t.strictSame(replaced, { code: forBoth.code, ttl: replaced.ttl, at: sends[0].at, issue: issueForBoth })
-  t.ok(replaced.ttl > lifeMs - slackMs && replaced.ttl <= lifeMs)
+  t.strictSame(replaced, { code: forBoth.code, expires: replaced.expires, issue: issueForBoth })
+  const restMs = replaced.expires - sends[0].at / 1_000
+  t.ok(restMs > lifeMs - slackMs && restMs <= lifeMs, `${restMs} ms`)
 
   await issue(mobile)
   const second = (await readJson(issueKey(mobile))).replaced
@@ -151,10 +152,11 @@ t.test('a new code is for one purpose or for both, and replaces a code of anothe
   const foreign = await issueCode(mobile)
   await issue(mobile, 'password')
   const third = (await readJson(issueKey(mobile))).replaced
-  t.strictSame(third, { code: foreign, ttl: third.ttl, at: third.at }, 'a code of another service has no issue')
+  t.strictSame(third, { code: foreign, expires: third.expires }, 'a code of another service has no issue')
   await redis.persist(codeKey(mobile))
   await issue(mobile, 'password')
-  t.equal((await readJson(issueKey(mobile))).replaced.ttl, -1, 'a code without a TTL is not sent again')
+  const fourth = (await readJson(issueKey(mobile))).replaced
+  t.equal(fourth.expires, undefined, 'a code without a TTL is not sent again')
 })
 
 t.test('a claim moves a code into its record, which lives for 300 s or as long as the code', async (t) => {
@@ -310,7 +312,7 @@ t.test('a restore leaves a newer code and its issue, and the claim of a newer co
   await codes.complete(newerClaim, '7')
   const done = await readJson(recordKey(late.mobile))
   await codes.restore(late, true)
-  t.equal(await redis.get(codeKey(late.mobile)), late.code, 'nobody holds a code any more')
+  t.equal(await redis.exists(codeKey(late.mobile)), 0, 'also if the newer code has been used')
   t.strictSame(await readJson(recordKey(late.mobile)), done)
 })
 
@@ -325,6 +327,17 @@ t.test('a code whose record is lost is restored, but not after the lease: then i
     await codes.restore({ ...claimed, claimId }, true)
     t.equal(await redis.exists(codeKey(mobile), recordKey(mobile)), count)
   }
+})
+
+t.test('a reclaimed code whose record is lost is not restored: the earlier request may have used it', async (t) => {
+  const { mobile, code, claim: first } = await claimIssued()
+  await ageClaim(mobile, leaseMs)
+  const second = await claim(mobile, code)
+  const newer = await claim(mobile, (await issue(mobile)).code)
+  await codes.complete(first, '7')
+  await codes.discard(newer)
+  await codes.restore(second, false)
+  t.strictSame(await keysOf(mobile), [])
 })
 
 t.test('a reclaim keeps the MAC of the claim, so a rotation of the secret brings no used code back', async (t) => {
@@ -472,20 +485,17 @@ t.test('a replay cannot end, and a lost row not reopen, what has come after it',
   t.strictSame(await keysOf(mobile), [])
 })
 
-t.test('a code whose row is lost is claimed again for 300 s, or as long as its record', async (t) => {
-  for (const ttlMs of [100_000, 1_000_000]) {
-    const { mobile, code, claim: claimed } = await completeIssued()
-    await redis.pexpire(recordKey(mobile), ttlMs)
-    const reopened = await codes.reopen(await replay(mobile, code))
-    const { mac } = claimed
-    t.match(reopened, { mobile, code: '', mac, isReclaim: true, issue: '{}', claimId: /^\d{16}$/ })
-    t.not(reopened?.claimId, claimed.claimId)
-    const { claimId: at, ttlMs: ttl = 0 } = { ...reopened }
-    t.ok(ttl > ttlMs - slackMs && ttl <= ttlMs)
-    t.strictSame(await readJson(recordKey(mobile)), { state: 'pending', mac, at, ttl, issue: {} })
-    await checkTtl(t, recordKey(mobile), Math.max(recordTtlMs, ttlMs))
-    t.equal((await present(mobile, code)).state, 'in_progress')
-  }
+t.test('a code whose row is lost is claimed again by its record only, for 300 s', async (t) => {
+  const { mobile, code, claim: claimed } = await completeIssued()
+  await redis.pexpire(recordKey(mobile), 100_000)
+  const reopened = await codes.reopen(await replay(mobile, code))
+  const { mac } = claimed
+  t.match(reopened, { mobile, code: '', mac, ttlMs: 0, isReclaim: true, issue: '{}', claimId: /^\d{16}$/ })
+  t.not(reopened?.claimId, claimed.claimId)
+  const record = { state: 'pending', mac, at: reopened?.claimId, ttl: 0, issue: {} }
+  t.strictSame(await readJson(recordKey(mobile)), record)
+  await checkTtl(t, recordKey(mobile), recordTtlMs)
+  t.equal((await present(mobile, code)).state, 'in_progress')
 })
 
 t.test('a reclaim that is conceded is done for 300 s, with one wrong password', async (t) => {
@@ -579,18 +589,17 @@ async function issueTwo() {
   return { mobile, previous: previous.code, previousIssue, latest: latest.code }
 }
 
-/** Lets the newest code have replaced a code with another TTL, some seconds earlier. */
-async function changeReplaced(mobile: string, ttl: number, ageSeconds: number): Promise<void> {
+/** Lets the code that the newest one has replaced expire in some ms, or never. */
+async function setReplacedTtl(mobile: string, ms: number | undefined): Promise<void> {
   const issued = await readJson(issueKey(mobile))
-  const at = `${Number(issued.replaced.at) - ageSeconds * 1_000_000}`
-  const changed = { ...issued, replaced: { ...issued.replaced, ttl, at } }
-  await redis.set(issueKey(mobile), JSON.stringify(changed), 'KEEPTTL')
+  issued.replaced.expires = ms && Math.floor((await redisNow()) / 1_000) + ms
+  await redis.set(issueKey(mobile), JSON.stringify(issued), 'KEEPTTL')
 }
 
 t.test('a withdrawal puts the previous code and its issue back, with the TTL that is left', async (t) => {
-  const startedAt = Date.now()
   const { mobile, previous, previousIssue, latest } = await issueTwo()
-  await changeReplaced(mobile, 10_000_000, 5_000)
+  const startedAt = Date.now()
+  await setReplacedTtl(mobile, 5_000_000)
   await codes.withdraw(mobile, latest)
   t.equal(await redis.get(codeKey(mobile)), previous)
   t.strictSame(await readJson(issueKey(mobile)), previousIssue)
@@ -604,17 +613,15 @@ t.test('a withdrawal puts the previous code and its issue back, with the TTL tha
 
 t.test('a withdrawal puts a code without a TTL back without one, and no code that has expired', async (t) => {
   const immortal = await issueTwo()
-  await changeReplaced(immortal.mobile, -1, 5)
+  await setReplacedTtl(immortal.mobile, undefined)
   await codes.withdraw(immortal.mobile, immortal.latest)
   t.equal(await redis.get(codeKey(immortal.mobile)), immortal.previous)
   for (const key of [codeKey(immortal.mobile), issueKey(immortal.mobile)]) t.equal(await redis.pttl(key), -1)
 
-  for (const ttl of [0, 1_000]) {
-    const { mobile, latest } = await issueTwo()
-    await changeReplaced(mobile, ttl, 5)
-    await codes.withdraw(mobile, latest)
-    t.strictSame(await keysOf(mobile), [], `${ttl} ms`)
-  }
+  const { mobile: expired, latest } = await issueTwo()
+  await setReplacedTtl(expired, -5_000)
+  await codes.withdraw(expired, latest)
+  t.strictSame(await keysOf(expired), [])
 
   const mobile = newMobile()
   await codes.withdraw(mobile, (await issue(mobile)).code)
@@ -634,12 +641,11 @@ t.test('a withdrawal puts a code without a TTL back without one, and no code tha
 
 t.test('a withdrawal does not fail in the millisecond in which the previous code expires', async (t) => {
   const mobile = newMobile()
-  const ttl = 1_000
   for (let n = 0; n < 200; n++) {
     // The time until the script runs is between 0 and 5 ms. So in many runs the rest of the life is 0 ms.
-    const restUs = (n % 20) * 250
-    const at = `${(await redisNow()) - ttl * 1_000 + restUs}`
-    const issued = { code: 'new', sends: [{ at, network: address }], replaced: { code: 'previous', ttl, at } }
+    const now = await redisNow()
+    const replaced = { code: 'previous', expires: (now + (n % 20) * 250) / 1_000 }
+    const issued = { code: 'new', sends: [{ at: `${now}`, network: address }], replaced }
     await redis.set(issueKey(mobile), JSON.stringify(issued))
     await redis.set(codeKey(mobile), 'new')
     await codes.withdraw(mobile, 'new')
@@ -675,6 +681,25 @@ t.test('a withdrawal puts a code back whose claim has failed since the newer cod
   t.equal(await redis.get(codeKey(mobile)), code)
   t.strictSame(await readJson(issueKey(mobile)), issued)
   for (const key of [codeKey(mobile), issueKey(mobile)]) await checkTtl(t, key, 200_000)
+})
+
+t.test('a replaced code that is claimed again keeps its sends and the life that is left', async (t) => {
+  for (const [ms, ttlMs] of [
+    [100_000, 100_000],
+    [-5_000, 0],
+    [undefined, -1]
+  ] as const) {
+    const { mobile, code, claim: first } = await claimIssued()
+    await codes.restore(first, true)
+    await issue(mobile)
+    const issued = await readJson(issueKey(mobile))
+    await issue(mobile, 'password')
+    await setReplacedTtl(mobile, ms)
+    const second = await claim(mobile, code)
+    t.ok(second.ttlMs <= ttlMs && second.ttlMs > ttlMs - slackMs, `${second.ttlMs} ms of ${ttlMs} ms`)
+    t.equal(issued.sends.length, 2)
+    t.strictSame(JSON.parse(second.issue), withoutCode(issued))
+  }
 })
 
 t.test('a failed claim does not displace the code that a withdrawal puts back already', async (t) => {

@@ -56,7 +56,7 @@ async function checkScenarios(): Promise<void> {
     const random = violation ? { runs: 0 } : await searchAtRandom(system, scenario)
     const found = violation ?? random.violation
     process.stdout.write(
-      `${scenario.name.padEnd(42)} ${String(runs).padStart(8)} runs ${String(random.runs).padStart(8)} at random ` +
+      `${scenario.name.padEnd(44)} ${String(runs).padStart(8)} runs ${String(random.runs).padStart(8)} at random ` +
         `${String(Math.round((Date.now() - startedAt) / 1_000)).padStart(5)} s  ${found ? 'VIOLATED' : 'ok'}\n`
     )
     if (found) {

@@ -157,6 +157,7 @@ class CodeModel {
       }
     | undefined
   private claims = 0
+  private readonly reclaims = new Set<number>()
 
   claim(presented: string): { state: string; isReclaim?: boolean; claim?: number } {
     const { code, record } = this
@@ -166,6 +167,7 @@ class CodeModel {
     if (code !== presented && !isNamed) return { state: 'wrong' }
     if (code === presented) this.code = undefined
     this.record = { state: 'pending', code: presented, claim: ++this.claims }
+    if (isNamed) this.reclaims.add(this.claims)
     return { state: 'claimed', isReclaim: isNamed, claim: this.claims }
   }
 
@@ -180,10 +182,11 @@ class CodeModel {
 
   private end(code: string, claim: number, isRestored: boolean, mayBeCommitted: boolean): boolean {
     const { record } = this
-    const isOwn = record === undefined || record.claim === claim
-    if (!isOwn && record.code === code) return false
-    if (isRestored && (isOwn || record.state === 'done')) this.code ??= code
-    if (isOwn) this.record = mayBeCommitted ? { state: 'unknown', code, claim } : undefined
+    // Without a record, an earlier request may have completed the code of a reclaim.
+    const isOwn = record === undefined ? !this.reclaims.has(claim) : record.claim === claim
+    if (!isOwn) return record?.code !== code
+    if (isRestored) this.code ??= code
+    this.record = mayBeCommitted ? { state: 'unknown', code, claim } : undefined
     return true
   }
 

@@ -43,7 +43,7 @@ export interface Claim {
   readonly claimId: string
   /** Whether an earlier request claimed the code and did not end the claim. It may have committed its row. */
   readonly isReclaim: boolean
-  /** The issue of the code, as JSON without the code; `{}` if another service wrote the code. */
+  /** The purpose and the sends of the code's issue, as JSON; `{}` if another service wrote the code. */
   readonly issue: string
   /** When the code was claimed, by `performance.now()`. */
   readonly claimedAt: number
@@ -101,7 +101,8 @@ interface Codes {
   /** Claims the code of a mobile. A wrong code costs the guesser; the code stays. */
   claim(mobile: string, presentedCode: string, purpose: CodePurpose, guesser: Guesser): Promise<ClaimResult>
   /**
-   * Puts the code back with its remaining TTL. If a newer code exists, a withdrawal of that one puts it back.
+   * Puts the code back with its remaining TTL, unless a newer code exists. A withdrawal of the newer code then puts the claimed
+   * one back.
    *
    * @param mayBeCommitted whether the write was sent to Postgres. Then the claim record stays, because the row may exist.
    */
@@ -154,7 +155,7 @@ declare module 'ioredis' {
       recordKey: string,
       claimId: string,
       ttlMs: number
-    ): Result<[claimId: string, mac: string, ttlMs: number] | null, Context>
+    ): Result<[claimId: string, mac: string] | null, Context>
     endReplay(recordKey: string, claimId: string, passwordWasWrong: 0 | 1): Result<null, Context>
     issueCode(...keysAndArgs: (string | number)[]): Result<[code: string, ttlMs: number], Context>
     withdrawCode(codeKey: string, issueKey: string, code: string): Result<null, Context>
@@ -215,7 +216,8 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
           pendingTtlMs,
           options.restoredCode,
           options.mayBeCommitted ? 1 : 0,
-          leaseMs * 1_000
+          // An earlier request may still complete a code that was reclaimed.
+          claim.isReclaim ? 0 : leaseMs * 1_000
         )
       )
 
@@ -314,9 +316,9 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
           redis.reopenClaim(recordKey(mobile), completedId, pendingTtlMs)
         )
         if (reopened === null) return undefined
-        const [claimId, mac, ttlMs] = reopened
+        const [claimId, mac] = reopened
         const claimedAt = performance.now()
-        return { mobile, code: '', mac, ttlMs, claimId, isReclaim: true, issue: '{}', claimedAt, lostUserId }
+        return { mobile, code: '', mac, ttlMs: 0, claimId, isReclaim: true, issue: '{}', claimedAt, lostUserId }
       },
       async endReplay({ mobile, claimId }, { passwordWasWrong }) {
         await fastify.withRedis((redis) => redis.endReplay(recordKey(mobile), claimId, passwordWasWrong ? 1 : 0))

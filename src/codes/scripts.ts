@@ -8,7 +8,7 @@
  *   mac        the keyed MAC of the claimed code
  *   at         when the code was claimed, in µs of Redis's clock; it identifies the claim
  *   ttl        the TTL of the code at that time, in ms; negative if it had none
- *   issue      the issue of the code, without the code
+ *   issue      the purpose and the sends of the code's issue
  *   user_id    only if done
  *   checking   when a replay began to verify its password, until it has ended
  *   passwords  wrong passwords of replays
@@ -17,8 +17,8 @@
  *   code       the code that was issued; if another service has stored another code since, the issue does not apply
  *   purpose    sign_up or password; absent if the code is for both
  *   sends      for each message with the code: its time `at`, in µs of Redis's clock, and the `network` that asked for it
- *   replaced   the code that a withdrawal puts back, if it is unused: its `code`, its `ttl` in ms at the time `at`, negative if
- *              it had none, and its `issue`, absent if another service wrote the code
+ *   replaced   the code that a withdrawal puts back: its `code`, when it `expires`, in ms of Redis's clock, absent if it has no
+ *              TTL, and its `issue`, absent if another service wrote the code
  *
  * The guesses, a hash. Each field is a budget: the number of wrong codes in its window, and the start of the window in µs.
  *
@@ -32,13 +32,15 @@ local time = redis.call('TIME')
 local now = time[1] .. string.format('%06d', time[2])
 `
 
-/** Defines `forget_replaced`: a withdrawal of the newest code must not put a code back that is claimed or used. */
+/** Defines `forget_replaced`: a withdrawal must not put a code back that is claimed or used. */
 const forgetReplaced = `
 local function forget_replaced(issue_key, code)
   local issue = cjson.decode(redis.call('GET', issue_key) or '{}')
-  if not issue.replaced or issue.replaced.code ~= code then return end
+  local replaced = issue.replaced
+  if not replaced or replaced.code ~= code then return end
   issue.replaced = nil
   redis.call('SET', issue_key, cjson.encode(issue), 'KEEPTTL')
+  return replaced
 end
 `
 
@@ -95,9 +97,10 @@ elseif names_code then
   local since = record.state == 'pending' and record.at or record.checking
   if since and now - since < tonumber(ARGV[3]) then return { 'in_progress' } end
   if record.state ~= 'done' then
-    local claimed = claim(record.ttl, record.issue or {})
-    forget_replaced(KEYS[3], ARGV[1])
-    return claimed
+    local replaced = forget_replaced(KEYS[3], ARGV[1])
+    if not replaced then return claim(record.ttl, record.issue or {}) end
+    local rest = replaced.expires and math.max(math.floor(replaced.expires - now / 1000), 0)
+    return claim(rest or -1, replaced.issue or {})
   end
   record.checking = now
   redis.call('SET', KEYS[2], cjson.encode(record), 'KEEPTTL')
@@ -112,34 +115,34 @@ return { 'wrong' }
 `
 
 /**
- * Ends a claim without success. A newer code stays, and a withdrawal of it puts the older one back. If another request has claimed the same code since, nothing changes. If another code was
- * completed since, its record stays. Without a record nothing changes after the lease: another request may have completed the
- * code, and its record may have expired.
+ * Ends a claim without success. A newer code stays: if this service has issued it and it has replaced no other, its withdrawal
+ * puts the claimed code back. If another request has claimed a code of the mobile since, nothing changes. Without a record
+ * nothing changes if another request may have completed the code, and its record may have expired or been replaced.
  *
  * KEYS: the code, the record, the issue. ARGV: the claim's `at`, `mac`, `ttl` and `issue`, the TTL of the record in ms, the
- * code to restore or '' to discard it, 1 if the row may have been committed, else 0, the lease in µs. Returns 0 if another
- * request has claimed the code since, else 1.
+ * code to restore or '' to discard it, 1 if the row may have been committed, else 0, for how long the claim is exclusive, in µs.
+ * Returns 0 if another request has claimed the code since, else 1.
  */
 export const endClaim = `${readClock}
 local stored = redis.call('GET', KEYS[2])
 local record = stored and cjson.decode(stored) or {}
 local is_own = record.at == ARGV[1] or not stored and now - ARGV[1] < tonumber(ARGV[8])
-if record.mac == ARGV[2] and not is_own then return 0 end
+if not is_own then return record.mac == ARGV[2] and 0 or 1 end
 local ttl, issue = tonumber(ARGV[3]), cjson.decode(ARGV[4])
-if ARGV[6] ~= '' and (is_own or record.state == 'done') then
+if ARGV[6] ~= '' then
   local life = ttl < 0 and {} or { 'PX', math.max(ttl, 1) }
   local own_issue = issue.sends and { code = ARGV[6], purpose = issue.purpose, sends = issue.sends }
   if not redis.call('SET', KEYS[1], ARGV[6], 'NX', unpack(life)) then
     local newer = cjson.decode(redis.call('GET', KEYS[3]) or '{}')
     if newer.code == redis.call('GET', KEYS[1]) and not newer.replaced then
-      newer.replaced = { code = ARGV[6], ttl = ttl, at = now, issue = own_issue }
+      local expires = ttl >= 0 and math.floor(now / 1000) + ttl or nil
+      newer.replaced = { code = ARGV[6], expires = expires, issue = own_issue }
       redis.call('SET', KEYS[3], cjson.encode(newer), 'KEEPTTL')
     end
   elseif own_issue then
     redis.call('SET', KEYS[3], cjson.encode(own_issue), unpack(life))
   end
 end
-if not is_own then return 1 end
 if ARGV[7] == '1' then
   local unknown = { state = 'unknown', mac = ARGV[2], at = ARGV[1], ttl = ttl, issue = issue }
   redis.call('SET', KEYS[2], cjson.encode(unknown), 'PX', math.max(tonumber(ARGV[5]), ttl))
@@ -186,17 +189,16 @@ redis.call('SET', KEYS[1], cjson.encode(done), 'PX', ARGV[4])
 /**
  * Claims a completed code again, because Postgres has lost the row.
  *
- * KEYS[1] is the record. ARGV: the completed claim's `at`, the TTL of the record in ms. Returns the new claim's `at`, `mac` and
- * `ttl`, or nothing if the record is another one by now.
+ * KEYS[1] is the record. ARGV: the completed claim's `at`, the TTL of the record in ms. Returns the new claim's `at` and `mac`,
+ * or nothing if the record is another one by now. The code has no life left: only the record lets the same request try again.
  */
 export const reopenClaim = `${readClock}
 local stored = redis.call('GET', KEYS[1])
 local record = stored and cjson.decode(stored) or {}
 if record.state ~= 'done' or record.at ~= ARGV[1] then return end
-local ttl = redis.call('PTTL', KEYS[1])
-local pending = { state = 'pending', mac = record.mac, at = now, ttl = ttl, issue = {} }
-redis.call('SET', KEYS[1], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[2]), ttl))
-return { now, record.mac, ttl }
+local pending = { state = 'pending', mac = record.mac, at = now, ttl = 0, issue = {} }
+redis.call('SET', KEYS[1], cjson.encode(pending), 'PX', ARGV[2])
+return { now, record.mac }
 `
 
 /**
@@ -232,7 +234,10 @@ if is_own and (issue.purpose or '') == ARGV[3] and ttl >= tonumber(ARGV[5]) then
 end
 issue.replaced = nil
 local new = { code = ARGV[1], purpose = ARGV[3] ~= '' and ARGV[3] or nil, sends = { send } }
-if previous then new.replaced = { code = previous, ttl = ttl, at = now, issue = is_own and issue or nil } end
+if previous then
+  local expires = ttl >= 0 and math.floor(now / 1000) + ttl or nil
+  new.replaced = { code = previous, expires = expires, issue = is_own and issue or nil }
+end
 redis.call('SET', KEYS[2], cjson.encode(new), 'PX', ARGV[2])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return { ARGV[1], tonumber(ARGV[2]) }
@@ -247,13 +252,13 @@ return { ARGV[1], tonumber(ARGV[2]) }
 export const withdrawCode = `${readClock}
 local issue = cjson.decode(redis.call('GET', KEYS[2]) or '{}')
 if redis.call('GET', KEYS[1]) ~= ARGV[1] or issue.code ~= ARGV[1] or #issue.sends > 1 then return end
-local replaced = issue.replaced or { ttl = 0, at = now }
-local rest = math.floor(replaced.ttl - (now - replaced.at) / 1000)
-local life = replaced.ttl < 0 and {} or { 'PX', rest }
-if replaced.ttl >= 0 and rest <= 0 then
+local replaced = issue.replaced
+local rest = replaced and replaced.expires and math.floor(replaced.expires - now / 1000)
+if not replaced or rest and rest <= 0 then
   redis.call('DEL', KEYS[1], KEYS[2])
   return
 end
+local life = rest and { 'PX', rest } or {}
 redis.call('SET', KEYS[1], replaced.code, unpack(life))
 if replaced.issue then redis.call('SET', KEYS[2], cjson.encode(replaced.issue), unpack(life))
 else redis.call('DEL', KEYS[2]) end

@@ -16,7 +16,7 @@ export const bugs: readonly Bug[] = [
       {
         file: 'codes/scripts.js',
         text: `local is_own = record.at == ARGV[1] or not stored and now - ARGV[1] < tonumber(ARGV[8])
-if record.mac == ARGV[2] and not is_own then return 0 end`,
+if not is_own then return record.mac == ARGV[2] and 0 or 1 end`,
         replacement: 'local is_own = true'
       }
     ]
@@ -138,8 +138,19 @@ if code or stored then`
     ]
   },
   {
+    name: 'a restore leaves nothing beside a new code',
+    scenario: 'a failed hash and a withdrawn code',
+    patches: [
+      {
+        file: 'codes/scripts.js',
+        text: `if newer.code == redis.call('GET', KEYS[1]) and not newer.replaced then`,
+        replacement: 'if false then'
+      }
+    ]
+  },
+  {
     name: 'a withdrawal puts a used code back',
-    scenario: 'a sign-up and a code that is withdrawn',
-    patches: [{ file: 'codes/scripts.js', text: 'issue.replaced.code ~= code', replacement: 'true' }]
+    scenario: 'a sign-up and a withdrawn code',
+    patches: [{ file: 'codes/scripts.js', text: 'replaced.code ~= code', replacement: 'true' }]
   }
 ]

@@ -43,6 +43,8 @@ export class Attempt {
   steps: readonly Step[] = []
   reply: Reply | undefined
   isDead = false
+
+  constructor(readonly failsToHash: boolean) {}
 }
 
 /** The passes of the event loop after which a request that does not wait for a step has ended. */
@@ -70,13 +72,16 @@ export class Requests {
     Object.assign(postgres, {
       query: (...args: Parameters<typeof query>) => this.hold(String(args[0].name), false, () => query(...args))
     })
-    passwords.hash = (password) => this.hold('hash', true, () => hash(password))
+    passwords.hash = (password) => {
+      const fail = () => Promise.reject(new Error('no memory for a hash'))
+      return this.hold('hash', true, this.current.getStore()?.failsToHash ? fail : () => hash(password))
+    }
     passwords.verify = (phc, password, client) => this.hold('verify', true, () => verify(phc, password, client))
   }
 
   /** Sends a request. It runs until its first step. */
-  async start(send: () => Promise<Reply>): Promise<Attempt> {
-    const attempt = new Attempt()
+  async start(send: () => Promise<Reply>, failsToHash: boolean): Promise<Attempt> {
+    const attempt = new Attempt(failsToHash)
     this.current.run(attempt, () => {
       send().then((reply) => {
         this.events++

@@ -7,6 +7,8 @@ export interface ClientSpec {
   address: string
   /** How often it sends its request at most. After a 5xx, or if no answer comes, it sends it again. */
   attempts: number
+  /** Whether the hash of its first attempt fails, so that the request fails before its INSERT. */
+  failsFirst?: boolean
 }
 
 /** A code that is issued is another one. Its message is refused, so later it is withdrawn. */
@@ -42,6 +44,13 @@ export const scenarios: readonly Scenario[] = [
     name: 'two requests with the same password',
     clients: [
       { ...signUp, ...ann, name: 'A1' },
+      { ...signUp, ...ann, name: 'A2' }
+    ]
+  },
+  {
+    name: 'two requests, one with a failed hash',
+    clients: [
+      { ...signUp, ...ann, name: 'A1', failsFirst: true },
       { ...signUp, ...ann, name: 'A2' }
     ]
   },
@@ -113,8 +122,13 @@ export const scenarios: readonly Scenario[] = [
     events: ['a new code is sent']
   },
   {
-    name: 'a sign-up and a code that is withdrawn',
+    name: 'a sign-up and a withdrawn code',
     clients: [{ ...signUp, ...ann, name: 'A', attempts: 3 }],
+    events: ['a code is issued']
+  },
+  {
+    name: 'a failed hash and a withdrawn code',
+    clients: [{ ...signUp, ...ann, name: 'A', failsFirst: true }],
     events: ['a code is issued']
   },
   {

@@ -155,7 +155,8 @@ class Run {
         if (this.scenario.isSlow) await this.system.clock.pass()
         await this.arrive(sender)
       }
-      return { sender, text: `${sender.name}: the request arrives`, perform }
+      const text = `${sender.name}: the request arrives${failsNext(sender) ? ', and its hash will fail' : ''}`
+      return { sender, text, perform }
     }
     const [step] = attempt.steps
     return step && this.stepOption(sender, attempt, step, 'done')
@@ -237,7 +238,8 @@ class Run {
   }
 
   private async arrive(sender: Client): Promise<Attempt> {
-    const attempt = await this.system.requests.start(() => send(this.system, this.history, sender))
+    const { system, history } = this
+    const attempt = await system.requests.start(() => send(system, history, sender), failsNext(sender))
     sender.sent.push(attempt)
     this.history.entries.push({ kind: 'arrival', client: sender, attempt })
     this.recordAnswer(sender, attempt)
@@ -268,6 +270,9 @@ class Run {
     if (attempt.reply === undefined) throw new Error(`a request of ${sender.name} has neither step nor reply`)
   }
 }
+
+/** Whether the hash of the next attempt fails. */
+const failsNext = ({ failsFirst = false, sent }: Client) => failsFirst && sent.length === 0
 
 /** A client sends its request again after a 5xx, or if the process has died with it. */
 const mayRetry = ({ isDead, reply }: Attempt) => isDead || (reply !== undefined && reply.statusCode >= 500)
