@@ -1,10 +1,9 @@
 import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:http'
 import { connect, createServer as createTcpServer } from 'node:net'
-import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import pg from 'pg'
@@ -14,6 +13,7 @@ import { freePort } from '../dist/dev/embedded-stores.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { ServerProcess } from '../testkit/server-process.js'
+import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { patient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
@@ -23,7 +23,7 @@ const { stores, postgres, startService, signUpBody, holdInserts } = await startT
 t.jobs = 3
 
 async function createFolder(t: Test): Promise<string> {
-  const folder = await mkdtemp(join(tmpdir(), 'mobile-signup-test-'))
+  const folder = createTemporaryFolder()
   t.teardown(() => rm(folder, { recursive: true }))
   return folder
 }
@@ -289,7 +289,7 @@ t.test('a second signal skips the graceful shutdown', async (t) => {
 t.test('a shutdown that exceeds SHUTDOWN_TIMEOUT_MS ends with exit code 1', async (t) => {
   const service = startService(t, { SHUTDOWN_TIMEOUT_MS: '500' })
   const url = await service.url()
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const disconnected = t.rejects(client(url).signUp(await signUpBody()))
   await inserts.arrived(1)
   service.kill('SIGTERM')

@@ -1,7 +1,6 @@
 import { execFileSync } from 'node:child_process'
 import { chownSync } from 'node:fs'
-import { copyFile, mkdir, mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { copyFile, mkdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import type pg from 'pg'
 import t, { type Test } from 'tap'
@@ -11,15 +10,16 @@ import { isRoot, unprivilegedId } from '../dist/dev/guarded-server.js'
 import { client } from '../testkit/client.js'
 import { startStores } from '../testkit/private-stores.js'
 import { password, startRedis } from '../testkit/redis-topologies.js'
+import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 const { stores, postgres, build, startService, signUpBody } = await startTestbed(t)
 
-// A service that cannot connect waits for 10 s, so all tests run in parallel, each on its own stores.
+// A service that cannot connect waits for 10 s, so all tests run in parallel.
 t.jobs = 4
 
-const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-tls-'))
+const directory = createTemporaryFolder()
 t.teardown(() => rm(directory, { recursive: true }))
 if (isRoot) chownSync(directory, unprivilegedId, unprivilegedId)
 const emptyFolder = join(directory, 'empty')
@@ -122,10 +122,12 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
 t.test('the file of a CA is read once, so new connections need it no more', async (t) => {
   const file = join(directory, 'deleted.crt')
   await copyFile(ca.certificate, file)
-  const app = await build(t, { DATABASE_URL: tlsPostgres.url, PGSSLROOTCERT: file })
+  const { postgres, url } = await startTlsPostgres(t, localhost)
+  const app = await build(t, { DATABASE_URL: url, PGSSLROOTCERT: file })
   await rm(file)
-  await tlsPostgres.postgres.query(
-    `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'mobile-signup'`
+  // With a timeout it waits until the connections have ended.
+  await postgres.query(
+    `SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'mobile-signup'`
   )
   await until('Postgres answers on a new connection', () =>
     app.postgres.checkWritable().then(

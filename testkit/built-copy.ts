@@ -1,6 +1,7 @@
-import { cp, mkdtemp } from 'node:fs/promises'
+import { cp } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { createTemporaryFolder, deleteLeftovers } from './temporary-folder.js'
 
 const inProject = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url))
 
@@ -10,7 +11,9 @@ const inProject = (path: string) => fileURLToPath(new URL(`../${path}`, import.m
  * @returns the folder of the copy, which contains `dist`
  */
 export async function copyBuild(): Promise<string> {
-  const copy = await mkdtemp(inProject('node_modules/.cache/mobile-signup-copy-'))
+  const parent = inProject('node_modules/.cache')
+  await deleteLeftovers(parent)
+  const copy = createTemporaryFolder(parent)
   await cp(inProject('dist'), join(copy, 'dist'), { recursive: true, dereference: true })
   // Without it Node takes the files for CommonJS, because they are in node_modules.
   await cp(inProject('package.json'), join(copy, 'package.json'))

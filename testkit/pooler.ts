@@ -1,9 +1,9 @@
-import { chmod, mkdtemp, rm, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { chmod, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { connectOnce, freePort } from '../dist/dev/embedded-stores.js'
 import { GuardedServer, unprivileged } from '../dist/dev/guarded-server.js'
 import { findProgram } from '../dist/dev/programs.js'
+import { createTemporaryFolder } from './temporary-folder.js'
 
 /** Fewer than the connections of a service, so that its statements change their connection to Postgres. */
 const poolSize = 3
@@ -23,7 +23,7 @@ export interface Pooler {
 /** Starts a PgBouncer in transaction mode in front of a Postgres. */
 export async function startPooler(databaseUrl: string): Promise<Pooler> {
   const program = findProgram('pgbouncer') ?? '/usr/sbin/pgbouncer'
-  const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-pooler-'))
+  const directory = createTemporaryFolder()
   const { hostname, port, username, password } = new URL(databaseUrl)
   const url = new URL(databaseUrl)
   url.port = `${await freePort()}`

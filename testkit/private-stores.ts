@@ -1,8 +1,7 @@
 import { execFile } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, rename, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { mkdir, readdir, rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
@@ -10,6 +9,7 @@ import { Redis } from 'ioredis'
 import pg from 'pg'
 import { EmbeddedStores } from '../dist/dev/embedded-stores.js'
 import { migrate } from '../dist/stores/migrations.js'
+import { createTemporaryFolder, deleteLeftovers } from './temporary-folder.js'
 
 /** A Postgres with an empty, migrated database and a Redis, both private, with connections as their administrator. */
 export interface PrivateStores {
@@ -32,7 +32,7 @@ const sessionSecret = 'a secret of at least thirty-two characters'
  */
 export async function startStores(externalPostgresUrl = process.env.TESTBED_DATABASE_URL): Promise<PrivateStores> {
   await deleteLeftovers()
-  const directory = await mkdtemp(join(tmpdir(), `mobile-signup-${process.pid}-`))
+  const directory = createTemporaryFolder()
   if (externalPostgresUrl === undefined) {
     // fs.cp does not keep the owner, and Postgres insists on its own.
     await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
@@ -60,28 +60,6 @@ export async function startStores(externalPostgresUrl = process.env.TESTBED_DATA
   }
 }
 
-/** Deletes the folders of processes that were killed, or that ended at their first failure. */
-async function deleteLeftovers(): Promise<void> {
-  for (const name of await readdir(tmpdir())) {
-    const [, pid] = /^mobile-signup-(\d+)-/.exec(name) ?? []
-    if (pid === undefined || isRunning(Number(pid))) continue
-    const folder = join(tmpdir(), name)
-    // Postgres deletes this file when it has stopped. Redis stops faster.
-    if (existsSync(join(folder, 'postgres/postmaster.pid'))) continue
-    // It may belong to another user, or another process may be deleting it.
-    await rm(folder, { recursive: true, force: true }).catch(() => undefined)
-  }
-}
-
-function isRunning(pid: number): boolean {
-  try {
-    process.kill(pid, 0)
-    return true
-  } catch {
-    return false
-  }
-}
-
 /** Returns the folder of stores that were initialized, migrated and stopped. It is created once for each version. */
 export async function initializedFolder(): Promise<string> {
   const cache = fileURLToPath(new URL('../node_modules/.cache/mobile-signup', import.meta.url))
@@ -93,8 +71,12 @@ export async function initializedFolder(): Promise<string> {
   await stores.start()
   await migrate(stores.databaseUrl)
   await stores.stop()
+  const formerFolders = (await readdir(cache)).filter((name) => name.startsWith('stores-'))
   // Another test file may have been faster; then its folder stays.
   await rename(unfinished, folder).catch(() => rm(unfinished, { recursive: true }))
+  for (const name of formerFolders) {
+    if (join(cache, name) !== folder) await rm(join(cache, name), { recursive: true, force: true })
+  }
   return folder
 }
 

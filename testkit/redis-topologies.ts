@@ -1,11 +1,11 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { Redis } from 'ioredis'
 import type { Test } from 'tap'
 import { freePort, redisBinary } from '../dist/dev/embedded-stores.js'
 import { GuardedServer } from '../dist/dev/guarded-server.js'
 import { redisRules, redisUser } from './rights.js'
+import { createTemporaryFolder } from './temporary-folder.js'
 import { until } from './until.js'
 
 /** The password of every server but the sentinels. It needs percent-encoding in a URL. */
@@ -41,7 +41,7 @@ interface ServerOptions {
 }
 
 async function startServer(t: Test, options: ServerOptions): Promise<RedisServer> {
-  const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-redis-'))
+  const directory = createTemporaryFolder()
   const port = await freePort()
   const configFile = join(directory, 'redis.conf')
   const common = ['bind 127.0.0.1', `port ${port}`, `dir "${directory}"`]
@@ -97,7 +97,8 @@ export async function startCluster(t: Test): Promise<Topology> {
     Array.from({ length: 6 }, async () => {
       const busPort = await freePort()
       const timeout = `cluster-node-timeout ${clusterStartTimeoutMs}`
-      return { busPort, ...(await startRedis(t, ['cluster-enabled yes', timeout, `cluster-port ${busPort}`])) }
+      const lines = ['cluster-enabled yes', 'cluster-replica-no-failover yes', timeout, `cluster-port ${busPort}`]
+      return { busPort, ...(await startRedis(t, lines)) }
     })
   )
   const [first, ...others] = nodes

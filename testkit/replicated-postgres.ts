@@ -1,6 +1,5 @@
 import { execFile } from 'node:child_process'
-import { chmod, chown, mkdtemp, readFile, rm, stat, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { chmod, chown, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import pg from 'pg'
@@ -9,6 +8,7 @@ import type { GuardedServer } from '../dist/dev/guarded-server.js'
 import { FaultProxy } from './fault-proxy.js'
 import { postmasterPid, queryOnce } from './postgres-admin.js'
 import { initializedFolder } from './private-stores.js'
+import { createTemporaryFolder } from './temporary-folder.js'
 import { until } from './until.js'
 
 /** The name by which a primary knows its standby. */
@@ -31,7 +31,7 @@ class Server {
 
   /** Creates a folder for a server. Starts nothing. */
   static async create(): Promise<Server> {
-    const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-postgres-'))
+    const directory = createTemporaryFolder()
     // The servers do not run as root.
     await chmod(directory, 0o755)
     const secret = (await readFile(join(await initializedFolder(), 'secret'), 'utf8')).trim()

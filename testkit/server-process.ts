@@ -1,9 +1,9 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { closeSync, mkdtempSync, openSync, readFileSync, rmSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { closeSync, openSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { createTemporaryFolder } from './temporary-folder.js'
 import { until } from './until.js'
 
 /** The unit of the CPU times in /proc, on every Linux. */
@@ -36,7 +36,7 @@ export class ServerProcess {
   /** @param args of `node`; by default the built service */
   static start(args: string[] = [builtService], options: ServerProcessOptions = {}): ServerProcess {
     const { env, cwd, announcement = /Server listening at (http:[^"]+)/ } = options
-    const directory = mkdtempSync(join(tmpdir(), 'mobile-signup-process-'))
+    const directory = createTemporaryFolder()
     const [stdout, stderr] = [openSync(join(directory, 'stdout'), 'w'), openSync(join(directory, 'stderr'), 'w')]
     const child = spawn(process.execPath, args, {
       cwd,

@@ -1,8 +1,7 @@
 import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { chownSync, existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
-import { mkdir, mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { mkdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import type pg from 'pg'
@@ -10,6 +9,7 @@ import { freePort } from '../../dist/dev/embedded-stores.js'
 import { GuardedServer, isRoot, unprivileged, unprivilegedId } from '../../dist/dev/guarded-server.js'
 import { migrate } from '../../dist/stores/migrations.js'
 import { postmasterPid, queryOnce } from '../../testkit/postgres-admin.js'
+import { createTemporaryFolder } from '../../testkit/temporary-folder.js'
 
 /** Enough for the 50 connections of a test, each of which is a connection to every worker, too. */
 const commonSettings = ['listen_addresses=127.0.0.1', 'unix_socket_directories=', 'max_connections=300']
@@ -122,7 +122,7 @@ export interface Cluster {
 
 /** @param programs the folder of the programs of a Postgres in which Citus is installed */
 export async function startCluster(programs: string): Promise<Cluster> {
-  const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-citus-'))
+  const directory = createTemporaryFolder()
   const nodes: Node[] = []
   async function stop(): Promise<void> {
     await Promise.all(nodes.map((node) => node.stop()))

@@ -1,8 +1,8 @@
 import { spawn } from 'node:child_process'
-import { cp, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { cp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { createTemporaryFolder } from '../../testkit/temporary-folder.js'
 import type { ScriptMutant } from './scripts.js'
 
 const project = fileURLToPath(new URL('../..', import.meta.url))
@@ -10,7 +10,7 @@ const project = fileURLToPath(new URL('../..', import.meta.url))
 /** No test file of an unchanged service takes longer. */
 const usualMaxMs = 300_000
 
-/** A run that takes longer than twice its usual time, and this, has found a mutant. */
+/** A run with a mutant may take twice the usual time plus this. A longer run has found the mutant. */
 const extraMs = 30_000
 
 /** How a run of a test file has ended. */
@@ -21,7 +21,7 @@ export class Workspace {
   private constructor(private readonly directory: string) {}
 
   static async create(): Promise<Workspace> {
-    const directory = await mkdtemp(join(tmpdir(), 'mobile-signup-mutants-'))
+    const directory = createTemporaryFolder()
     for (const path of ['dist', 'src', 'test', 'testkit', 'sql', 'package.json', 'tsconfig.json']) {
       await cp(join(project, path), join(directory, path), { recursive: true })
     }
