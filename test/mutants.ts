@@ -26,22 +26,27 @@ const options: Options = {
   plugins: ['@stryker-mutator/tap-runner', './test/mutants/not-mutated.js'],
   ignorers: ['not-mutated'],
   testRunner: 'tap',
-  // Test files wait for stores, so more run at a time than there are cores.
-  concurrency: 3,
-  timeoutMS: 10_000,
+  concurrency: 2,
+  // Patient, because a run that takes longer counts as a kill: the machine may be busier than in the first run.
+  timeoutMS: 60_000,
+  timeoutFactor: 4,
   dryRunTimeoutMinutes: 10,
   reporters: ['progress-append-only']
 }
 
 // For tap in the test files: a file ends at its first failure, and a test that hangs fails.
 process.env.TAP_BAIL = '1'
-process.env.TAP_TIMEOUT = '40'
+process.env.TAP_TIMEOUT = '120'
 
 const known = idsOf(equivalents)
+/** The ids of the mutants that have survived. */
+const seen = new Set<string>()
 const summary = new Map<string, Counts>()
 for (const area of selectByName(areas, process.argv.slice(2))) summary.set(area.name, await testArea(area))
 printSummary(summary)
-process.exit([...summary.values()].some(({ survive }) => survive > 0) ? 1 : 0)
+const missing = process.argv.length > 2 ? [] : [...known].filter((id) => !seen.has(id))
+for (const id of missing) print(`listed, but it did not survive: ${id}`)
+process.exit(missing.length > 0 || [...summary.values()].some(({ survive }) => survive > 0) ? 1 : 0)
 
 /** Tests the mutants of an area, and prints those that survive without a reason. */
 async function testArea({ sources, tests, isThread = false }: Area): Promise<Counts> {
@@ -53,9 +58,14 @@ async function testArea({ sources, tests, isThread = false }: Area): Promise<Cou
     tap: { testFiles: tests.map((test) => `test/${test}.test.ts`), nodeArgs: ['--import=tsx/esm'] }
   }).runMutationTest()
   const tested = results.filter(({ status }) => status !== 'Ignored')
+  const slow = tested.filter(
+    ({ status, statusReason = '' }) => status === 'Timeout' || statusReason.includes('timeout!')
+  )
+  for (const mutant of slow) print(`takes too long: ${await identify(mutant)}`)
   const survivors = await Promise.all(
     tested.filter(({ status }) => status === 'Survived' || status === 'NoCoverage').map(identify)
   )
+  for (const id of survivors) seen.add(id)
   const unexplained = survivors.filter((id) => !known.has(id))
   for (const id of unexplained) print(`survives: ${id}`)
   return {
