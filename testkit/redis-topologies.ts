@@ -86,7 +86,10 @@ export interface Topology {
 /** How long a server must be silent for an automatic failover. */
 const noFailoverMs = 600_000
 
-/** Nodes exchange what they know more often with a short timeout, so it is short until the Cluster is complete. */
+/**
+ * Nodes exchange what they know more often with a short timeout, so it is short until the Cluster is complete. No replica takes
+ * over until then.
+ */
 const clusterStartTimeoutMs = 1_000
 
 const slotCount = 16_384
@@ -122,6 +125,8 @@ export async function startCluster(t: Test): Promise<Topology> {
     async () => (await infos()).every((info) => info.includes('cluster_state:ok')) && (await areInSync(replicas))
   )
   await Promise.all(nodes.map(({ admin }) => admin.config('SET', 'cluster-node-timeout', noFailoverMs)))
+  // Else a replica would not take over when a test tells it to.
+  await Promise.all(replicas.map(({ admin }) => admin.config('SET', 'cluster-replica-no-failover', 'no')))
   return {
     servers: nodes,
     async failOver() {
