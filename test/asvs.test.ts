@@ -81,12 +81,12 @@ t.test('the first paragraph of docs/asvs.md has the counts of the rows', async (
 })
 
 t.test('every test that docs/asvs.md names exists', async (t) => {
-  const named = [...page.matchAll(/`(test\/[\w-]+\.test\.ts): "([^`]+)"`/g)]
-  t.ok(named.length > 50)
-  for (const [, file = '', name = ''] of named)
+  const references = [...page.matchAll(/`(test\/[\w-]+\.test\.ts): "([^`]+)"`/g)]
+  t.ok(references.length > 50)
+  for (const [, file = '', name = ''] of references)
     t.ok(existsSync(join(root, file)) && read(file).includes(name), `${file}: ${name}`)
   // A reference in another form would not be checked.
-  t.equal(page.match(/`test\//g)?.length, named.length)
+  t.equal(page.match(/`test\//g)?.length, references.length)
 })
 
 t.test('every path of src/, sql/, test/, deploy/ and scripts/ that docs/asvs.md names exists', async (t) => {

@@ -8,18 +8,19 @@
  * with 1 if anything else was lost, done twice or invented.
  */
 import { randomInt } from 'node:crypto'
+import { numberFrom } from '../testkit/environment.js'
 import { FaultProxy } from '../testkit/fault-proxy.js'
 import { startStores } from '../testkit/private-stores.js'
 import { ReplicatedPostgres } from '../testkit/replicated-postgres.js'
+import { SeededRandom } from '../testkit/seeded-random.js'
 import { auditRows, findLost } from './chaos/audit.js'
 import { causeFaults } from './chaos/faults.js'
 import { signUp, signUpPeople } from './chaos/people.js'
 import { Report } from './chaos/report.js'
-import { SeededRandom } from './chaos/seeded-random.js'
 import { ServiceInstance } from './chaos/service-instance.js'
 
-const seconds = Number(process.env.CHAOS_SECONDS || 60)
-const seed = Number(process.env.CHAOS_SEED || randomInt(2 ** 31))
+const seconds = numberFrom('CHAOS_SECONDS', 60)
+const seed = numberFrom('CHAOS_SEED', randomInt(2 ** 31))
 const replication = process.env.CHAOS_REPLICATION === 'asynchronous' ? 'asynchronous' : 'synchronous'
 process.stdout.write(`chaos: ${seconds} s, CHAOS_SEED=${seed}, CHAOS_REPLICATION=${replication}\n`)
 
@@ -59,6 +60,7 @@ for (const instance of instances) {
   if (failure !== undefined) report.violate(`SIGTERM: ${failure}`)
 }
 await auditRows(postgres, people, report)
+if (people.length === 0) report.violate('nobody has signed up, so nothing was checked')
 
 await redisProxy.close()
 await Promise.all([postgres.stop(), stores.stop()])

@@ -1,8 +1,6 @@
 import { createHmac, hkdfSync } from 'node:crypto'
 import { EventEmitter, once } from 'node:events'
-import { hash, verify } from '@node-rs/argon2'
-import type { FastifyInstance } from 'fastify'
-import fp from 'fastify-plugin'
+import { hash } from '@node-rs/argon2'
 import t from 'tap'
 import { Refusal } from '../dist/outcomes.js'
 import { client, statusAndErrno } from '../testkit/client.js'
@@ -14,28 +12,9 @@ import { retried, until } from '../testkit/until.js'
  */
 
 const testbed = await startTestbed(t)
-const { build, config, cookieOf, holdInserts, issueCode, newMobile, openProxy, postgres, redis } = testbed
+const { build, buildHashingAfter, config, cookieOf, holdInserts, issueCode, newMobile, openProxy, postgres, redis } =
+  testbed
 const { ageClaim, readClaimRecord, signUpBody, stores, untilClaimed, userRows } = testbed
-
-/** Replaces the hash pool by one that calls a function before each hash. The function may wait or throw. */
-const passwordsThatHashAfter = (beforeHash: () => Promise<unknown>) =>
-  fp(
-    async (fastify) => {
-      fastify.decorate('passwords', {
-        admissionDelaySeconds: () => 0,
-        verify: (phc, password) => verify(phc ?? '', password),
-        queueLength: 0,
-        expectedWaitMs: 0,
-        isAvailable: true,
-        isOutdated: () => false,
-        async hash(password) {
-          await beforeHash()
-          return hash(password)
-        }
-      } satisfies FastifyInstance['passwords'])
-    },
-    { fastify: '5.x', name: 'passwords' }
-  )
 
 async function failToHash(): Promise<never> {
   throw new Error('no memory for a hash')
@@ -43,7 +22,7 @@ async function failToHash(): Promise<never> {
 
 const instance = client(await build(t))
 const { signUp } = instance
-const failing = client(await build(t, {}, { overrides: { passwords: passwordsThatHashAfter(failToHash) } }))
+const failing = client(await buildHashingAfter(t, failToHash))
 
 const fillRedis = () => redis.config('SET', 'maxmemory', '1')
 const emptyRedis = () => redis.config('SET', 'maxmemory', '0')
@@ -142,7 +121,7 @@ t.test('G4: after a failure while a lost row is written again, the same request 
   t.equal((await retried(() => signUp(body))).statusCode, 201)
 })
 
-t.test('a replay to which a former primary answers without the row does not log its user out', async (t) => {
+t.test('a replay that finds no row on a former primary does not log its user out', async (t) => {
   const app = await build(t)
   const { signUp, logIn, whoAmI } = client(app)
   const body = await signUpBody()
@@ -191,7 +170,7 @@ t.test('a replay whose row is lost leaves the claim of a newer code alone', asyn
   await held
 
   const newer = { ...body, sms_code: await issueCode(body.mobile) }
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const signUpWithNewer = signUp(newer)
   await inserts.arrived(1)
   const record = await readClaimRecord(body.mobile)
@@ -259,7 +238,7 @@ t.test('G4: a claim of an instance of version 0.1.0 can be taken over', async (t
 
 t.test('while a code is claimed, the same code gets 503 4500 and a wrong one 422', async (t) => {
   const body = await signUpBody()
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const first = signUp(body)
   await inserts.arrived(1)
   const second = await signUp(body)
@@ -332,22 +311,25 @@ t.test('after an INSERT of unknown outcome, the code is restored, and the hash o
   }
 })
 
-t.test('G5: while a retry compares its password with the row, its claim stays, so that it may die', async (t) => {
-  const proxy = await openProxy(t, 'DATABASE_URL')
-  const { signUp } = client(await build(t, { DATABASE_URL: proxy.url }))
-  const body = await signUpBody()
-  proxy.strike('insert_user', { kind: 'cut', bytes: 3 })
-  t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
-  await until('the row is committed', async () => (await userRows(body.mobile)).length === 1)
+t.test(
+  'G5: a retry keeps its claim while it compares its password with the row, so its instance may die',
+  async (t) => {
+    const proxy = await openProxy(t, 'DATABASE_URL')
+    const { signUp } = client(await build(t, { DATABASE_URL: proxy.url }))
+    const body = await signUpBody()
+    proxy.strike('insert_user', { kind: 'cut', bytes: 3 })
+    t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
+    await until('the row is committed', async () => (await userRows(body.mobile)).length === 1)
 
-  const barrier = new EventEmitter()
-  const held = proxy.strike('find_user', { kind: 'hold', until: once(barrier, 'release') })
-  const retry = retried(() => signUp(body))
-  await held
-  t.equal((await readClaimRecord(body.mobile)).state, 'pending')
-  barrier.emit('release')
-  t.equal((await retry).statusCode, 201)
-})
+    const barrier = new EventEmitter()
+    const held = proxy.strike('find_user', { kind: 'hold', until: once(barrier, 'release') })
+    const retry = retried(() => signUp(body))
+    await held
+    t.equal((await readClaimRecord(body.mobile)).state, 'pending')
+    barrier.emit('release')
+    t.equal((await retry).statusCode, 201)
+  }
+)
 
 t.test('G5: a request with another password does not end the retries of an earlier one', async (t) => {
   const proxy = await openProxy(t, 'DATABASE_URL')
@@ -369,13 +351,7 @@ t.test('G1: a success uses up a code that another request has put back, but no n
   for (const isNewer of [false, true]) {
     const body = await signUpBody()
     const putBack = isNewer ? await issueCode(newMobile()) : body.sms_code
-    const app = await build(
-      t,
-      {},
-      {
-        overrides: { passwords: passwordsThatHashAfter(() => redis.set(`sms_code_${body.mobile}`, putBack)) }
-      }
-    )
+    const app = await buildHashingAfter(t, () => redis.set(`sms_code_${body.mobile}`, putBack))
     t.equal((await client(app).signUp(body)).statusCode, 201)
     t.equal(await redis.get(`sms_code_${body.mobile}`), isNewer ? putBack : null)
   }
@@ -412,7 +388,7 @@ t.test('a failure before the INSERT restores the code and deletes the claim reco
 
 t.test('a restore does not overwrite a newer code, and does nothing while a newer code is claimed', async (t) => {
   const [replaced, overtaken] = [await signUpBody(), await signUpBody()]
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const first = [signUp(replaced), signUp(overtaken)]
   await inserts.arrived(2)
   const { rows } = await postgres.query(`SELECT pid FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted`)
@@ -430,13 +406,7 @@ t.test('a restore does not overwrite a newer code, and does nothing while a newe
 
 t.test('G5: a slow request whose claim was taken over gets the same success, not 409', async (t) => {
   const barrier = new EventEmitter()
-  const slow = await build(
-    t,
-    {},
-    {
-      overrides: { passwords: passwordsThatHashAfter(() => once(barrier, 'open')) }
-    }
-  )
+  const slow = await buildHashingAfter(t, () => once(barrier, 'open'))
   const body = await signUpBody()
   const first = client(slow).signUp(body)
   await untilClaimed(body)
@@ -472,7 +442,7 @@ t.test('G4: if a full Redis refuses the restore, the code can be claimed again a
     await fillRedis()
     await failToHash()
   }
-  const filling = await build(t, {}, { overrides: { passwords: passwordsThatHashAfter(fillRedisAndFail) } })
+  const filling = await buildHashingAfter(t, fillRedisAndFail)
   t.teardown(emptyRedis)
   const body = await signUpBody()
   t.strictSame(statusAndErrno(await client(filling).signUp(body)), [500, '4500'])

@@ -6,7 +6,10 @@ import t from 'tap'
 const command = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
 
 const run = (args: string[], env: Record<string, string> = {}) =>
-  promisify(execFile)(process.execPath, [command, ...args], { env: { ...process.env, ...env } })
+  promisify(execFile)(process.execPath, [command, ...args], {
+    env: { PATH: process.env.PATH, ...env },
+    timeout: 120_000
+  })
 
 t.test('mobile-signup --help says what each command needs', async (t) => {
   for (const args of [['--help'], ['migrate', '--help']]) {
@@ -44,7 +47,17 @@ t.test(
     ]) {
       t.match(stdout, new RegExp(`^ *${memoryKib} +${passes} +1 +[\\d.]+ +[\\d.]+ `, 'm'))
     }
-    t.match(stdout, /^HASH_MEMORY_KIB=\d+\nHASH_PASSES=\d$/m)
+    // The settings, the number of threads and the hashes/s of each row.
+    const rows = [...stdout.matchAll(/^ *(\d+ +\d) +(\d+) +([\d.]+) /gm)].map(([, setting = '', threads, rate]) => ({
+      setting: setting.split(/ +/),
+      threads: Number(threads),
+      rate: Number(rate)
+    }))
+    const threadsMax = Math.max(...rows.map(({ threads }) => threads))
+    const withAllThreads = rows.filter(({ threads }) => threads === threadsMax)
+    const rateMax = Math.max(...withAllThreads.map(({ rate }) => rate))
+    const [, ...printed] = /^HASH_MEMORY_KIB=(\d+)\nHASH_PASSES=(\d)$/m.exec(stdout) ?? []
+    t.equal(withAllThreads.find(({ setting }) => `${setting}` === `${printed}`)?.rate, rateMax)
     t.match(stdout, /completes about \d+ sign-ups\/s/)
   }
 )

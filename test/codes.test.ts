@@ -66,19 +66,24 @@ async function checkTtl(t: Test, key: string, ms: number): Promise<void> {
   t.ok(ttlMs > ms - slackMs && ttlMs <= ms, `${key}: ${ttlMs} ms of ${ms} ms`)
 }
 
-const present = (mobile: string, code: string, purpose: CodePurpose = 'sign_up', from = address, instance = codes) =>
-  instance.claim(mobile, code, purpose, { ticket: undefined, address: from })
+const presentCode = (
+  mobile: string,
+  code: string,
+  purpose: CodePurpose = 'sign_up',
+  from = address,
+  instance = codes
+) => instance.claim(mobile, code, purpose, { ticket: undefined, address: from })
 
 /** Presents a code, and returns the claim. */
-async function claim(...args: Parameters<typeof present>): Promise<Claim> {
-  const result = await present(...args)
+async function claim(...args: Parameters<typeof presentCode>): Promise<Claim> {
+  const result = await presentCode(...args)
   if (result.state !== 'claimed') throw new Error(`the code is not claimed, but ${result.state}`)
   return result
 }
 
 /** Presents a code that has been completed, and returns the replay. */
 async function replay(mobile: string, code: string) {
-  const result = await present(mobile, code)
+  const result = await presentCode(mobile, code)
   if (result.state !== 'done') throw new Error(`it is no replay, but ${result.state}`)
   return result
 }
@@ -165,7 +170,7 @@ t.test('a claim moves a code into its record, which lives for 300 s or as long a
     const { code } = await issue(mobile)
     const issued = await readJson(issueKey(mobile))
     await redis.pexpire(codeKey(mobile), ttlMs)
-    t.equal((await present(mobile, 'wrong')).state, 'wrong')
+    t.equal((await presentCode(mobile, 'wrong')).state, 'wrong')
     const claimed = await claim(mobile, code)
     t.match(claimed, { mobile, code, isReclaim: false, claimId: /^\d{16}$/ })
     t.ok(claimed.ttlMs > ttlMs - slackMs && claimed.ttlMs <= ttlMs)
@@ -205,7 +210,7 @@ t.test(
 
 t.test('a first claim is no reclaim, also from an IPv6 address, which has three budgets', async (t) => {
   const mobile = newMobile()
-  t.equal((await present(mobile, 'wrong', 'sign_up', '2001:db8::1')).state, 'wrong')
+  t.equal((await presentCode(mobile, 'wrong', 'sign_up', '2001:db8::1')).state, 'wrong')
   const code = await issueCode(mobile)
   t.equal((await claim(mobile, code, 'sign_up', '2001:db8::1')).isReclaim, false)
 })
@@ -220,10 +225,10 @@ t.test('a code that was restored is claimed again as a reclaim only if its row m
 
 t.test('a code in a claim is in progress until the lease expires; a reclaim has its issue and its TTL', async (t) => {
   const { mobile, code, issued, claim: first } = await claimIssued(newMobile(), 200_000)
-  t.strictSame(await present(mobile, code), { state: 'in_progress' })
+  t.strictSame(await presentCode(mobile, code), { state: 'in_progress' })
   await ageClaim(mobile, leaseMs - slackMs)
-  t.strictSame(await present(mobile, code), { state: 'in_progress' })
-  t.equal((await present(mobile, code, 'password')).state, 'wrong', 'for the other purpose')
+  t.strictSame(await presentCode(mobile, code), { state: 'in_progress' })
+  t.equal((await presentCode(mobile, code, 'password')).state, 'wrong', 'for the other purpose')
   t.equal(await redis.exists(guessesKey(mobile)), 1, 'which is counted, because the claim can be taken over')
   await ageClaim(mobile, slackMs)
   const second = await claim(mobile, code)
@@ -241,7 +246,7 @@ t.test('a code in a claim is in progress until the lease expires; a reclaim has 
 
   await codes.restore(second, false)
   t.strictSame(await readJson(issueKey(mobile)), issued, 'the purpose is back, too')
-  t.equal((await present(mobile, code, 'password')).state, 'wrong')
+  t.equal((await presentCode(mobile, code, 'password')).state, 'wrong')
 })
 
 t.test('a restore puts the code and its issue back with the TTL that they had', async (t) => {
@@ -341,9 +346,9 @@ t.test('a reclaimed code whose record is lost is not restored: the earlier reque
 })
 
 t.test('a reclaim keeps the MAC of the claim, so a rotation of the secret brings no used code back', async (t) => {
-  const [former, present] = ['former'.padEnd(32, '.'), 'present'.padEnd(32, '.')]
-  const before = await buildCodes(t, config({ SESSION_SECRET: `${former},${present}` }))
-  const after = await buildCodes(t, config({ SESSION_SECRET: `${present},${former}` }))
+  const [former, current] = ['former'.padEnd(32, '.'), 'current'.padEnd(32, '.')]
+  const before = await buildCodes(t, config({ SESSION_SECRET: `${former},${current}` }))
+  const after = await buildCodes(t, config({ SESSION_SECRET: `${current},${former}` }))
   const mobile = newMobile()
   const code = await issueCode(mobile)
   const claimBy = (instance: typeof codes) => claim(mobile, code, 'sign_up', address, instance)
@@ -366,7 +371,7 @@ t.test('a success leaves its record for 300 s, and gives all guesses and the uni
   const mobile = newMobile()
   await issue(mobile)
   const { code } = await issue(mobile)
-  t.equal((await present(mobile, 'wrong')).state, 'wrong')
+  t.equal((await presentCode(mobile, 'wrong')).state, 'wrong')
   const claimed = await claim(mobile, code)
   usedCount = 0
   await codes.complete(claimed, '7')
@@ -410,12 +415,12 @@ t.test('a success keeps the claim record of another code, unless that code has b
     }
     await codes.complete(older, '7')
     await ageClaim(mobile, leaseMs)
-    t.match(await present(mobile, newerCode), { state: 'claimed', isReclaim: true })
+    t.match(await presentCode(mobile, newerCode), { state: 'claimed', isReclaim: true })
   }
   const { mobile, claim: older } = await claimIssued()
   await codes.complete(await claim(mobile, await issueCode(mobile)), '6')
   await codes.complete(older, '7')
-  t.match(await present(mobile, older.code), { state: 'done', userId: '7' })
+  t.match(await presentCode(mobile, older.code), { state: 'done', userId: '7' })
 })
 
 t.test(
@@ -448,14 +453,14 @@ t.test('one replay runs at a time, until it ends or the lease expires, and keeps
   t.strictSame(record, { state: 'done', mac, at, user_id: '7' })
   t.ok(before <= Number(checking) && Number(checking) <= after)
   await checkTtl(t, recordKey(mobile), 100_000)
-  t.strictSame(await present(mobile, code), { state: 'in_progress' })
+  t.strictSame(await presentCode(mobile, code), { state: 'in_progress' })
 
   await codes.endReplay(first, { passwordWasWrong: false })
   t.strictSame(await readJson(recordKey(mobile)), { ...record, passwords: 0 })
   await checkTtl(t, recordKey(mobile), 100_000)
   await replay(mobile, code)
   await ageClaim(mobile, leaseMs - slackMs)
-  t.equal((await present(mobile, code)).state, 'in_progress')
+  t.equal((await presentCode(mobile, code)).state, 'in_progress')
   await ageClaim(mobile, slackMs)
   await codes.endReplay(await replay(mobile, code), { passwordWasWrong: true })
   t.equal((await readJson(recordKey(mobile))).passwords, 1)
@@ -495,7 +500,7 @@ t.test('a code whose row is lost is claimed again by its record only, for 300 s'
   const record = { state: 'pending', mac, at: reopened?.claimId, ttl: 0, issue: {} }
   t.strictSame(await readJson(recordKey(mobile)), record)
   await checkTtl(t, recordKey(mobile), recordTtlMs)
-  t.equal((await present(mobile, code)).state, 'in_progress')
+  t.equal((await presentCode(mobile, code)).state, 'in_progress')
 })
 
 t.test('a reclaim that is conceded is done for 300 s, with one wrong password', async (t) => {
@@ -514,7 +519,7 @@ t.test('a wrong code is counted for the guesser and for all, in windows that beg
   const mobile = newMobile()
   await issueCode(mobile)
   const before = await redisNow()
-  await present(mobile, 'wrong')
+  await presentCode(mobile, 'wrong')
   const after = await redisNow()
   const first = await redis.hgetall(guessesKey(mobile))
   t.strictSame(Object.keys(first).sort(), [address, 'all'])
@@ -525,13 +530,13 @@ t.test('a wrong code is counted for the guesser and for all, in windows that beg
   await checkTtl(t, guessesKey(mobile), 86_400_000)
 
   await redis.pexpire(guessesKey(mobile), 100_000)
-  await present(mobile, 'wrong')
+  await presentCode(mobile, 'wrong')
   t.strictSame(await redis.hgetall(guessesKey(mobile)), { [address]: `2 ${since}`, all: `2 ${since}` })
   await checkTtl(t, guessesKey(mobile), 86_400_000)
 
   const ended = Number(since) - 3_600_000_000
   await redis.hset(guessesKey(mobile), { [address]: `5 ${ended}`, all: `2 ${ended}` })
-  t.equal((await present(mobile, 'wrong')).state, 'wrong', 'the window of the guesser has ended')
+  t.equal((await presentCode(mobile, 'wrong')).state, 'wrong', 'the window of the guesser has ended')
   const next = await redis.hgetall(guessesKey(mobile))
   t.match(next, { [address]: /^1 \d{16}$/, all: `3 ${ended}` })
   t.ok(`${next[address]}` > `1 ${since}`, 'a new window has begun')
@@ -541,14 +546,14 @@ t.test('a wrong code is counted while there is a record, of which the code could
   const { mobile, claim: claimed } = await claimIssued()
   await codes.restore(claimed, true)
   await redis.del(codeKey(mobile), issueKey(mobile))
-  t.equal((await present(mobile, 'wrong')).state, 'wrong')
+  t.equal((await presentCode(mobile, 'wrong')).state, 'wrong')
   t.equal(await redis.exists(guessesKey(mobile)), 1)
 
   const { mobile: completed } = await completeIssued()
-  t.equal((await present(completed, 'wrong')).state, 'wrong')
+  t.equal((await presentCode(completed, 'wrong')).state, 'wrong')
   t.equal(await redis.exists(guessesKey(completed)), 1, 'a completed claim can be replayed')
   await redis.del(recordKey(completed), guessesKey(completed))
-  t.equal((await present(completed, 'wrong')).state, 'wrong')
+  t.equal((await presentCode(completed, 'wrong')).state, 'wrong')
   t.strictSame(await keysOf(completed), [], 'without a record there is nothing to guess')
 })
 
@@ -565,7 +570,7 @@ t.test('spent guesses are refused until the exact end of the longest window, whi
       all: `50 ${now - allAge * 1_000_000}`
     })
     refusals.length = 0
-    const result: ClaimResult = await present(mobile, code)
+    const result: ClaimResult = await presentCode(mobile, code)
     const passed = ((await redisNow()) - now) / 1_000_000
     const seconds = 'retryAfterSeconds' in result ? result.retryAfterSeconds : 0
     t.equal(result.state, 'spent')

@@ -8,6 +8,7 @@ import {
   usesEmbeddedStores
 } from '../dist/config/config.js'
 import { parseRedisUrl } from '../dist/config/redis-url.js'
+import { describeVariables } from '../testkit/generated-docs.js'
 
 const stores = { DATABASE_URL: 'postgresql://u:p%40ss@db/app', REDIS_URL: 'rediss://:p%40ss@cache:6380/1' }
 const secret = 'x'.repeat(32)
@@ -70,7 +71,7 @@ t.test('an environment with only the stores gives the documented defaults', asyn
 })
 
 t.test('every variable sets its field', async (t) => {
-  const config = loadConfig({
+  const env = {
     ...stores,
     NODE_ENV: 'production',
     PORT: '0',
@@ -82,7 +83,7 @@ t.test('every variable sets its field', async (t) => {
     LEGACY_STATUS: 'true',
     DEFAULT_LANGUAGE: 'en',
     PASSWORD_MIN: '12',
-    SMS: 'on',
+    SMS: 'off',
     SMS_CODE_ATTEMPTS: '3',
     SMS_GUESS_DAILY_MAX: '13',
     LOGIN_IP_HOURLY_MAX: '15',
@@ -99,16 +100,20 @@ t.test('every variable sets its field', async (t) => {
     HASH_THREADS: '5',
     HASH_MAX_WAIT_MS: '700',
     PG_POOL_MAX: '3',
+    PG_POOLER: 'transaction',
     STORE_TIMEOUT_MS: '250',
-    DOCS: 'false',
+    DOCS: 'true',
     OTEL_EXPORTER_OTLP_ENDPOINT: 'http://collector:4318',
     METRICS_PORT: '9090',
     SHUTDOWN_DELAY_MS: '50',
     SHUTDOWN_TIMEOUT_MS: '900',
     LOG_LEVEL: 'silent',
     MIGRATE: 'false'
-  })
-  t.match(config, {
+  }
+  // PGSSLROOTCERT is a part of databaseUrl, see below.
+  const names = describeVariables().flatMap(({ name }) => (name === 'PGSSLROOTCERT' ? [] : [name]))
+  t.strictSame(Object.keys(env).sort(), names.sort())
+  t.match(loadConfig(env), {
     production: true,
     port: 0,
     host: '::1',
@@ -119,7 +124,7 @@ t.test('every variable sets its field', async (t) => {
     legacyStatus: true,
     defaultLanguage: 'en',
     passwordMin: 12,
-    sms: true,
+    sms: false,
     smsCodeAttempts: 3,
     smsGuessDailyMax: 13,
     loginIpHourlyMax: 15,
@@ -136,8 +141,9 @@ t.test('every variable sets its field', async (t) => {
     hashThreads: 5,
     hashMaxWaitMs: 700,
     pgPoolMax: 3,
+    pgPooler: 'transaction',
     storeTimeoutMs: 250,
-    docs: false,
+    docs: true,
     otlpEndpoint: 'http://collector:4318',
     metricsPort: 9_090,
     shutdownDelayMs: 50,
@@ -221,6 +227,7 @@ t.test('an invalid value of any variable is a fault that names the variable', as
     ['HASH_THREADS', '0', '1025', 'all'],
     ['HASH_MAX_WAIT_MS', '-1', '600001'],
     ['PG_POOL_MAX', '0'],
+    ['PG_POOLER', 'session', 'true'],
     ['STORE_TIMEOUT_MS', '0', '60001'],
     ['LOG_LEVEL', 'verbose'],
     ['MIGRATE', 'no']
@@ -288,6 +295,17 @@ t.test('production accepts no code that lives longer than ten minutes', async (t
     'SMS_CODE_TTL_S: "601" is out of range; expected an integer from 1 to 600'
   ])
   t.equal(loadConfig({ ...stores, SMS_CODE_TTL_S: '601' }).smsCodeTtlS, 601, 'any life outside production')
+})
+
+t.test('with a pooler there are no migrations at the start and no private stores', (t) => {
+  t.equal(loadConfig({ ...stores, PG_POOLER: 'transaction' }).migrate, false)
+  t.strictSame(faultsOf({ ...stores, PG_POOLER: 'transaction', MIGRATE: 'true' }), [
+    'MIGRATE: is true; expected false with PG_POOLER=transaction'
+  ])
+  t.throws(() => loadConfig({ PG_POOLER: 'transaction' }, stores), {
+    message: 'invalid environment:\n  PG_POOLER: is transaction; expected none with private stores'
+  })
+  t.end()
 })
 
 t.test('one store URL without the other is a fault, in production and elsewhere', async (t) => {

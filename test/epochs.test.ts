@@ -1,10 +1,7 @@
 import { EventEmitter, once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { setImmediate } from 'node:timers/promises'
-import fp from 'fastify-plugin'
 import t, { type Test } from 'tap'
-import type { Config } from '../dist/config/config.js'
-import { passwords } from '../dist/passwords/passwords.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { leaseMsOf, sessionIdOf, sessionKeyOf, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
@@ -29,18 +26,17 @@ async function registerUser() {
 }
 
 const sessionStatus = async (cookie: string) => (await api.whoAmI(cookie)).statusCode
+
 /** Builds a service that calls a function after each verification of a password, before it uses the result. */
-function buildInterrupted(t: Test, afterVerification: () => Promise<unknown>) {
-  const interrupted: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
-    await fastify.register(passwords, options)
-    const { verify } = fastify.passwords
-    fastify.passwords.verify = async (...args) => {
-      const matches = await verify(...args)
-      await afterVerification()
-      return matches
-    }
-  })
-  return build(t, {}, { overrides: { passwords: interrupted } })
+async function buildInterrupted(t: Test, afterVerification: () => Promise<unknown>) {
+  const app = await build(t)
+  const { verify } = app.passwords
+  app.passwords.verify = async (...args) => {
+    const matches = await verify(...args)
+    await afterVerification()
+    return matches
+  }
+  return app
 }
 
 t.test('G9: a login whose password is reset meanwhile is refused, and leaves no session', async (t) => {
@@ -160,12 +156,12 @@ t.test('503: a reset or a logout everywhere that cannot end the sessions is no s
   t.equal((await api.resetPassword(reset)).statusCode, 200, 'the same request again')
   t.equal(await sessionStatus(cookie), 401)
 
-  const again = cookieOf(await api.logIn({ mobile: body.mobile, password: reset.password }))
+  const laterCookie = cookieOf(await api.logIn({ mobile: body.mobile, password: reset.password }))
   const postgresProxy = await openProxy(t, 'DATABASE_URL')
   const withoutPostgres = client(await build(t, { DATABASE_URL: postgresProxy.url }))
   postgresProxy.strike('begin_session_epoch', { kind: 'reset' })
-  t.strictSame(statusAndErrno(await withoutPostgres.logOut(again, '?everywhere=true')), [503, '4001'])
-  t.equal(await sessionStatus(again), 200)
+  t.strictSame(statusAndErrno(await withoutPostgres.logOut(laterCookie, '?everywhere=true')), [503, '4001'])
+  t.equal(await sessionStatus(laterCookie), 200)
 })
 
 t.test('a logout everywhere whose answer from Redis is lost is completed by its retry', async (t) => {
@@ -238,8 +234,8 @@ for (const statement of ['UPDATE', 'DELETE'] as const) {
       t.equal(await sessionStatus(cookieOf(await api.logIn({ mobile, password }))), 200, 'a later login')
     } else {
       t.strictSame(await userRows(mobile), [])
-      const again = await api.signUp(await signUpBody({ mobile }))
-      t.equal(await sessionStatus(cookieOf(again)), 200, 'a later sign-up of the mobile')
+      const laterSignUp = await api.signUp(await signUpBody({ mobile }))
+      t.equal(await sessionStatus(cookieOf(laterSignUp)), 200, 'a later sign-up of the mobile')
     }
   })
 }
@@ -267,8 +263,8 @@ for (const end of ['reset', 'logout everywhere'] as const) {
 
     if (end === 'logout everywhere') t.equal((await api.logOut(cookie, '?everywhere=true')).statusCode, 200)
     else {
-      const again = await api.resetPassword(await signUpBody({ mobile: body.mobile }))
-      t.strictSame([again.statusCode, again.json().data.session], [200, true])
+      const laterReset = await api.resetPassword(await signUpBody({ mobile: body.mobile }))
+      t.strictSame([laterReset.statusCode, laterReset.json().data.session], [200, true])
     }
     t.equal(await sessionStatus(other), 401)
   })

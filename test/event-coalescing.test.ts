@@ -106,7 +106,7 @@ t.test('sleeps of less than a millisecond are left out', async (t) => {
   }
 })
 
-t.test('the service sleeps while hashes wait beyond those that the threads have in hand, and else never', async (t) => {
+t.test('the event loop sleeps only while more hashes wait than the threads have in hand', async (t) => {
   const app = await build(t, realHashes)
   const sleeps = watchSleeps(t)
   await signUpOn(app, 2, 6)

@@ -115,7 +115,7 @@ const refusedByParser = [`CONNECT service:1 HTTP/1.1\r\n${host}\r\n`, 'GARBAGE\r
 t.test('a client that resets its connection after a refusal does not end the service', async (t) => {
   const { app, port } = await listen(t)
   for (const bytes of refusedByParser) {
-    const inserts = await holdInserts()
+    const inserts = await holdInserts(t)
     const { socket } = await openRecorded(app, port)
     const refused = once(app.server, bytes.startsWith('CONNECT') ? 'connect' : 'clientError')
     // The refusal waits for the sign-up, so the reset comes before it.
@@ -179,7 +179,7 @@ t.test('shutdown answers accepted requests, refuses later ones with 503, and clo
   const idleClosed = untilClosed(idle)
   const { socket, closed, replies } = await openRecorded(app, port)
 
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   socket.write(await signUpRequest())
   await inserts.arrived(1)
   const appClosed = app.close()
@@ -213,7 +213,7 @@ t.test('shutdown does not wait for a request that never arrives completely', asy
 
 t.test('bytes after a request that cannot be parsed add nothing to its refusal', async (t) => {
   const { app, port } = await listen(t)
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const { socket, closed, replies } = await openRecorded(app, port)
   const received = once(app.server, 'request')
   const sendGarbage = async () => {
@@ -242,7 +242,7 @@ t.test('good requests before garbage on a connection are answered first, in orde
     ['an unknown expectation', `POST / HTTP/1.1\r\n${json}Expect: a wonder\r\nContent-Length: 2\r\n\r\n{}`, 417]
   ] as const) {
     const { socket, closed, replies } = await openRecorded(app, port)
-    const inserts = await holdInserts()
+    const inserts = await holdInserts(t)
     socket.write(`${await signUpRequest()}GET /api/v1.0/session HTTP/1.1\r\n${host}\r\n${garbage}`)
     await inserts.arrived(1)
     await inserts.release()

@@ -7,8 +7,9 @@
  * number of them; INTERLEAVINGS_SEED repeats those. `bugs` as an argument: instead, each of some seeded bugs must be found.
  */
 import { randomInt } from 'node:crypto'
+import { numberFrom } from '../testkit/environment.js'
 import { startStores } from '../testkit/private-stores.js'
-import { SeededRandom } from './chaos/seeded-random.js'
+import { SeededRandom } from '../testkit/seeded-random.js'
 import { bugs } from './interleavings/bugs.js'
 import { Choices, enumerate } from './interleavings/choices.js'
 import { type Scenario, scenarios } from './interleavings/scenarios.js'
@@ -35,14 +36,6 @@ const stores = await startStores()
 if (command === 'bugs') await findBugs()
 else await checkScenarios()
 await stores.stop()
-
-/** @throws if the variable is no whole number: without one, the search would end at once */
-function numberFrom(variable: string, whenAbsent: number): number {
-  const value = process.env[variable]
-  if (!value) return whenAbsent
-  if (!/^\d+$/.test(value)) throw new Error(`${variable} is not a whole number: ${value}`)
-  return Number(value)
-}
 
 async function checkScenarios(): Promise<void> {
   process.stdout.write(

@@ -70,10 +70,10 @@ t.test('G7: no secret of a request is logged, also while a store fails', async (
   const passwordAsMobile = await signUpBody()
   const inUrl = await signUpBody()
 
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   t.equal((await client(app).signUp(duringPostgresFailure, { headers: { cookie } })).statusCode, 503)
   await inserts.release()
-  const writes = await holdRedisWrites()
+  const writes = await holdRedisWrites(t)
   t.equal((await client(app).signUp(duringRedisFailure, { headers: { cookie } })).statusCode, 503)
   await writes.release()
   await client(app).signUp({ ...passwordAsMobile, mobile: passwordAsMobile.password })
@@ -100,7 +100,7 @@ t.test('the cause of a server-side failure is logged once at level error, and a 
     [[30, 'wrong_code']]
   )
   const body = await signUpBody()
-  const writes = await holdRedisWrites()
+  const writes = await holdRedisWrites(t)
   await client(app).signUp(body, { headers: { 'x-request-id': 'r1' } })
   await writes.release()
   // The lost connection is logged, too, but as no part of the request.

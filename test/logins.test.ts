@@ -1,7 +1,7 @@
 import { hash, verify } from '@node-rs/argon2'
 import t from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { patient, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 const { build, cookieOf, newMobile, openProxy, postgres, redis, signUpBody, stores, userRows } = await startTestbed(t)
@@ -140,7 +140,14 @@ t.test(
   '503 4500: a login joins the hash queue only if its wait is within HASH_MAX_WAIT_MS at that moment',
   async (t) => {
     const slow = { HASH_THREADS: '1', HASH_MEMORY_KIB: '65536', HASH_MAX_WAIT_MS: '300' }
-    const app = await build(t, { ...slow, PG_POOL_MAX: '1' })
+    // Without a pooler: its timeout is short, and here statements wait for a lock.
+    const app = await build(t, {
+      ...slow,
+      PG_POOL_MAX: '1',
+      DATABASE_URL: stores.databaseUrl,
+      PG_POOLER: 'none',
+      ...patient
+    })
     // All logins pass the first check, because their users are read after all of them have arrived.
     const connection = await postgres.connect()
     await connection.query('BEGIN; LOCK TABLE users IN ACCESS EXCLUSIVE MODE')
@@ -206,6 +213,7 @@ t.test('a login replaces a hash that has outdated parameters, but never a newer 
     // Without a pooler: its timeout is short, and here statements wait for locks.
     DATABASE_URL: stores.databaseUrl,
     PG_POOLER: 'none',
+    ...patient,
     HASH_PASSES: '2'
   })
   const phcOf = async (mobile: string): Promise<string> => (await userRows(mobile))[0].password_hash

@@ -145,7 +145,7 @@ t.test('gauges show the hash queue and the Postgres pool at the time of the scra
   t.equal(sampleOf(await scrape(hashing), 'mobile_signup_hash_queue_length'), 0)
 
   const inserting = await build(t, { METRICS_PORT: '0' })
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const replies = [client(inserting).signUp(await signUpBody()), client(inserting).signUp(await signUpBody())]
   await inserts.arrived(2)
   t.equal(sampleOf(await scrape(inserting), 'mobile_signup_postgres_connections{state="busy"}'), 2)
@@ -157,7 +157,7 @@ t.test('gauges show the hash queue and the Postgres pool at the time of the scra
 t.test('metrics are served until a shutdown has answered the accepted requests', async (t) => {
   const app = await build(t, { METRICS_PORT: '0' })
   const url = await app.listen({ port: 0, host: '127.0.0.1' })
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const reply = client(url).signUp(await signUpBody())
   await inserts.arrived(1)
   const closed = app.close()

@@ -26,7 +26,7 @@ t.test('G1: of 50 simultaneous sign-ups with one code, on two instances, exactly
   const bodies = await Promise.all(Array.from({ length: 50 }, () => signUpBody({ mobile })))
   await issueCode(mobile, sms_code)
   // The sign-up that claims the code waits at the barrier until all others are answered.
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   let answered = 0
   const replies = Promise.all(
     bodies.map(async (body, index) => {
@@ -69,7 +69,7 @@ t.test('G2: of 50 simultaneous sign-ups of one mobile with 50 passwords, exactly
   const { mobile } = await signUpBody()
   const bodies = await Promise.all(Array.from({ length: 50 }, () => signUpBody({ mobile })))
   // All 50 INSERTs, each of a sign-up with its own code, wait at the barrier.
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const pending: Promise<Reply>[] = []
   for (const [index, body] of bodies.entries()) {
     await issueCode(mobile, body.sms_code)

@@ -98,7 +98,7 @@ t.test('a look consumes nothing and reports nothing', async (t) => {
   t.strictSame(refusals, [])
 })
 
-t.test('a key of another service is exhausted if it is no number, for a whole window if it has no TTL', async (t) => {
+t.test('a counter that is not a number counts as exhausted; without a TTL, for a whole window', async (t) => {
   const [other, limit] = [newLimit(9, 500), newLimit(5, 70)]
   for (const [value, wait] of [
     ['sent', 70],

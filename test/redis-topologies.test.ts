@@ -246,7 +246,10 @@ t.test('Redis behind one address, whose master changes', async (t) => {
       if (answer === 'READONLY') await former.admin.replicaof('127.0.0.1', next.port)
       else await load(former)
       t.strictSame(statusAndErrno(await client(app).sendCode(newMobile())), [503, '4001'])
-      t.strictSame((await app.inject('/health/ready')).json().data.failing, ['Redis'])
+      await until(
+        'only Redis fails',
+        async () => `${(await app.inject('/health/ready')).json().data.failing}` === 'Redis'
+      )
 
       address.retarget(urlOf(next))
       const body = await bodyIn(next.admin)

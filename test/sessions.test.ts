@@ -180,7 +180,7 @@ t.test('of several secrets the first signs, all verify, and no valid cookie is c
 t.test('503 4001: a session cannot be ended while Redis does not answer', async (t) => {
   const app = await build(t, impatient)
   const cookie = cookieOf(await client(app).signUp(await signUpBody()))
-  const writes = await holdRedisWrites()
+  const writes = await holdRedisWrites(t)
   const reply = await client(app).logOut(cookie)
   const replyWithoutSession = await client(app).logOut('')
   await writes.release()

@@ -1,19 +1,27 @@
 import { verify } from '@node-rs/argon2'
-import fp from 'fastify-plugin'
 import t from 'tap'
-import type { Config } from '../dist/config/config.js'
 import { outcomes } from '../dist/outcomes.js'
-import { passwords } from '../dist/passwords/passwords.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { impatient, recordKey, sessionIdOf, startTestbed } from '../testkit/testbed.js'
 
-const { build, cookieOf, holdInserts, holdRedisWrites, issueCode, newMobile, openProxy, redis, signUpBody, userRows } =
-  await startTestbed(t)
+const {
+  build,
+  buildHashingAfter,
+  cookieOf,
+  holdInserts,
+  holdRedisWrites,
+  issueCode,
+  newMobile,
+  openProxy,
+  redis,
+  signUpBody,
+  userRows
+} = await startTestbed(t)
 
 const app = await build(t)
 const api = client(app)
 
-t.test('201: the row is durable, its hash verifies the password, and a session starts (G3)', async (t) => {
+t.test('201: the row is written, its hash verifies the password, and a session starts (G3)', async (t) => {
   const body = await signUpBody()
   const reply = await api.signUp(body)
   const [row] = await userRows(body.mobile)
@@ -232,7 +240,7 @@ t.test('404: an unknown route or method is refused, also with a content type tha
 t.test('503 4001: Redis does not answer within STORE_TIMEOUT_MS', async (t) => {
   const app = await build(t, impatient)
   const body = await signUpBody()
-  const writes = await holdRedisWrites()
+  const writes = await holdRedisWrites(t)
   const reply = await client(app).signUp(body)
   await writes.release()
   t.strictSame([reply.statusCode, reply.json()], [503, { errno: '4001', errmsg: '数据库异常' }])
@@ -242,7 +250,7 @@ t.test('503 4001: Redis does not answer within STORE_TIMEOUT_MS', async (t) => {
 t.test('503 4001: Postgres does not answer within STORE_TIMEOUT_MS, and nothing is written', async (t) => {
   const app = await build(t, impatient)
   const body = await signUpBody()
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const reply = await client(app).signUp(body)
   // Otherwise the INSERT might commit in the moment between the timeout of the service and that of Postgres.
   await inserts.arrived(0)
@@ -267,11 +275,7 @@ t.test('201 with session false and without a cookie: Redis fails after the row i
 })
 
 t.test('500: the reply tells nothing about the cause of a bug', async (t) => {
-  const brokenPasswords: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
-    await fastify.register(passwords, options)
-    fastify.passwords.hash = () => Promise.reject(new Error('a secret cause'))
-  })
-  const app = await build(t, {}, { overrides: { passwords: brokenPasswords } })
+  const app = await buildHashingAfter(t, () => Promise.reject(new Error('a secret cause')))
   const reply = await client(app).signUp(await signUpBody())
   t.strictSame([reply.statusCode, reply.json()], [500, { errno: '4500', errmsg: '内部错误' }])
 })

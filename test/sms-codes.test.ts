@@ -217,8 +217,7 @@ t.test('a gateway that fails', async (t) => {
     for (const [name, url, answer, requests] of [
       ['status 400', webhook.url, answerWith(400), 1],
       ['status 429', webhook.url, answerWith(429), 1],
-      ['no listener', noListener, accept, 0],
-      ['a name that does not exist', 'http://gateway.invalid/', accept, 0]
+      ['no listener', noListener, accept, 0]
     ] as const) {
       webhook.answer = answer
       const app = await build(t, { ...limits, SMS_WEBHOOK_URL: url })
@@ -367,7 +366,7 @@ t.test('a code that completes a sign-up or a reset gives its units back, whateve
 })
 
 t.test(
-  'limits that may be consumed are 503 4001 with the Retry-After that then is true, and nothing is sent',
+  '503 4001: if limits may have been consumed, Retry-After is the time until the next resend, and nothing is sent',
   async (t) => {
     const proxy = await openProxy(t, 'REDIS_URL')
     const { app } = await buildWithWebhook(t, { SMS_RESEND_S: '60', REDIS_URL: proxy.url })

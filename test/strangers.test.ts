@@ -2,11 +2,9 @@ import assert from 'node:assert/strict'
 import { randomInt } from 'node:crypto'
 import { mock } from 'node:test'
 import fc from 'fast-check'
-import fp from 'fastify-plugin'
 import t, { type Test } from 'tap'
 import { Tickets } from '../dist/codes/tickets.js'
-import type { Config, Environment } from '../dist/config/config.js'
-import { passwords } from '../dist/passwords/passwords.js'
+import type { Environment } from '../dist/config/config.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { accept, answerWith, startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
 import { startTestbed } from '../testkit/testbed.js'
@@ -16,7 +14,7 @@ import { startTestbed } from '../testkit/testbed.js'
  */
 
 const testbed = await startTestbed(t)
-const { build, issueCode, newMobile, postgres, redis, signUpBody, holdInserts, stores } = testbed
+const { build, buildHashingAfter, issueCode, newMobile, postgres, redis, signUpBody, holdInserts, stores } = testbed
 
 const api = client(await build(t, unlimitedSms))
 
@@ -57,13 +55,8 @@ async function ageGuesses(mobile: string, seconds: number): Promise<void> {
 }
 
 /** Builds a service whose hashes fail, so that each right code is claimed and restored. */
-function buildFailing(t: Test, env: Environment = {}) {
-  const failingPasswords: typeof passwords = fp<{ config: Config }>(async (fastify, options) => {
-    await fastify.register(passwords, options)
-    fastify.passwords.hash = () => Promise.reject(new Error('no memory for a hash'))
-  })
-  return build(t, env, { overrides: { passwords: failingPasswords } })
-}
+const buildFailing = (t: Test, env?: Environment) =>
+  buildHashingAfter(t, () => Promise.reject(new Error('no memory for a hash')), env)
 
 t.test(
   'G8: a wrong code leaves the code; the sixth try of a network in an hour is 429, also a right one',
@@ -194,7 +187,7 @@ t.test('a wrong code is counted only where there is something to guess', async (
   t.strictSame(await redis.keys(`*${body.mobile}*`), [], 'nothing is stored')
 
   await issueCode(body.mobile, body.sms_code)
-  const inserts = await holdInserts()
+  const inserts = await holdInserts(t)
   const first = api.signUp(body)
   await inserts.arrived(1)
   for (let n = 0; n < 5; n++) t.equal(await guess(body), 422)

@@ -125,7 +125,7 @@ t.test('a shutdown sends the last spans', async (t) => {
   t.match(collector.spans.map(({ name }) => name).join(), 'POST /api/v1.0/users')
 })
 
-t.test('an unavailable collector delays no request, and the shutdown only briefly', async (t) => {
+t.test('with an unavailable collector, requests succeed and a shutdown ends with 0', async (t) => {
   const service = startService(t, { OTEL_EXPORTER_OTLP_ENDPOINT: 'http://127.0.0.1:1' })
   t.equal((await client(await service.url()).signUp(await signUpBody())).statusCode, 201)
   t.equal(await service.stop(), 0, 'within SHUTDOWN_TIMEOUT_MS')

@@ -1,6 +1,7 @@
 import { once } from 'node:events'
-import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
+import { connect, createServer, type Server, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { freePort } from '../dist/dev/embedded-stores.js'
 
 /** What happens to one request, and to what comes after it. */
 export type Fault =
@@ -25,7 +26,7 @@ interface Connection {
   client: Socket
   server: Socket
   /** What to do with the next bytes of a reply. */
-  onReply: 'forward' | 'drop' | { cutAfter: number } | { from: string; to: string }
+  nextReply: 'forward' | 'drop' | { cutAfter: number } | { from: string; to: string }
 }
 
 interface ArmedFault {
@@ -55,8 +56,10 @@ export class FaultProxy {
   /** @param url of the store */
   static async open(url: string): Promise<FaultProxy> {
     const server = createServer()
-    await once(server.listen(0, '127.0.0.1'), 'listening')
-    return new FaultProxy(new URL(url), server, (server.address() as AddressInfo).port)
+    // Not an ephemeral port: nobody else may take it while the proxy refuses connections.
+    const port = await freePort()
+    await once(server.listen(port, '127.0.0.1'), 'listening')
+    return new FaultProxy(new URL(url), server, port)
   }
 
   /** The URL of the store through the proxy. */
@@ -114,7 +117,7 @@ export class FaultProxy {
   private forward(client: Socket): void {
     this.connectionCount++
     const server = connect(Number(this.target.port), this.target.hostname)
-    const connection: Connection = { client, server, onReply: 'forward' }
+    const connection: Connection = { client, server, nextReply: 'forward' }
     this.connections.add(connection)
     for (const [socket, other] of [
       [client, server],
@@ -155,24 +158,24 @@ export class FaultProxy {
         connection.client.resetAndDestroy()
         return
       case 'cut':
-        connection.onReply = { cutAfter: fault.bytes }
+        connection.nextReply = { cutAfter: fault.bytes }
         break
       case 'replace':
-        connection.onReply = fault
+        connection.nextReply = fault
         break
       case 'drop reply':
-        connection.onReply = 'drop'
+        connection.nextReply = 'drop'
     }
     if (!this.isStalled) connection.server.write(request)
   }
 
   private forwardReply(connection: Connection, reply: Buffer): void {
-    const { onReply } = connection
-    connection.onReply = 'forward'
-    if (this.isStalled || onReply === 'drop') return
-    if (onReply === 'forward') connection.client.write(reply)
-    else if ('from' in onReply)
-      connection.client.write(reply.toString('latin1').replace(onReply.from, onReply.to), 'latin1')
-    else connection.client.write(reply.subarray(0, onReply.cutAfter), () => connection.client.destroy())
+    const { nextReply } = connection
+    connection.nextReply = 'forward'
+    if (this.isStalled || nextReply === 'drop') return
+    if (nextReply === 'forward') connection.client.write(reply)
+    else if ('from' in nextReply)
+      connection.client.write(reply.toString('latin1').replace(nextReply.from, nextReply.to), 'latin1')
+    else connection.client.write(reply.subarray(0, nextReply.cutAfter), () => connection.client.destroy())
   }
 }

@@ -106,6 +106,17 @@ export async function startTestbed(t: Test) {
     return app
   }
 
+  /** Builds an application that calls a function before each hash. The function may wait or throw. */
+  async function buildHashingAfter(t: Test, beforeHash: () => Promise<unknown>, env: Environment = {}) {
+    const app = await build(t, env)
+    const { hash } = app.passwords
+    app.passwords.hash = async (...args) => {
+      await beforeHash()
+      return hash(...args)
+    }
+    return app
+  }
+
   /** Starts the built service as a process on the private stores, and kills it after the test. */
   function startService(t: Test, env: Environment = {}): ServerProcess {
     const service = ServerProcess.start(undefined, { env: { ...fastSettings, ...environment, ...env } })
@@ -156,10 +167,18 @@ export async function startTestbed(t: Test) {
     return rows
   }
 
-  /** A barrier in front of the users table: blocks every write until it is released. */
-  async function holdInserts() {
+  /** A barrier in front of the users table: blocks every write until it is released, at the latest at the end of the test. */
+  async function holdInserts(t: Test) {
     const connection = await postgres.connect()
     await connection.query('BEGIN; LOCK TABLE users IN EXCLUSIVE MODE')
+    let isReleased = false
+    async function release() {
+      if (isReleased) return
+      isReleased = true
+      await connection.query('COMMIT')
+      connection.release()
+    }
+    t.teardown(release)
     return {
       /** Waits until exactly so many writes are blocked. */
       arrived: (count: number) =>
@@ -169,17 +188,16 @@ export async function startTestbed(t: Test) {
           )
           return rows[0].count === count
         }),
-      async release() {
-        await connection.query('COMMIT')
-        connection.release()
-      }
+      release
     }
   }
 
   /** Blocks every write on Redis until it is released, for at most 60 s, like a server that hangs. */
-  async function holdRedisWrites() {
+  async function holdRedisWrites(t: Test) {
     await redis.client('PAUSE', 60_000, 'WRITE')
-    return { release: () => redis.client('UNPAUSE') }
+    const release = () => redis.client('UNPAUSE')
+    t.teardown(release)
+    return { release }
   }
 
   /** Waits until the codes of these sign-ups have left Redis: they are claimed. */
@@ -208,6 +226,7 @@ export async function startTestbed(t: Test) {
     redis,
     config,
     build,
+    buildHashingAfter,
     startService,
     openProxy,
     log: () => log,

@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FaultProxy } from '../../testkit/fault-proxy.js'
 import type { ReplicatedPostgres } from '../../testkit/replicated-postgres.js'
+import type { SeededRandom } from '../../testkit/seeded-random.js'
 import type { Report } from './report.js'
-import type { SeededRandom } from './seeded-random.js'
 import type { ServiceInstance } from './service-instance.js'
 
 /** What the faults happen to. */

@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Redis } from 'ioredis'
 import { client } from '../../testkit/client.js'
+import type { SeededRandom } from '../../testkit/seeded-random.js'
 import type { Report } from './report.js'
-import type { SeededRandom } from './seeded-random.js'
 import type { ServiceInstance } from './service-instance.js'
 
 /** How long a person may still need when the faults have ended: for leases, restarts and reconnections. */
