@@ -9,6 +9,9 @@ import type { System } from './system.js'
 /** How often the lease may pass in one run. */
 const leasesMax = 2
 
+/** Longer than the clock of a run moves: the end of a code is an event of its own. */
+const codeLifeSeconds = 86_400
+
 const [, ...faults] = endings
 
 interface Option {
@@ -37,7 +40,7 @@ let nextMobile = 13_000_000_000 + randomInt(1_000_000_000)
 export async function runOnce(system: System, scenario: Scenario, choices: Choices, faultsMax: number) {
   const mobile = `${nextMobile++}`
   await system.clock.reset()
-  await system.stores.redis.set(codeKey(mobile), codes['the code'], 'EX', 300)
+  await system.stores.redis.set(codeKey(mobile), codes['the code'], 'EX', codeLifeSeconds)
   if (scenario.isRegistered) await system.register(mobile)
   return new Run(system, scenario, choices, faultsMax, mobile).play()
 }
@@ -220,7 +223,8 @@ class Run {
     const { mobile, entries } = this.history
     entries.push({ kind: 'event', event })
     if (event === 'the code expires') await stores.redis.del(codeKey(mobile))
-    else if (event === 'a new code is sent') await stores.redis.set(codeKey(mobile), codes['the new code'], 'EX', 300)
+    else if (event === 'a new code is sent')
+      await stores.redis.set(codeKey(mobile), codes['the new code'], 'EX', codeLifeSeconds)
     else this.issuedCode = (await app.codes.issue(mobile, undefined, '192.0.2.9')).code
   }
 
