@@ -232,6 +232,7 @@ t.test('a code in a claim is in progress until the lease expires; a reclaim has 
   t.equal(await redis.exists(guessesKey(mobile)), 1, 'which is counted, because the claim can be taken over')
   await ageClaim(mobile, slackMs)
   const second = await claim(mobile, code)
+  t.strictSame(await keysOf(mobile), [recordKey(mobile), guessesKey(mobile)].sort())
   t.equal(second.isReclaim, true)
   t.equal(second.ttlMs, first.ttlMs)
   t.strictSame(JSON.parse(second.issue), withoutCode(issued))
@@ -701,11 +702,29 @@ t.test('a replaced code that is claimed again keeps its sends and the life that 
     await issue(mobile, 'password')
     await setReplacedTtl(mobile, ms)
     const second = await claim(mobile, code)
-    t.ok(second.ttlMs <= ttlMs && second.ttlMs > ttlMs - slackMs, `${second.ttlMs} ms of ${ttlMs} ms`)
+    if (ttlMs <= 0) t.equal(second.ttlMs, ttlMs)
+    else t.ok(second.ttlMs <= ttlMs && second.ttlMs > ttlMs - slackMs, `${second.ttlMs} ms of ${ttlMs} ms`)
     t.equal(issued.sends.length, 2)
     t.strictSame(JSON.parse(second.issue), withoutCode(issued))
   }
 })
+
+t.test(
+  'a withdrawal gives a code whose claim has failed the life that it had: none, or one without an end',
+  async (t) => {
+    for (const [ttlMs, keys] of [
+      [0, 0],
+      [-1, 2]
+    ] as const) {
+      const { mobile, claim: claimed } = await claimIssued()
+      const { code: newer } = await issue(mobile)
+      await codes.restore({ ...claimed, ttlMs }, false)
+      await codes.withdraw(mobile, newer)
+      t.equal(await redis.exists(codeKey(mobile), issueKey(mobile)), keys)
+      if (keys > 0) t.strictSame([await redis.pttl(codeKey(mobile)), await redis.pttl(issueKey(mobile))], [-1, -1])
+    }
+  }
+)
 
 t.test('a failed claim does not displace the code that a withdrawal puts back already', async (t) => {
   const { mobile, claim: claimed } = await claimIssued()

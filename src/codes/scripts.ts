@@ -166,9 +166,8 @@ local record = stored and cjson.decode(stored) or {}
 local is_own_code = record.mac == ARGV[3]
 if is_own_code or not stored or record.state == 'done' then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 redis.call('DEL', KEYS[2])
-local code = redis.call('GET', KEYS[3])
-if code == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4])
-elseif code then forget_replaced(KEYS[4], ARGV[4]) end
+if redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4])
+else forget_replaced(KEYS[4], ARGV[4]) end
 return is_own_code and record.state == 'done' and 0 or 1
 `
 

@@ -87,7 +87,7 @@ if code or stored then`
     patches: [
       {
         file: 'codes/scripts.js',
-        text: 'if code == ARGV[4] then',
+        text: `if redis.call('GET', KEYS[3]) == ARGV[4] then`,
         replacement: 'if false then'
       }
     ]

@@ -32,7 +32,7 @@ export const equivalents: readonly Equivalents[] = [
     reason: 'The caller asks only whether the value is 0, is 1 or is positive.',
     mutants: [
       "claimCode: return { 'claimed', now, ttl, names_code and 1 or «0 → -1», cjson.encode(issue), mac }",
-      'endClaim: if not is_own then return «1 → 2» end',
+      'endClaim: if not is_own then return record.mac == ARGV[2] and 0 or «1 → 2» end',
       "completeClaim: return is_own_code and record.state == 'done' and 0 or «1 → 2»",
       'endClaim: return «1 → 2»',
       'endClaim: «return 1 → »',
@@ -69,10 +69,14 @@ export const equivalents: readonly Equivalents[] = [
     ]
   },
   {
-    reason: 'A code without life left is deleted, so the options of its SET are not used.',
+    reason: 'Each negative TTL stands for none.',
+    mutants: ['claimCode: return claim(rest or -«1 → 2», replaced.issue or {})']
+  },
+  {
+    reason: 'PTTL is 0 only in the last millisecond of a code. No test can send a request in that millisecond.',
     mutants: [
-      "withdrawCode: local life = ttl «< → <=» 0 and {} or { 'PX', rest }",
-      "withdrawCode: local life = ttl < «0 → 1» and {} or { 'PX', rest }"
+      'issueCode: local expires = ttl «>= → >» 0 and math.floor(now / 1000) + ttl or nil',
+      'issueCode: local expires = ttl >= «0 → 1» and math.floor(now / 1000) + ttl or nil'
     ]
   },
   {
@@ -90,8 +94,11 @@ export const equivalents: readonly Equivalents[] = [
       "claimCode: if wait > «0 → 1» then return { 'spent', wait, spent } end",
       "endClaim: local life = ttl < 0 and {} or { 'PX', math.max(ttl, «1 → 2») }",
       "issueCode: if is_own and (issue.purpose or '') == ARGV[3] and ttl «>= → >» tonumber(ARGV[5]) then",
-      'withdrawCode: local rest = math.«floor → ceil»(ttl - (now - issue.sends[1].at) / 1000)',
-      "withdrawCode: if value == '' or (ttl >= 0 and rest <= «0 → 1») then redis.call('DEL', KEYS[n])",
+      'claimCode: local rest = replaced.expires and math.max(math.«floor → ceil»(replaced.expires - now / 1000), 0)',
+      'endClaim: local expires = ttl >= 0 and math.«floor → ceil»(now / 1000) + ttl or nil',
+      'issueCode: local expires = ttl >= 0 and math.«floor → ceil»(now / 1000) + ttl or nil',
+      'withdrawCode: local rest = replaced and replaced.expires and math.«floor → ceil»(replaced.expires - now / 1000)',
+      'withdrawCode: if not replaced or rest and rest <= «0 → 1» then',
       'consumeLimits: if math.max(ttl, «1 → 0») > wait then wait, longest = math.max(ttl, 1), n end',
       'consumeLimits: if math.max(ttl, «1 → 2») > wait then wait, longest = math.max(ttl, 1), n end',
       'consumeLimits: if math.max(ttl, 1) > wait then wait, longest = math.max(ttl, «1 → 0»), n end',
