@@ -17,8 +17,8 @@
  *   code       the code that was issued; if another service has stored another code since, the issue does not apply
  *   purpose    sign_up or password; absent if the code is for both
  *   sends      for each message with the code: its time `at`, in µs of Redis's clock, and the `network` that asked for it
- *   replaced   the code that a withdrawal puts back: its `code`, when it `expires`, in ms of Redis's clock, absent if it has no
- *              TTL, and its `issue`, absent if another service wrote the code
+ *   replaced   the last code before it, which a withdrawal puts back: its `code`, when it `expires`, in ms of Redis's clock,
+ *              absent if it has no TTL, and its `issue`, absent if another service wrote the code
  *
  * The guesses, a hash. Each field is a budget: the number of wrong codes in its window, and the start of the window in µs.
  *
