@@ -37,6 +37,7 @@ t.test('201: the row is written, its hash verifies the password, and a session s
   t.ok(row.created_at instanceof Date)
   t.ok(await verify(row.password_hash, body.password))
   t.equal(await redis.exists(`sms_code_${body.mobile}`), 0, 'the code is used')
+  t.strictSame(await redis.keys('*:epoch'), [], 'no sessions are ended')
 
   const sessionId = sessionIdOf(cookieOf(reply))
   t.match(JSON.parse((await redis.get(`session:${sessionId}`)) ?? ''), {

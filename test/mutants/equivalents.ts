@@ -84,7 +84,7 @@ export const equivalents: readonly Equivalents[] = [
   },
   {
     reason: 'Without a name, Postgres parses the statement each time.',
-    mutants: ['src/users/users.ts: name: «\'set_password\' → ""»,']
+    mutants: ['src/users/users.ts: name: «\'replace_hash\' → ""»,']
   },
   {
     reason: 'Every key of the table is the name of an outcome. The filter is for the types.',
