@@ -15,12 +15,6 @@ import { type Counts, idsOf, print, printSummary, selectByName } from './mutants
 type Options = ConstructorParameters<typeof Stryker>[0]
 type Result = Awaited<ReturnType<Stryker['runMutationTest']>>[number]
 
-/** Stryker changes and builds a copy of the project. The tests import the dist of that copy. */
-const build = 'tsc -p tsconfig.build.json --noCheck --declaration false'
-
-/** The environment says which mutant is active. Otherwise the hash threads have none. */
-const giveThreadsEnvironment = `sed -i 's/env: {}/env: process.env/' dist/passwords/hash-pool.js`
-
 const options: Options = {
   ignorePatterns: ['dist', '.tap', '.data', 'bench/results'],
   plugins: ['@stryker-mutator/tap-runner', './test/mutants/not-mutated.js'],
@@ -53,7 +47,7 @@ async function testArea({ sources, tests, isThread = false }: Area): Promise<Cou
   const results = await new Stryker({
     ...options,
     mutate: [...sources],
-    buildCommand: isThread ? `${build} && ${giveThreadsEnvironment}` : build,
+    buildCommand: `test/mutants/build.sh${isThread ? ' threads' : ''}`,
     coverageAnalysis: isThread ? 'off' : 'perTest',
     tap: { testFiles: tests.map((test) => `test/${test}.test.ts`), nodeArgs: ['--import=tsx/esm'] }
   }).runMutationTest()
