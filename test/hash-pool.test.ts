@@ -262,7 +262,10 @@ t.test('the error that ends a thread is that of the job that it computed, not of
   const compute = 'function compute() {'
   const text = await readFile(threadFile, 'utf8')
   t.ok(text.includes(compute))
-  await writeFile(threadFile, text.replace(compute, `if (password === 'fatal') throw new Error('fatal')\n${compute}`))
+  await writeFile(
+    threadFile,
+    text.replaceAll(compute, `if (password === 'fatal') throw new Error('fatal')\n${compute}`)
+  )
   const { HashPool }: typeof import('../dist/passwords/hash-pool.js') = await import(
     join(copy, 'dist/passwords/hash-pool.js')
   )
