@@ -20,6 +20,7 @@ const options: Options = {
   plugins: ['@stryker-mutator/tap-runner', './test/mutants/not-mutated.js'],
   ignorers: ['not-mutated'],
   testRunner: 'tap',
+  coverageAnalysis: 'perTest',
   concurrency: 2,
   // Patient, because a run that takes longer counts as a kill: the machine may be busier than in the first run.
   timeoutMS: 60_000,
@@ -48,8 +49,10 @@ async function testArea({ sources, tests, isThread = false }: Area): Promise<Cou
     ...options,
     mutate: [...sources],
     buildCommand: `test/mutants/build.sh${isThread ? ' threads' : ''}`,
-    coverageAnalysis: isThread ? 'off' : 'perTest',
-    tap: { testFiles: tests.map((test) => `test/${test}.test.ts`), nodeArgs: ['--import=tsx/esm'] }
+    tap: {
+      testFiles: tests.map((test) => `test/${test}.test.ts`),
+      nodeArgs: ['--import=tsx/esm', ...(isThread ? ['--import=./test/mutants/cover-all.js'] : [])]
+    }
   }).runMutationTest()
   const tested = results.filter(({ status }) => status !== 'Ignored')
   const slow = tested.filter(

@@ -5,7 +5,7 @@ export interface Area {
   sources: readonly string[]
   /** Names of the test files that cover the sources, the fast ones first: few mutants survive them. */
   tests: readonly string[]
-  /** Whether a thread runs the sources. Stryker does not see what a thread covers, so each mutant meets every test file. */
+  /** Whether a thread runs the sources. Each of their mutants meets every test file. */
   isThread?: boolean
 }
 
