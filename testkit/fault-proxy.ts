@@ -37,6 +37,12 @@ interface ArmedFault {
   onStruck: () => void
 }
 
+/** Resets a connection. One that is ending is only closed: Node.js 20 cannot reset it, and the process would never exit. */
+function reset(socket: Socket): void {
+  if (socket.writableEnded) socket.destroy()
+  else socket.resetAndDestroy()
+}
+
 /** A TCP proxy in front of a store that causes faults on demand. */
 export class FaultProxy {
   /** The number of connections since the start. */
@@ -109,7 +115,7 @@ export class FaultProxy {
 
   private closeConnections(): void {
     for (const { client, server } of this.connections) {
-      client.resetAndDestroy()
+      reset(client)
       server.destroy()
     }
   }
@@ -155,7 +161,7 @@ export class FaultProxy {
         await this.apply(fault.kind)
         break
       case 'reset':
-        connection.client.resetAndDestroy()
+        reset(connection.client)
         return
       case 'cut':
         connection.nextReply = { cutAfter: fault.bytes }
