@@ -1,4 +1,4 @@
-// JavaScript, because it is loaded before the TypeScript loader.
+// JavaScript, because the global object of Stryker has no type.
 
 // Stryker does not see what a thread runs. So each test file counts as one that runs every mutant.
 const mutantsMax = 1_000

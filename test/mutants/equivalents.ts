@@ -55,6 +55,20 @@ export const equivalents: readonly Equivalents[] = [
     mutants: ['src/passwords/hash-pool.ts: if («job === undefined → false») return']
   },
   {
+    reason: 'The tests run on Linux.',
+    mutants: [
+      "src/passwords/hash-thread.js: if («process.platform === 'linux' → true») setPriority(Math.min(constants.priority.PRIORITY_LOW, getPriority() + niceness))"
+    ]
+  },
+  {
+    reason: 'In a thread the port of the parent is never null. The check is for the types.',
+    mutants: [
+      "src/passwords/hash-thread.js: «parentPort?.on → parentPort.on»('message', (/** @type {import('./hash-pool.js').HashJob} */ { password, phc }) => {",
+      'src/passwords/hash-thread.js: «parentPort?.postMessage → parentPort.postMessage»({ ...compute(), startedAt, endedAt: nowMs() })',
+      "src/passwords/hash-thread.js: «parentPort?.postMessage → parentPort.postMessage»('ready')"
+    ]
+  },
+  {
     reason: 'Neither text says that huge pages are off.',
     mutants: [
       "src/passwords/huge-pages.ts: const setting = await readFile(settingFile, 'utf8').catch(() => «'' → \"Stryker was here!\"»)"
