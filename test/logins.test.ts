@@ -140,7 +140,7 @@ t.test(
   '503 4500: a login joins the hash queue only if its wait is within HASH_MAX_WAIT_MS at that moment',
   async (t) => {
     const slow = { HASH_THREADS: '1', HASH_MEMORY_KIB: '65536', HASH_MAX_WAIT_MS: '300' }
-    // Without a pooler: its timeout is short, and here statements wait for a lock.
+    // Not through a pooler: its timeout is short, and these statements wait for a lock.
     const app = await build(t, {
       ...slow,
       PG_POOL_MAX: '1',
@@ -210,7 +210,7 @@ t.test('503 4001: a login that fails because of Postgres is not counted as a fai
 
 t.test('a login replaces a hash that has outdated parameters, but never a newer password', async (t) => {
   const appWithTwoPasses = await build(t, {
-    // Without a pooler: its timeout is short, and here statements wait for locks.
+    // Not through a pooler: its timeout is short, and these statements wait for locks.
     DATABASE_URL: stores.databaseUrl,
     PG_POOLER: 'none',
     ...patient,

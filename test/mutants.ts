@@ -35,13 +35,13 @@ process.env.TAP_TIMEOUT = '120'
 
 const known = idsOf(equivalents)
 /** The ids of the mutants that have survived. */
-const seen = new Set<string>()
+const survived = new Set<string>()
 const summary = new Map<string, Counts>()
 for (const area of selectByName(areas, process.argv.slice(2))) summary.set(area.name, await testArea(area))
 printSummary(summary)
-const missing = process.argv.length > 2 ? [] : [...known].filter((id) => !seen.has(id))
-for (const id of missing) print(`listed, but it did not survive: ${id}`)
-process.exit(missing.length > 0 || [...summary.values()].some(({ survive }) => survive > 0) ? 1 : 0)
+const unexpectedlyKilled = process.argv.length > 2 ? [] : [...known].filter((id) => !survived.has(id))
+for (const id of unexpectedlyKilled) print(`listed, but it did not survive: ${id}`)
+process.exit(unexpectedlyKilled.length > 0 || [...summary.values()].some(({ survive }) => survive > 0) ? 1 : 0)
 
 /** Tests the mutants of an area, and prints those that survive without a reason. */
 async function testArea({ sources, tests, isThread = false }: Area): Promise<Counts> {
@@ -62,7 +62,7 @@ async function testArea({ sources, tests, isThread = false }: Area): Promise<Cou
   const survivors = await Promise.all(
     tested.filter(({ status }) => status === 'Survived' || status === 'NoCoverage').map(identify)
   )
-  for (const id of survivors) seen.add(id)
+  for (const id of survivors) survived.add(id)
   const unexplained = survivors.filter((id) => !known.has(id))
   for (const id of unexplained) print(`survives: ${id}`)
   return {

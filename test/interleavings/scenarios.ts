@@ -11,7 +11,7 @@ export interface ClientSpec {
   failsFirst?: boolean
 }
 
-/** A code that is issued is another one. Its message is refused, so later it is withdrawn. */
+/** `a code is issued`: the service makes another code, which reaches nobody. The run withdraws it later. */
 export type ScenarioEvent = 'a new code is sent' | 'the code expires' | 'a code is issued'
 
 /** Clients of one mobile, and what else may happen. */

@@ -5,7 +5,7 @@ export interface Area {
   sources: readonly string[]
   /** Names of the test files that cover the sources, the fast ones first: few mutants survive them. */
   tests: readonly string[]
-  /** Whether a thread runs the sources. Each of their mutants meets every test file. */
+  /** Whether the sources run in a thread. Then every test file runs for each mutant. */
   isThread?: boolean
 }
 

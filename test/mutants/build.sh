@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the copy of the project that Stryker has changed. The tests import its dist.
+# Stryker changes a copy of the project. This builds the copy, because the tests import its dist.
 # With the argument `threads`, the hash threads have the environment of the process: it says which mutant is active.
 set -eu
 tsc -p tsconfig.build.json --noCheck --declaration false
