@@ -17,8 +17,8 @@
  *   code       the code that was issued; if another service has stored another code since, the issue does not apply
  *   purpose    sign_up or password; absent if the code is for both
  *   sends      for each message with the code: its time `at`, in µs of Redis's clock, and the `network` that asked for it
- *   replaced   the last code before it, which a withdrawal puts back: its `code`, when it `expires`, in ms of Redis's clock,
- *              absent if it has no TTL, and its `issue`, absent if another service wrote the code
+ *   replaced   the code before this one; a withdrawal puts it back. It has its `code`, the time when it `expires` in ms of
+ *              Redis's clock (absent if it has no TTL), and its `issue` (absent if another service wrote the code)
  *
  * The guesses, a hash. Each field is a budget: the number of wrong codes in its window, and the start of the window in µs.
  *
@@ -115,9 +115,9 @@ return { 'wrong' }
 `
 
 /**
- * Ends a claim without success. A newer code stays: if this service has issued it and it has replaced no other, its withdrawal
- * puts the claimed code back. If another request has claimed a code of the mobile since, nothing changes. Without a record
- * nothing changes if another request may have completed the code, and its record may have expired or been replaced.
+ * Ends a claim without success. A newer code stays. If the newer code is withdrawn later, and has replaced no other code, the
+ * claimed code comes back. If another request has claimed a code of the mobile since, nothing changes. Without a record nothing
+ * changes either, if another request may have completed the code, and its record may have expired or been replaced.
  *
  * KEYS: the code, the record, the issue. ARGV: the claim's `at`, `mac`, `ttl` and `issue`, the TTL of the record in ms, the
  * code to restore or '' to discard it, 1 if the row may have been committed, else 0, for how long the claim is exclusive, in µs.
