@@ -24,7 +24,9 @@ import { rateLimits } from './stores/rate-limits.js'
 import { redis } from './stores/redis.js'
 import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
-import { userRoutes } from './users/routes.js'
+import { logInRoute } from './users/log-in.js'
+import { resetPasswordRoute } from './users/reset-password.js'
+import { signUpRoute } from './users/sign-up.js'
 import { users } from './users/users.js'
 
 /** The capabilities that a test may replace by a fake. */
@@ -73,15 +75,20 @@ const capabilities = fp<CapabilityOptions>(async (fastify, { config, coalesceEve
   await fastify.register(codes, { config, observer })
   await fastify.register(overrides?.passwords ?? passwords, { config, observer, coalesceEvents })
   await fastify.register(users)
-  await fastify.register(sessions, { config })
+  await fastify.register(sessions, {
+    config,
+    beginEpoch: ({ mobile, user_id }) => fastify.users.beginSessionEpoch(mobile, user_id)
+  })
   if (config.sms) await fastify.register(sms, { config, observer })
   // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
   await fastify.register(inFlight)
 })
 
 const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  await fastify.register(userRoutes, { config })
-  await fastify.register(sessionRoutes, { config })
+  await fastify.register(signUpRoute, { config })
+  await fastify.register(resetPasswordRoute, { config })
+  await fastify.register(logInRoute, { config })
+  await fastify.register(sessionRoutes)
   if (config.sms) await fastify.register(codeRoutes, { config })
 }
 

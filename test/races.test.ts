@@ -4,7 +4,7 @@ import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
-const { build, holdInserts, issueCode, signUpBody, untilClaimed, userRows } = await startTestbed(t)
+const { build, holdInserts, issueCode, signUpBody, untilHeld, userRows } = await startTestbed(t)
 
 /** Builds two instances, and returns a function that sends the sign-up of an index to one of them. */
 async function buildTwoInstances(t: Test) {
@@ -74,7 +74,7 @@ t.test('G2: of 50 simultaneous sign-ups of one mobile with 50 passwords, exactly
   for (const [index, body] of bodies.entries()) {
     await issueCode(mobile, body.sms_code)
     pending.push(signUp(index, body))
-    await untilClaimed({ mobile })
+    await untilHeld({ mobile })
   }
   await inserts.arrived(50)
   await inserts.release()

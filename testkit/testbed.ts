@@ -200,24 +200,22 @@ export async function startTestbed(t: Test) {
     return { release }
   }
 
-  /** Waits until the codes of these sign-ups have left Redis: they are claimed. */
-  const untilClaimed = (...bodies: { mobile: string }[]) =>
-    until('the codes are claimed', async () => {
+  /** Waits until the codes of these sign-ups have left Redis: requests hold them. */
+  const untilHeld = (...bodies: { mobile: string }[]) =>
+    until('the codes are held', async () => {
       return (await redis.exists(...bodies.map(({ mobile }) => `sms_code_${mobile}`))) === 0
     })
 
-  async function readClaimRecord(mobile: string): Promise<ClaimRecord> {
-    const record = await redis.get(recordKey(mobile))
-    if (record === null) throw new Error('the mobile has no claim record')
-    return JSON.parse(record)
+  async function readClaim(mobile: string): Promise<StoredClaim> {
+    const claim = await redis.get(claimKey(mobile))
+    if (claim === null) throw new Error('the mobile has no claim')
+    return JSON.parse(claim)
   }
 
-  /** Moves the start of a claim or a running replay into the past, so that a test does not wait until the lease expires. */
+  /** Moves the end of a lease into the past, so that a test does not wait for it. */
   async function ageClaim(mobile: string, ms: number): Promise<void> {
-    const record = await readClaimRecord(mobile)
-    const start = record.state === 'done' ? 'checking' : 'at'
-    const aged = { ...record, [start]: `${Number(record[start]) - ms * 1_000}` }
-    await redis.set(recordKey(mobile), JSON.stringify(aged), 'KEEPTTL')
+    const claim = await readClaim(mobile)
+    await redis.set(claimKey(mobile), JSON.stringify({ ...claim, until: claim.until - ms }), 'KEEPTTL')
   }
 
   return {
@@ -237,28 +235,28 @@ export async function startTestbed(t: Test) {
     userRows,
     holdInserts,
     holdRedisWrites,
-    untilClaimed,
-    readClaimRecord,
+    untilHeld,
+    readClaim,
     ageClaim
   }
 }
 
-/** What tests read of a claim record. */
-export interface ClaimRecord {
-  state?: 'pending' | 'unknown' | 'done'
-  mac: string
-  /** When the code was claimed, in µs of Redis's clock. */
-  at: string
-  /** When the running replay began, in µs of Redis's clock. */
-  checking?: string
+/** What tests read of a claim. */
+interface StoredClaim {
+  code: string
+  holder?: string
+  /** The end of the lease, in ms since 1970; 0 if nobody holds the code. */
+  until: number
+  may_have_written?: true
+  used_by?: string
 }
 
-/** Returns the lease of the claims of an application. */
+/** Returns the lease of an application. */
 export const leaseMsOf = ({ hashMaxWaitMs, storeTimeoutMs }: Pick<Config, 'hashMaxWaitMs' | 'storeTimeoutMs'>) =>
-  hashMaxWaitMs + 3 * storeTimeoutMs
+  hashMaxWaitMs + 5 * storeTimeoutMs
 
-/** The key of a mobile's claim record. A copy, so that a test fails if the service changes it. */
-export const recordKey = (mobile: string) => `{sms_code_${mobile}}:attempt`
+/** The key of a mobile's claim. A copy, so that a test fails if the service changes it. */
+export const claimKey = (mobile: string) => `{sms_code_${mobile}}:claim`
 
 /** Returns the session id in a cookie of `cookieOf`, `sid=<id>.<signature>`. */
 export const sessionIdOf = (cookie: string) => `${cookie.split(/[=.]/)[1]}`

@@ -11,7 +11,7 @@ const isEnabled = ({ max, seconds }: Limit) => max > 0 && seconds > 0
 export function mobileLimits(config: Config, mobile: string): Limit[] {
   const limits: Limit[] = [
     // The key is a contract with other services.
-    { name: 'sms_resend', key: `send_sms_code_${mobile}`, max: 1, seconds: config.smsResendS },
+    { name: 'sms_resend', key: `send_sms_code_${mobile}`, max: 1, seconds: config.smsResendS, isPlainKey: true },
     { name: 'sms_mobile', key: `sms_codes:mobile:${mobile}`, max: config.smsDailyMax, seconds: day }
   ]
   return limits.filter(isEnabled)

@@ -1,9 +1,11 @@
+import { randomUUID } from 'node:crypto'
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import type { Config } from '../config/config.js'
+import { networksOf } from '../http/network.js'
 import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { outcomes, Refusal } from '../outcomes.js'
-import type { CodePurpose } from './codes.js'
+import type { CodePurpose, Send } from './codes.js'
 import { mobileLimits, unusedCodeLimits } from './limits.js'
 import { MessageNotSent } from './senders/sender.js'
 
@@ -14,7 +16,7 @@ const SendCodeBody = Type.Object({
       type: 'string',
       enum: ['sign_up', 'password'],
       examples: ['sign_up'],
-      description: 'The code then works only for a sign-up, or only for a new password. Without it, for both.'
+      description: 'For what the code works: a sign-up, or a new password. Without it, for both.'
     })
   )
 })
@@ -49,80 +51,46 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
   })
 
   async function sendCode(request: SendCodeRequest, reply: FastifyReply) {
-    const { mobile } = request.body
+    const { body, ip, log } = request
+    const { mobile, purpose } = body
     const pauseSeconds = fastify.sms.pauseSeconds()
     if (pauseSeconds > 0) return reply.outcome('sms_gateway_unavailable', { retryAfterSeconds: pauseSeconds })
 
-    const retryAfterSeconds = await consumeLimits(mobile, request.ip)
+    // The limits of the network come first: in a Cluster, a client that has exhausted them must not consume units of the mobile.
+    const ofMobile = mobileLimits(config, mobile)
+    const limits = [...unusedCodeLimits(config, mobile, ip), ...ofMobile]
+    const [{ network }] = networksOf(ip)
+    const send: Send = { id: randomUUID(), network }
+    // If Redis does not answer, the units may be consumed. An earlier retry would get 429.
+    const retryAfterSeconds = await fastify.rateLimits.consume(limits, send.id).catch(refuseUntilResend)
     if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
 
-    await issueAndSend(request, performance.now())
-    return reply.outcome('code_sent', { data: { ticket: fastify.codes.createTicket(mobile) } })
-  }
-
-  /** The limits of the network come first: in a Cluster, a client that has exhausted them must not consume units of the mobile. */
-  const limitsOf = (mobile: string, address: string) => [
-    ...unusedCodeLimits(config, mobile, address),
-    ...mobileLimits(config, mobile)
-  ]
-
-  /** Returns 0, or the seconds until another code may be sent. */
-  async function consumeLimits(mobile: string, address: string): Promise<number> {
-    try {
-      return await fastify.rateLimits.consume(limitsOf(mobile, address))
-    } catch (error) {
-      // The units may be consumed although the answer of Redis is lost.
-      throw refusalAfterResend(error)
-    }
-  }
-
-  /**
-   * Issues a code and sends it.
-   *
-   * @param consumedAt when the limits were consumed
-   */
-  async function issueAndSend(request: SendCodeRequest, consumedAt: number): Promise<void> {
-    const { body, ip, log, id } = request
-    const { mobile, purpose } = body
-    /** Refunds the units of the mobile, because no message was sent. The other limits count the failure. */
-    const refundMobile = () => fastify.rateLimits.refund(mobileLimits(config, mobile), consumedAt)
-
-    const issued = await fastify.codes.issue(mobile, purpose, ip).catch(async (error) => {
-      await refundMobile().catch(() => {
-        throw refusalAfterResend(error)
-      })
+    const refundMobile = () => fastify.rateLimits.refund(ofMobile, send.id)
+    const { code, ttlSeconds } = await fastify.codes.issue(mobile, purpose, send).catch(async (error) => {
+      await refundMobile().catch(() => refuseUntilResend(error))
       throw error
     })
     try {
-      await fastify.sms.send(mobile, issued.code, issued.ttlSeconds)
+      await fastify.sms.send(mobile, code, ttlSeconds)
     } catch (error) {
-      if (!(error instanceof MessageNotSent)) {
-        // The message may arrive, so its code stays valid and its units stay consumed.
-        const retryAfterSeconds = await secondsUntilNext(mobile, ip)
-        throw new Refusal('sms_gateway_unavailable', error, { retryAfterSeconds })
+      const isUnsent = error instanceof MessageNotSent
+      // A message that may arrive keeps its code and its units. The other limits count the failure in any case.
+      if (isUnsent) {
+        // The code first: a retry must not be sent the code that is withdrawn.
+        await fastify.codes.withdraw(mobile, code).catch((err) => log.error({ err }, 'a code could not be withdrawn'))
+        await refundMobile().catch((err) => log.error({ err }, 'a limit could not be refunded'))
       }
-      // The code first: a retry must not be sent the code that is withdrawn.
-      await fastify.codes
-        .withdraw(mobile, issued.code)
-        .catch((err) => log.error({ reqId: id, err }, 'a code could not be withdrawn'))
-      await refundMobile().catch((err) => log.error({ reqId: id, err }, 'a limit could not be refunded'))
-      const retryAfterSeconds = Math.max(
-        outcomes.sms_gateway_unavailable.retryAfterSeconds,
-        await secondsUntilNext(mobile, ip)
-      )
-      throw new Refusal('sms_gateway_unavailable', error, { retryAfterSeconds })
+      const waitSeconds = await fastify.rateLimits.retryAfterSeconds(limits).catch(() => config.smsResendS)
+      const shortestSeconds = isUnsent ? outcomes.sms_gateway_unavailable.retryAfterSeconds : 1
+      throw new Refusal('sms_gateway_unavailable', error, {
+        retryAfterSeconds: Math.max(shortestSeconds, waitSeconds)
+      })
     }
+    return reply.outcome('code_sent', { data: { ticket: fastify.codes.createTicket(mobile) } })
   }
 
-  /** Returns the refusal for a failure of Redis that may have left units consumed. An earlier retry would get 429. */
-  function refusalAfterResend(error: unknown): Refusal {
+  function refuseUntilResend(error: unknown): never {
     const cause = error instanceof Refusal ? error.cause : error
-    return new Refusal('storage_unavailable', cause, { retryAfterSeconds: Math.max(1, config.smsResendS) })
-  }
-
-  /** Returns the seconds until the next code for a mobile may be sent, at least 1. */
-  async function secondsUntilNext(mobile: string, address: string): Promise<number> {
-    const seconds = await fastify.rateLimits.retryAfterSeconds(limitsOf(mobile, address)).catch(() => config.smsResendS)
-    return Math.max(1, seconds)
+    throw new Refusal('storage_unavailable', cause, { retryAfterSeconds: Math.max(1, config.smsResendS) })
   }
 }

@@ -1,264 +1,169 @@
 /*
- * Lua scripts, because a code and its claim record must change together. All keys are on one Cluster slot:
+ * The life of a code in Redis. Four Lua scripts, because a code and its claim must change in one step. A code has one place at
+ * a time: it lies under `sms_code_<mobile>` until a request presents it, and then in its claim until the claim expires. It is
+ * never put back.
  *
- * The code, a plain string that other services may also write.
+ * All keys are on the Cluster slot of the code:
  *
- * The claim record, JSON:
- *   state      pending, unknown (the row may have been committed) or done
- *   mac        the keyed MAC of the claimed code
- *   at         when the code was claimed, in µs of Redis's clock; it identifies the claim
- *   ttl        the TTL of the code at that time, in ms; negative if it had none
- *   issue      the purpose and the sends of the code's issue
- *   user_id    only if done
- *   checking   when a replay began to verify its password, until it has ended
- *   passwords  wrong passwords of replays
- *
- * The issue of a code that this service has made, JSON. It has the TTL of the code:
- *   code       the code that was issued; if another service has stored another code since, the issue does not apply
- *   purpose    sign_up or password; absent if the code is for both
- *   sends      for each message with the code: its time `at`, in µs of Redis's clock, and the `network` that asked for it
- *   replaced   the code before this one; a withdrawal puts it back. It has its `code`, the time when it `expires` in ms of
- *              Redis's clock (absent if it has no TTL), and its `issue` (absent if another service wrote the code)
- *
- * The guesses, a hash. Each field is a budget: the number of wrong codes in its window, and the start of the window in µs.
+ * - The code, a plain string, which other services write, too.
+ * - Its issue, JSON, if this service has made it:
+ *     code       the code; if another service has written another code since, the issue does not apply
+ *     purposes   for what it was asked: an object with `sign_up`, `password` or `any` as true
+ *     sends      each message with the code: the `id` of its units in the limits on unused codes, and the `network` that asked
+ * - Its claim, JSON:
+ *     code, purpose     what was presented, and for what
+ *     holder            the request that holds the code; absent if nobody does
+ *     until             the end of its lease, in ms since 1970 by the clock of Redis; 0 if nobody holds the code
+ *     may_have_written  true if a request that has died, or does not know its result, may have written to Postgres
+ *     used_by           the id of the user for whom the code was used, or '' if it was used in vain: the mobile of a sign-up was
+ *                       registered, or that of a reset was not
+ *     wrong_passwords   how many repeats had a wrong password
+ *     sends             those of its issue, until it is used
+ * - The guesses, a hash. Each field is a budget of wrong codes: their number, and the start of the window in ms since 1970.
  *
  * A full Redis refuses the first write of a script if it needs memory. So such a write comes first: a script then changes
  * everything or nothing.
  */
 
-/** Defines `now`, in µs, as a text: a number would lose its last digits when it is printed. */
+/** Defines `now`, in ms since 1970. */
 const readClock = `
 local time = redis.call('TIME')
-local now = time[1] .. string.format('%06d', time[2])
-`
-
-/** Defines `forget_replaced`: a withdrawal must not put a code back that is claimed or used. */
-const forgetReplaced = `
-local function forget_replaced(issue_key, code)
-  local issue = cjson.decode(redis.call('GET', issue_key) or '{}')
-  local replaced = issue.replaced
-  if not replaced or replaced.code ~= code then return end
-  issue.replaced = nil
-  redis.call('SET', issue_key, cjson.encode(issue), 'KEEPTTL')
-  return replaced
-end
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 `
 
 /**
- * KEYS: the code, the record, the issue, the guesses. ARGV: the presented code, the purpose, the lease in µs, the TTL of the
- * record in ms, the TTL of the guesses in ms, the number of budgets, for each budget its field, maximum and window in ms,
- * and the MACs of the presented code under all secrets. The first of them is stored, unless the record names this code already.
+ * A request presents a code, and holds it if it is right.
  *
- * Returns `{'claimed', at, ttl, 1 if the record names this code already, else 0, issue, mac}`, `{'in_progress'}`,
- * `{'done', user_id, at}`, `{'wrong'}`, or
- * `{'spent', ms, number}`: the ms until the budget with the longest wait has room again, and its number.
+ * KEYS: the code, the claim, the issue, the guesses. ARGV: the presented code, the purpose, an id of the request, the lease in
+ * ms, the shortest life of a claim in ms, and for each budget of wrong codes its field, its maximum and its window in ms.
+ *
+ * Returns one of
+ * - `{'spent', ms, number}`: until the budget with the longest wait has room again, and its number
+ * - `{'held', 1 if an earlier request may have written, else 0, used_by or nil}`
+ * - `{'in_progress'}`: another request holds the code
+ * - `{'used_in_vain'}`
+ * - `{'wrong'}`: absent, expired, for another purpose, or wrong
  */
-export const claimCode = `${readClock}${forgetReplaced}
-local budgets = tonumber(ARGV[6])
-local fields = {}
-for n = 1, budgets do fields[n] = ARGV[3 * n + 4] end
-local guesses = redis.call('HMGET', KEYS[4], unpack(fields))
-local counts, starts = {}, {}
-local wait, spent = 0, 0
-for n = 1, budgets do
-  local max, window = tonumber(ARGV[3 * n + 5]), 1000 * ARGV[3 * n + 6]
-  local count, since = string.match(guesses[n] or '', '(%d+) (%d+)')
+export const holdCode = `${readClock}
+-- Nobody learns anything about the code without a wrong code left, not even with the right one.
+local budgets, wait, spent = {}, 0, 0
+for n = 6, #ARGV, 3 do
+  local field, max, window = ARGV[n], tonumber(ARGV[n + 1]), tonumber(ARGV[n + 2])
+  local count, since = string.match(redis.call('HGET', KEYS[4], field) or '', '(%d+) (%d+)')
   if not count or now - since >= window then count, since = 0, now end
-  counts[n], starts[n] = tonumber(count), since
-  local rest = math.ceil((window - (now - since)) / 1000)
-  if counts[n] >= max and rest > wait then wait, spent = rest, n end
+  table.insert(budgets, { field = field, count = tonumber(count), since = since })
+  local rest = since + window - now
+  if tonumber(count) >= max and rest > wait then wait, spent = rest, #budgets end
 end
 if wait > 0 then return { 'spent', wait, spent } end
 
 local code = redis.call('GET', KEYS[1])
+local issue = cjson.decode(redis.call('GET', KEYS[3]) or '{}')
+-- A code of another service was asked for everything.
+if issue.code ~= code then issue = { purposes = { any = true } } end
+local fits = code == ARGV[1] and (issue.purposes.any or issue.purposes[ARGV[2]])
+
 local stored = redis.call('GET', KEYS[2])
-local record = stored and cjson.decode(stored) or {}
-local names_code = false
-for n = 7 + 3 * budgets, #ARGV do names_code = names_code or record.mac == ARGV[n] end
+local claim = stored and cjson.decode(stored) or {}
+local is_repeat = claim.code == ARGV[1] and claim.purpose == ARGV[2]
+-- A request holds 123456, sends its INSERT, and dies. Nobody has released the code, so the next request must look for the row.
+local may_have_written = is_repeat and (claim.may_have_written or claim['until'] > 0)
 
-local function claim(ttl, issue)
-  issue.code, issue.replaced = nil, nil
-  local mac = names_code and record.mac or ARGV[7 + 3 * budgets]
-  local pending = { state = 'pending', mac = mac, at = now, ttl = ttl, issue = issue }
-  redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[4]), ttl))
-  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue), mac }
-end
-
-if code == ARGV[1] then
-  local issue = cjson.decode(redis.call('GET', KEYS[3]) or '{}')
-  if issue.code ~= code then issue = {} end
-  if (issue.purpose or ARGV[2]) == ARGV[2] then
-    local claimed = claim(redis.call('PTTL', KEYS[1]), issue)
-    redis.call('GETDEL', KEYS[1])
-    if issue.sends then redis.call('DEL', KEYS[3]) end
-    return claimed
-  end
-elseif names_code then
-  local since = record.state == 'pending' and record.at or record.checking
-  if since and now - since < tonumber(ARGV[3]) then return { 'in_progress' } end
-  if record.state ~= 'done' then
-    local replaced = forget_replaced(KEYS[3], ARGV[1])
-    if not replaced then return claim(record.ttl, record.issue or {}) end
-    local rest = replaced.expires and math.max(math.floor(replaced.expires - now / 1000), 0)
-    return claim(rest or -1, replaced.issue or {})
-  end
-  record.checking = now
-  redis.call('SET', KEYS[2], cjson.encode(record), 'KEEPTTL')
-  return { 'done', record.user_id, record.at }
-end
-
-if code or stored then
-  for n = 1, budgets do redis.call('HSET', KEYS[4], fields[n], counts[n] + 1 .. ' ' .. starts[n]) end
-  redis.call('PEXPIRE', KEYS[4], ARGV[5])
-end
-return { 'wrong' }
-`
-
-/**
- * Ends a claim without success. A newer code stays. If the newer code is withdrawn later, and has replaced no other code, the
- * claimed code comes back. If another request has claimed a code of the mobile since, nothing changes. Without a record nothing
- * changes either, if another request may have completed the code, and its record may have expired or been replaced.
- *
- * KEYS: the code, the record, the issue. ARGV: the claim's `at`, `mac`, `ttl` and `issue`, the TTL of the record in ms, the
- * code to restore or '' to discard it, 1 if the row may have been committed, else 0, for how long the claim is exclusive, in µs.
- * Returns 0 if another request has claimed the code since, else 1.
- */
-export const endClaim = `${readClock}
-local stored = redis.call('GET', KEYS[2])
-local record = stored and cjson.decode(stored) or {}
-local is_own = record.at == ARGV[1] or not stored and now - ARGV[1] < tonumber(ARGV[8])
-if not is_own then return record.mac == ARGV[2] and 0 or 1 end
-local ttl, issue = tonumber(ARGV[3]), cjson.decode(ARGV[4])
-if ARGV[6] ~= '' then
-  local life = ttl < 0 and {} or { 'PX', math.max(ttl, 1) }
-  local own_issue = issue.sends and { code = ARGV[6], purpose = issue.purpose, sends = issue.sends }
-  if not redis.call('SET', KEYS[1], ARGV[6], 'NX', unpack(life)) then
-    local newer = cjson.decode(redis.call('GET', KEYS[3]) or '{}')
-    if newer.code == redis.call('GET', KEYS[1]) and not newer.replaced then
-      local expires = ttl >= 0 and math.floor(now / 1000) + ttl or nil
-      newer.replaced = { code = ARGV[6], expires = expires, issue = own_issue }
-      redis.call('SET', KEYS[3], cjson.encode(newer), 'KEEPTTL')
+if not fits and not is_repeat then
+  if code or stored then
+    for _, budget in ipairs(budgets) do
+      redis.call('HSET', KEYS[4], budget.field, budget.count + 1 .. ' ' .. budget.since)
     end
-  elseif own_issue then
-    redis.call('SET', KEYS[3], cjson.encode(own_issue), unpack(life))
+    redis.call('PEXPIRE', KEYS[4], 86400000)
   end
+  return { 'wrong' }
 end
-if ARGV[7] == '1' then
-  local unknown = { state = 'unknown', mac = ARGV[2], at = ARGV[1], ttl = ttl, issue = issue }
-  redis.call('SET', KEYS[2], cjson.encode(unknown), 'PX', math.max(tonumber(ARGV[5]), ttl))
-else
-  redis.call('DEL', KEYS[2])
+if fits then
+  -- It replaces the claim of an older code. But another service may have sent the same code again: then the claim still counts.
+  may_have_written = may_have_written or is_repeat and claim.used_by
+  claim = { code = ARGV[1], purpose = ARGV[2], sends = issue.sends }
+elseif claim.used_by == '' then
+  return { 'used_in_vain' }
+elseif claim['until'] > now then
+  return { 'in_progress' }
 end
-return 1
+
+local life = redis.call('PTTL', fits and KEYS[1] or KEYS[2])
+-- A code without a TTL, of another service, can be repeated for a day.
+if life < 0 then life = 86400000 end
+claim.holder, claim['until'], claim.may_have_written = ARGV[3], now + ARGV[4], may_have_written and true or nil
+redis.call('SET', KEYS[2], cjson.encode(claim), 'PX', math.max(life, ARGV[5]))
+if fits then
+  redis.call('GETDEL', KEYS[1])
+  redis.call('DEL', KEYS[3])
+end
+return { 'held', may_have_written and 1 or 0, claim.used_by or false }
 `
 
 /**
- * Ends a claim with success, and resets the guesses at the mobile. If another request has held the same code meanwhile and
- * put it back, the code is used up. If another code has been claimed since, the record of that claim stays: the instance that
- * claimed it may die, and only the record brings that code back.
+ * A request that holds a code ends. One that has lost it, because its lease expired and another request holds the code, or
+ * because a newer code of the mobile was presented, changes nothing.
  *
- * KEYS: the record, the guesses, the code, the issue. ARGV: the record, its TTL in ms, its `mac`, the claimed code. Returns 0
- * if the same code was completed before, else 1.
+ * KEYS: the claim, the guesses. ARGV: the id of the request, the shortest life of the claim in ms, and one of
+ * - `unused`: nothing was written
+ * - `may_have_written`: the result of the write is unknown
+ * - `used`, the id of the user or '': a user's success also forgets the wrong codes
+ * - `wrong_password`: the row exists, and has another password. Two of them delete the claim, so that nobody can try passwords
+ *   with one code.
+ *
+ * Returns nil if the request had lost the code, otherwise the sends of a code that is used for the first time, as JSON, or ''.
  */
-export const completeClaim = `${forgetReplaced}
+export const releaseCode = `
 local stored = redis.call('GET', KEYS[1])
-local record = stored and cjson.decode(stored) or {}
-local is_own_code = record.mac == ARGV[3]
-if is_own_code or not stored or record.state == 'done' then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
-redis.call('DEL', KEYS[2])
-if redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3], KEYS[4])
-else forget_replaced(KEYS[4], ARGV[4]) end
-return is_own_code and record.state == 'done' and 0 or 1
+local claim = stored and cjson.decode(stored) or {}
+if claim.holder ~= ARGV[1] then return nil end
+local sends = ''
+claim.holder, claim['until'] = nil, 0
+if ARGV[3] == 'may_have_written' then claim.may_have_written = true end
+if ARGV[3] == 'used' then
+  if claim.sends then sends = cjson.encode(claim.sends) end
+  claim.used_by, claim.may_have_written, claim.sends = ARGV[4], nil, nil
+end
+if ARGV[3] == 'wrong_password' then claim.wrong_passwords = (claim.wrong_passwords or 0) + 1 end
+if claim.wrong_passwords == 2 then
+  redis.call('DEL', KEYS[1])
+  return ''
+end
+redis.call('SET', KEYS[1], cjson.encode(claim), 'PX', math.max(redis.call('PTTL', KEYS[1]), ARGV[2]))
+if ARGV[3] == 'used' and ARGV[4] ~= '' then redis.call('DEL', KEYS[2]) end
+return sends
 `
 
 /**
- * Ends a reclaim without success. The record becomes done, with the user that the earlier request may have created. The
- * password of this request counts as the first wrong password of a replay. Nothing changes if another request has claimed the
- * code since.
+ * Somebody asks for a code. The one that this service has made is sent again, if enough of its life is left, because people
+ * type the first of two messages; it then serves the further purpose, too.
  *
- * KEYS[1] is the record. ARGV: the claim's `at` and `mac`, the user's id, the TTL of the record in ms.
+ * KEYS: the code, the issue. ARGV: a new code, its TTL in ms, the purpose or `any`, the id and the network of the send, the TTL
+ * in ms from which the present code is sent again. Returns the code and its TTL in ms.
  */
-export const concedeClaim = `
-local stored = redis.call('GET', KEYS[1])
-if stored and cjson.decode(stored).at ~= ARGV[1] then return end
-local done = { state = 'done', mac = ARGV[2], at = ARGV[1], user_id = ARGV[3], passwords = 1 }
-redis.call('SET', KEYS[1], cjson.encode(done), 'PX', ARGV[4])
-`
-
-/**
- * Claims a completed code again, because Postgres has lost the row.
- *
- * KEYS[1] is the record. ARGV: the completed claim's `at`, the TTL of the record in ms. Returns the new claim's `at` and `mac`,
- * or nothing if the record is another one by now. The code has no life left: only the record lets the same request try again.
- */
-export const reopenClaim = `${readClock}
-local stored = redis.call('GET', KEYS[1])
-local record = stored and cjson.decode(stored) or {}
-if record.state ~= 'done' or record.at ~= ARGV[1] then return end
-local pending = { state = 'pending', mac = record.mac, at = now, ttl = 0, issue = {} }
-redis.call('SET', KEYS[1], cjson.encode(pending), 'PX', ARGV[2])
-return { now, record.mac }
-`
-
-/**
- * Ends a replay that began with `{'done', …}`. The second wrong password deletes the record.
- *
- * KEYS[1] is the record. ARGV: the claim's `at`, 1 if the password was wrong, else 0.
- */
-export const endReplay = `
-local stored = redis.call('GET', KEYS[1])
-local record = stored and cjson.decode(stored) or {}
-if record.state ~= 'done' or record.at ~= ARGV[1] then return end
-record.checking = nil
-record.passwords = (record.passwords or 0) + ARGV[2]
-if record.passwords < 2 then redis.call('SET', KEYS[1], cjson.encode(record), 'KEEPTTL')
-else redis.call('DEL', KEYS[1]) end
-`
-
-/**
- * Stores a new code, or keeps the present one if this service made it for the same purpose and enough of its life is left.
- *
- * KEYS: the code, the issue. ARGV: the new code, its TTL in ms, the purpose or '', the network that asks, the TTL in ms from
- * which the present code is kept. Returns the code and its TTL in ms.
- */
-export const issueCode = `${readClock}
-local previous, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
+export const issueCode = `
+local code, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
 local issue = cjson.decode(redis.call('GET', KEYS[2]) or '{}')
-local send = { at = now, network = ARGV[4] }
-local is_own = issue.code == previous
-if is_own and (issue.purpose or '') == ARGV[3] and ttl >= tonumber(ARGV[5]) then
-  table.insert(issue.sends, send)
-  redis.call('SET', KEYS[2], cjson.encode(issue), 'KEEPTTL')
-  return { previous, ttl }
+if not code or issue.code ~= code or ttl < tonumber(ARGV[6]) then
+  code, ttl = ARGV[1], tonumber(ARGV[2])
+  issue = { code = code, purposes = {}, sends = {} }
 end
-issue.replaced = nil
-local new = { code = ARGV[1], purpose = ARGV[3] ~= '' and ARGV[3] or nil, sends = { send } }
-if previous then
-  local expires = ttl >= 0 and math.floor(now / 1000) + ttl or nil
-  new.replaced = { code = previous, expires = expires, issue = is_own and issue or nil }
-end
-redis.call('SET', KEYS[2], cjson.encode(new), 'PX', ARGV[2])
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return { ARGV[1], tonumber(ARGV[2]) }
+issue.purposes[ARGV[3]] = true
+table.insert(issue.sends, { id = ARGV[4], network = ARGV[5] })
+redis.call('SET', KEYS[2], cjson.encode(issue), 'PX', ttl)
+redis.call('SET', KEYS[1], code, 'PX', ttl)
+return { code, ttl }
 `
 
 /**
- * Withdraws a code and puts the one that it has replaced back, with the life that is left of it. Nothing changes if a newer
- * code has come, or if another message has the same code.
+ * The only message with a code was certainly not sent, so nobody has the code. It is deleted, unless it was sent again, or
+ * replaced or presented meanwhile.
  *
- * KEYS: the code, the issue. ARGV: the code to withdraw.
+ * KEYS: the code, the issue. ARGV: the code.
  */
-export const withdrawCode = `${readClock}
+export const withdrawCode = `
 local issue = cjson.decode(redis.call('GET', KEYS[2]) or '{}')
-if redis.call('GET', KEYS[1]) ~= ARGV[1] or issue.code ~= ARGV[1] or #issue.sends > 1 then return end
-local replaced = issue.replaced
-local rest = replaced and replaced.expires and math.floor(replaced.expires - now / 1000)
-if not replaced or rest and rest <= 0 then
+if redis.call('GET', KEYS[1]) == ARGV[1] and issue.code == ARGV[1] and #issue.sends == 1 then
   redis.call('DEL', KEYS[1], KEYS[2])
-  return
 end
-local life = rest and { 'PX', rest } or {}
-redis.call('SET', KEYS[1], replaced.code, unpack(life))
-if replaced.issue then redis.call('SET', KEYS[2], cjson.encode(replaced.issue), unpack(life))
-else redis.call('DEL', KEYS[2]) end
 `

@@ -1,10 +1,8 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import type { Config } from '../config/config.js'
-import { bodyMaxBytes, bodyOutcomes, repliesWith, storeOutcomes } from '../http/schemas.js'
+import { repliesWith, storeOutcomes } from '../http/schemas.js'
 import { loadSession } from './load-session.js'
-import { LoginBody, type LoginRequest, logInHandler } from './log-in.js'
-import { LoggedInData, SessionUserData } from './schemas.js'
+import { SessionUserData } from './schemas.js'
 
 const LogOutQuery = Type.Object({
   everywhere: Type.Optional(
@@ -17,27 +15,8 @@ type LogOutRequest = FastifyRequest<{ Querystring: Static<typeof LogOutQuery> }>
 /** What the routes that read the cookie have in common. */
 const cookieSchema = { tags: ['session'], security: [{ session: [] }] }
 
-/** POST /sessions, GET /session and DELETE /session. */
-export const sessionRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const logIn = logInHandler(fastify, config)
-  fastify.route({
-    method: 'POST',
-    url: '/sessions',
-    schema: {
-      tags: ['session'],
-      operationId: 'logIn',
-      summary: 'Log in with a password',
-      body: LoginBody,
-      response: repliesWith(LoggedInData)
-    },
-    config: {
-      outcomes: [...bodyOutcomes, 'logged_in', 'password_length', 'wrong_login', 'too_many_requests'],
-      data: { logged_in: LoggedInData }
-    },
-    bodyLimit: bodyMaxBytes,
-    handler: (request: LoginRequest, reply: FastifyReply) => fastify.inFlight.track(logIn(request, reply))
-  })
-
+/** GET /session and DELETE /session. */
+export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
   await fastify.register(async (scope) => {
     await scope.register(loadSession)
     scope.route({

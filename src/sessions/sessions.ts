@@ -6,7 +6,6 @@ import type { FastifyReply, FastifyRequest, Session } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
-import { firstSessionEpoch } from '../users/users.js'
 
 /** The user of a session. `user_id` is a 64-bit integer in decimal. */
 export interface SessionUser {
@@ -59,6 +58,9 @@ declare module 'fastify' {
     }
   }
 }
+
+/** The session epoch of a new user. */
+export const firstSessionEpoch = 0
 
 const sessionTtlSeconds = 86_400
 
@@ -114,12 +116,18 @@ end
 return redis.call('ZRANGE', KEYS[1], 0, -1)
 `
 
+interface SessionsOptions {
+  config: Config
+  /** Begins a session epoch of a user in Postgres, and returns it; undefined if the user has been deleted. */
+  beginEpoch(user: SessionUser): Promise<number | undefined>
+}
+
 /**
  * Sessions in Redis behind a signed cookie. A route that starts a session needs only this plugin. A route that reads or
  * ends one also needs {@link loadSession} in its scope.
  */
-export const sessions = fp<{ config: Config }>(
-  async (fastify, { config: { sessionSecrets, cookieSecure } }) => {
+export const sessions = fp<SessionsOptions>(
+  async (fastify, { config: { sessionSecrets, cookieSecure }, beginEpoch }) => {
     fastify.defineRedisScripts({
       indexSession: { numberOfKeys: 2, lua: indexSession },
       endSessions: { numberOfKeys: 2, lua: endSessions }
@@ -221,7 +229,7 @@ export const sessions = fp<{ config: Config }>(
           }
           await destroyIndexed(user.user_id, excessIds)
         } catch (err) {
-          request.log.error({ reqId: request.id, err }, 'a session could not be stored')
+          request.log.error({ err }, 'a session could not be stored')
           return 'failed'
         }
         reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
@@ -260,13 +268,13 @@ export const sessions = fp<{ config: Config }>(
         const { user, epoch, currentEpoch } = owner
         // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
         if (epoch < currentEpoch) return this.endBefore(user.user_id, currentEpoch)
-        const newEpoch = await fastify.users.beginSessionEpoch(user.mobile, user.user_id)
+        const newEpoch = await beginEpoch(user)
         // Without a row the user has been deleted, and starts no session any more.
         await this.endBefore(user.user_id, newEpoch ?? epoch + 1)
       }
     } satisfies Sessions)
   },
-  { fastify: '5.x', name: 'sessions', dependencies: ['redis', 'users'] }
+  { fastify: '5.x', name: 'sessions', dependencies: ['redis'] }
 )
 
 /**

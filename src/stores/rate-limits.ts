@@ -2,32 +2,34 @@ import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { LimitName, Observer } from '../telemetry/observer.js'
 
-/** A number of units in a window that begins with the first unit. */
+/** At most `max` units in the last `seconds`. */
 export interface Limit {
   name: LimitName
-  /** The Redis key of the counter. */
+  /** The Redis key of a sorted set: each unit, by the time at which it was consumed. */
   key: string
   max: number
   seconds: number
+  /**
+   * The key is a plain string that other services may write, too. Whatever it holds, one unit is consumed while it exists.
+   * `max` is 1.
+   */
+  isPlainKey?: true
 }
 
 interface RateLimits {
   /**
-   * Consumes one unit of every limit, or none of any if one is exhausted. In a Cluster the limits are consumed in the given
-   * order, slot by slot.
+   * Consumes a unit of every limit, or of none if one is exhausted. In a Cluster the limits are consumed in the given order,
+   * slot by slot.
    *
-   * @returns 0, or the seconds until every limit has a unit again
+   * @param unit identifies the unit for a refund; unique
+   * @returns 0, or the seconds until every limit has room again
    */
-  consume(limits: readonly Limit[]): Promise<number>
+  consume(limits: readonly Limit[], unit: string): Promise<number>
   /** Returns what {@link consume} would return, and consumes nothing. */
   retryAfterSeconds(limits: readonly Limit[]): Promise<number>
-  /**
-   * Refunds one unit of every limit, unless its window has ended since.
-   *
-   * @param consumedAt by `performance.now()`
-   */
-  refund(limits: readonly Limit[], consumedAt: number): Promise<void>
-  /** Sets the counters back to zero. */
+  /** Refunds a unit of every limit. A unit that has expired, or was refunded before, changes nothing. */
+  refund(limits: readonly Limit[], unit: string): Promise<void>
+  /** Refunds all units. */
   reset(limits: readonly Limit[]): Promise<void>
 }
 
@@ -43,42 +45,50 @@ declare module 'ioredis' {
       numberOfKeys: number,
       ...args: (string | number)[]
     ): Result<[waitMs: number, longest: number], Context>
-    refundLimits(numberOfKeys: number, ...args: (string | number)[]): Result<null, Context>
+    refundLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
   }
 }
 
 /**
- * ARGV: 1 to consume or 0 to look, and for each key its maximum and its window in ms. Returns 0, or the ms until there is
- * room, and the number of the key with the longest wait. If another service wrote something that is not a number, the limit
- * counts as exhausted.
+ * ARGV: the unit, or '' to look only; for each key its maximum (0 for a plain key) and its window in ms. Returns 0, or the ms
+ * until there is room, and the number of the key with the longest wait.
  */
 const consumeLimits = `
-local wait, longest = 0, 0
-for n = 1, #KEYS do
-  local count = redis.call('GET', KEYS[n])
-  if count and (tonumber(count) or math.huge) >= tonumber(ARGV[2 * n]) then
-    local ttl = redis.call('PTTL', KEYS[n])
-    if ttl < 0 then ttl = tonumber(ARGV[2 * n + 1]) end
-    if math.max(ttl, 1) > wait then wait, longest = math.max(ttl, 1), n end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local longest, wait = 0, 0
+for n, key in ipairs(KEYS) do
+  local max, window = tonumber(ARGV[2 * n]), tonumber(ARGV[2 * n + 1])
+  local rest = 0
+  if max == 0 then
+    rest = redis.call('PTTL', key)
+    -- Another service wrote it without a TTL.
+    if rest == -1 then rest = window end
+  else
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
+    local excess = redis.call('ZCARD', key) - max
+    -- Room comes when the units above the maximum, and one more, have left.
+    if excess >= 0 then rest = redis.call('ZRANGE', key, excess, excess, 'WITHSCORES')[2] + window - now end
   end
+  if rest > wait then longest, wait = n, rest end
 end
-if wait > 0 or ARGV[1] == '0' then return { wait, longest } end
-for n = 1, #KEYS do
-  if redis.call('INCR', KEYS[n]) == 1 then redis.call('PEXPIRE', KEYS[n], ARGV[2 * n + 1]) end
+if wait > 0 or ARGV[1] == '' then return { wait, longest } end
+for n, key in ipairs(KEYS) do
+  local max, window = tonumber(ARGV[2 * n]), tonumber(ARGV[2 * n + 1])
+  if max == 0 then redis.call('SET', key, ARGV[1], 'PX', window)
+  else
+    redis.call('ZADD', key, now, ARGV[1])
+    redis.call('PEXPIRE', key, window)
+  end
 end
 return { 0, 0 }
 `
 
-/**
- * ARGV: for each key the longest TTL in ms of a window that had begun when its unit was consumed. A longer one belongs to a
- * later window.
- */
+/** ARGV: the unit, and for each key its maximum (0 for a plain key). The plain key of another unit stays. */
 const refundLimits = `
-for n = 1, #KEYS do
-  local count = tonumber(redis.call('GET', KEYS[n]))
-  if count and redis.call('PTTL', KEYS[n]) <= tonumber(ARGV[n]) then
-    if count > 1 then redis.call('DECR', KEYS[n]) else redis.call('DEL', KEYS[n]) end
-  end
+for n, key in ipairs(KEYS) do
+  if ARGV[n + 1] ~= '0' then redis.call('ZREM', key, ARGV[1])
+  elseif redis.call('GET', key) == ARGV[1] then redis.call('DEL', key) end
 end
 `
 
@@ -95,27 +105,30 @@ export const rateLimits = fp<{ observer?: Observer | undefined }>(
       return [...slots].map((slot) => limits.filter((limit) => slotOf(limit) === slot))
     }
     const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
+    const maxOf = ({ max, isPlainKey }: Limit) => (isPlainKey ? 0 : max)
 
-    /** Returns the ms until every limit of the group has a unit, and the limit with the longest wait. */
-    async function consumeGroup(group: readonly Limit[], mode: 'consume' | 'look') {
-      const bounds = group.flatMap(({ max, seconds }) => [max, seconds * 1_000])
+    /**
+     * @param unit '' to look only
+     * @returns the ms until every limit of the group has room, and the limit with the longest wait
+     */
+    async function consumeGroup(group: readonly Limit[], unit: string) {
+      const bounds = group.flatMap((limit) => [maxOf(limit), limit.seconds * 1_000])
       const [waitMs, longest] = await fastify.withRedis((redis) =>
-        redis.consumeLimits(group.length, ...keysOf(group), mode === 'consume' ? 1 : 0, ...bounds)
+        redis.consumeLimits(group.length, ...keysOf(group), unit, ...bounds)
       )
       return { waitMs, limit: group[longest - 1] }
     }
-    const refundGroup = (group: readonly Limit[], consumedAt: number) => {
-      const ageMs = Math.floor(performance.now() - consumedAt)
-      const longestTtls = group.map(({ seconds }) => seconds * 1_000 - ageMs)
-      return fastify.withRedis((redis) => redis.refundLimits(group.length, ...keysOf(group), ...longestTtls))
-    }
+    const refundGroup = (group: readonly Limit[], unit: string) =>
+      fastify.withRedis((redis) =>
+        redis.refundLimits(group.length, ...keysOf(group), unit, ...group.map((limit) => `${maxOf(limit)}`))
+      )
 
     fastify.decorate('rateLimits', {
-      async consume(limits) {
+      async consume(limits, unit) {
         const consumed: Limit[][] = []
-        const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, performance.now())))
+        const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, unit)))
         for (const group of groupsOf(limits)) {
-          const answer = await consumeGroup(group, 'consume').catch(async (error) => {
+          const answer = await consumeGroup(group, unit).catch(async (error) => {
             await refundConsumed()
             throw error
           })
@@ -129,11 +142,11 @@ export const rateLimits = fp<{ observer?: Observer | undefined }>(
         return 0
       },
       async retryAfterSeconds(limits) {
-        const answers = await Promise.all(groupsOf(limits).map((group) => consumeGroup(group, 'look')))
+        const answers = await Promise.all(groupsOf(limits).map((group) => consumeGroup(group, '')))
         return Math.ceil(Math.max(0, ...answers.map(({ waitMs }) => waitMs)) / 1_000)
       },
-      async refund(limits, consumedAt) {
-        await Promise.all(groupsOf(limits).map((group) => refundGroup(group, consumedAt)))
+      async refund(limits, unit) {
+        await Promise.all(groupsOf(limits).map((group) => refundGroup(group, unit)))
       },
       async reset(limits) {
         await Promise.all(keysOf(limits).map((key) => fastify.withRedis((redis) => redis.del(key))))

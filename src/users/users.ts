@@ -7,11 +7,9 @@ export interface User {
   name: string
   /** A PHC string. */
   passwordHash: string
-  /** A session has ended if it began with an older epoch. A new user has the {@link firstSessionEpoch}. */
+  /** A session has ended if it began with an older epoch. A new user has 0. */
   sessionEpoch: number
 }
-
-export const firstSessionEpoch = 0
 
 interface Users {
   /**

@@ -1,0 +1,78 @@
+import type { FastifyPluginAsync, FastifyReply } from 'fastify'
+import type { Config } from '../config/config.js'
+import { bodyMaxBytes, repliesWith } from '../http/schemas.js'
+import { passwordFault } from '../passwords/policy.js'
+import { LoggedInData } from '../sessions/schemas.js'
+import { loginLimits } from './login-limits.js'
+import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from './schemas.js'
+
+/** PUT /users/password: a mobile, its code and a new password end all earlier sessions of the user, and start one. */
+export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
+  const { codes, passwords, postgres, rateLimits, sessions, users } = fastify
+
+  fastify.route({
+    method: 'PUT',
+    url: '/users/password',
+    schema: {
+      tags: ['sign-up'],
+      operationId: 'resetPassword',
+      summary: 'Replace a forgotten password, and end all other sessions',
+      body: NewPasswordBody,
+      response: repliesWith(LoggedInData)
+    },
+    config: {
+      outcomes: [...newPasswordOutcomes, 'password_reset'],
+      data: { password_reset: LoggedInData }
+    },
+    bodyLimit: bodyMaxBytes,
+    handler: (request: NewPasswordRequest, reply: FastifyReply) => fastify.inFlight.track(resetPassword(request, reply))
+  })
+
+  /** The steps of a sign-up (sign-up.ts). An UPDATE can be repeated, so only a repeat of a used code looks for the row first. */
+  async function resetPassword(request: NewPasswordRequest, reply: FastifyReply) {
+    const { mobile, password } = request.body
+
+    const fault = passwordFault(request.body, config.passwordMin)
+    if (fault !== undefined) return reply.outcome(fault)
+
+    postgres.assertAvailable()
+    const retryAfterSeconds = passwords.admissionDelaySeconds()
+    if (retryAfterSeconds > 0) return reply.outcome('busy', { retryAfterSeconds })
+
+    const hold = await codes.hold(request, 'password')
+    // A mobile without a user is answered as a wrong code, so that the answer does not tell who is registered.
+    if (hold.usedBy === '') return reply.outcome('wrong_code')
+
+    try {
+      const found = hold.usedBy === undefined ? undefined : await users.find(mobile)
+      if (found !== undefined) {
+        const isSameUser = found.id === hold.usedBy
+        if (!isSameUser || !(await passwords.verify(found.passwordHash, password, reply.raw))) {
+          await codes.release(hold, 'wrong_password')
+          return reply.outcome('wrong_code')
+        }
+      }
+      const user = found ?? (await users.setPassword(mobile, await passwords.hash(password, reply.raw)))
+      if (user === undefined) {
+        await codes.release(hold, 'used', '')
+        return reply.outcome('wrong_code')
+      }
+
+      // Whoever logged in with an earlier proof is logged out (G9). If that fails after the code is released, the repeat does it.
+      await Promise.all([
+        sessions.endBefore(user.id, user.sessionEpoch),
+        rateLimits
+          .reset(loginLimits(config, mobile, request.ip).resetByPasswordReset)
+          .catch((err) => request.log.error({ err }, 'failed logins could not be forgotten')),
+        codes.release(hold, 'used', user.id)
+      ])
+      const sessionUser = { user_id: user.id, name: user.name, mobile }
+      const session = await sessions.start(request, reply, sessionUser, user.sessionEpoch)
+      if (found !== undefined) reply.header('idempotent-replayed', 'true')
+      return reply.outcome('password_reset', { data: { ...sessionUser, session: session === 'started' } })
+    } catch (error) {
+      await codes.release(hold, 'unused')
+      throw error
+    }
+  }
+}
