@@ -263,7 +263,7 @@ t.test(
 
 t.test('a code is used once: it forgets the wrong codes, and refunds each message with it', async (t) => {
   const [first, second, other] = [newSend(), newSend(), newSend()]
-  for (const { id } of [first, second, other]) await redis.zadd('sms_codes:all', Date.now(), id)
+  for (const { id } of [first, second, other]) await redis.zadd('sms_codes:all', `${Date.now()}`, id)
   const mobile = newMobile()
   await issue(mobile, undefined, first)
   const { code } = await issue(mobile, undefined, second)
@@ -272,7 +272,7 @@ t.test('a code is used once: it forgets the wrong codes, and refunds each messag
   const held = await hold(mobile, code)
   await codes.release(held, 'used', '7')
   t.strictSame(await keysOf(mobile), [claimKey(mobile)])
-  t.strictSame(await redis.zrange('sms_codes:all', 0, -1), [other.id])
+  t.strictSame(await redis.zrange('sms_codes:all', '0', '-1'), [other.id])
   await codes.release(await hold(mobile, code), 'used', '7')
   t.equal(usedCount, 1)
 

@@ -80,18 +80,6 @@ t.test('docs/api.md has every outcome with its status, errno and messages', asyn
   }
 })
 
-t.test('SECURITY.md lists every key that is derived from a secret', async (t) => {
-  const files = readdirSync(join(root, 'src'), { recursive: true, encoding: 'utf8' })
-  const sources = files.filter((file) => file.endsWith('.ts')).map((file) => read(join('src', file)))
-  const purposes = sources.flatMap((text) =>
-    [...text.matchAll(/deriveKeys\(\w+, '(.*)'\)/g)].map(([, purpose]) => purpose)
-  )
-  const calls = sources.flatMap((text) => text.match(/(?<!function )deriveKeys\(/g) ?? [])
-  t.equal(purposes.length, calls.length)
-  t.ok(purposes.length > 1)
-  for (const purpose of purposes) t.ok(read('SECURITY.md').includes(`\`${purpose}\``), `${purpose}`)
-})
-
 t.test('every npm script that a page names exists', async (t) => {
   const { scripts }: { scripts: Record<string, string> } = JSON.parse(read('package.json'))
   for (const page of pages) {

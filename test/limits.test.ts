@@ -1,7 +1,7 @@
 import t from 'tap'
 import { guessBudgets, mobileLimits, unusedCodeLimits } from '../dist/codes/limits.js'
 import { type Environment, loadConfig } from '../dist/config/config.js'
-import { loginLimits } from '../dist/sessions/login-limits.js'
+import { loginLimits } from '../dist/users/login-limits.js'
 
 /*
  * Every limit with its key, its number and its window, as in docs/api.md and docs/guarantees.md. Other instances, and other
@@ -20,7 +20,7 @@ const [subnet, site] = ['2001:db8:1:2::/64', '2001:db8:1::/48']
 
 t.test('the limits of a mobile on messages', async (t) => {
   t.strictSame(mobileLimits(config, mobile), [
-    { name: 'sms_resend', key: `send_sms_code_${mobile}`, max: 1, seconds: 60 },
+    { name: 'sms_resend', key: `send_sms_code_${mobile}`, max: 1, seconds: 60, isPlainKey: true },
     { name: 'sms_mobile', key: `sms_codes:mobile:${mobile}`, max: 10, seconds: day }
   ])
   t.strictSame(mobileLimits(configWith({ SMS_RESEND_S: '0', SMS_DAILY_MAX: '0' }), mobile), [], '0 is no limit')

@@ -3,20 +3,20 @@ import { randomInt } from 'node:crypto'
 import fc from 'fast-check'
 import Fastify, { type FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
-import { type Claim, codes } from '../dist/codes/codes.js'
+import { codes, type Hold } from '../dist/codes/codes.js'
 import { ConfigError, type Environment, loadConfig } from '../dist/config/config.js'
-import { type OutcomeName, outcomes } from '../dist/outcomes.js'
+import { type OutcomeName, outcomes, Refusal } from '../dist/outcomes.js'
 import { rateLimits } from '../dist/stores/rate-limits.js'
 import { redis as redisPlugin } from '../dist/stores/redis.js'
 import { client } from '../testkit/client.js'
-import { recordKey, startTestbed } from '../testkit/testbed.js'
+import { claimKey, startTestbed } from '../testkit/testbed.js'
 
 /*
  * Random inputs. The results are compared with models that were written from docs/api.md, docs/configuration.md and
  * docs/guarantees.md, not from src.
  */
 
-const { build, config, redis } = await startTestbed(t)
+const { ageClaim, build, config, redis } = await startTestbed(t)
 
 /** Returns the outcome of a sign-up whose code is wrong: the first fault in the order of docs/api.md. */
 function expectedOutcome(body: unknown): OutcomeName {
@@ -145,92 +145,80 @@ t.test('integer variables are accepted within their bounds, and else named in an
   )
 })
 
+/** What the next request with a code learns of the earlier ones. */
+interface Learnt {
+  mayHaveWritten: boolean
+  usedBy: string | undefined
+}
+
 /** The protocol of docs/guarantees.md for the code of one mobile. A lease expires only in a step of its own. */
 class CodeModel {
   code: string | undefined
-  record:
-    | {
-        state: 'pending' | 'unknown' | 'done'
-        /** The claimed code, and the number of its claim. */
-        code: string
-        claim: number
-      }
-    | undefined
-  private claims = 0
-  private readonly reclaims = new Set<number>()
+  claim: (Learnt & { code: string; holder: number; isHeld: boolean; isLeased: boolean; wrong: number }) | undefined
 
-  claim(presented: string): { state: string; isReclaim?: boolean; claim?: number } {
-    const { code, record } = this
-    const isNamed = record?.code === presented
-    if (code !== presented && isNamed && record.state === 'done') return { state: 'done' }
-    if (code !== presented && isNamed && record.state === 'pending') return { state: 'in_progress' }
-    if (code !== presented && !isNamed) return { state: 'wrong' }
-    if (code === presented) this.code = undefined
-    this.record = { state: 'pending', code: presented, claim: ++this.claims }
-    if (isNamed) this.reclaims.add(this.claims)
-    return { state: 'claimed', isReclaim: isNamed, claim: this.claims }
+  /** @returns what the request learns, or the outcome that refuses it */
+  hold(presented: string, holder: number): Learnt | string {
+    const former = this.claim?.code === presented ? this.claim : undefined
+    if (this.code === presented) {
+      this.code = undefined
+      const mayHaveWritten =
+        former !== undefined && (former.mayHaveWritten || former.isHeld || former.usedBy !== undefined)
+      const learnt = { mayHaveWritten, usedBy: undefined }
+      this.claim = { code: presented, holder, isHeld: true, isLeased: true, wrong: 0, ...learnt }
+      return learnt
+    }
+    if (former === undefined) return 'wrong_code'
+    if (former.usedBy === '') return { mayHaveWritten: false, usedBy: '' }
+    if (former.isHeld && former.isLeased) return 'busy'
+    if (former.isHeld) former.mayHaveWritten = true
+    Object.assign(former, { holder, isHeld: true, isLeased: true })
+    return { mayHaveWritten: former.mayHaveWritten, usedBy: former.usedBy }
   }
 
-  restore(code: string, claim: number, mayBeCommitted: boolean): void {
-    this.end(code, claim, true, mayBeCommitted)
-  }
-
-  /** @returns whether no other request has claimed the code since */
-  discard(code: string, claim: number): boolean {
-    return this.end(code, claim, false, false)
-  }
-
-  private end(code: string, claim: number, isRestored: boolean, mayBeCommitted: boolean): boolean {
-    const { record } = this
-    // Without a record, an earlier request may have completed the code of a reclaim.
-    const isOwn = record === undefined ? !this.reclaims.has(claim) : record.claim === claim
-    if (!isOwn) return record?.code !== code
-    if (isRestored) this.code ??= code
-    this.record = mayBeCommitted ? { state: 'unknown', code, claim } : undefined
+  /** @returns whether the request has held the code */
+  release(holder: number, how: string, usedBy: string): boolean {
+    const { claim } = this
+    if (claim === undefined || claim.holder !== holder || !claim.isHeld) return false
+    claim.isHeld = false
+    if (how === 'may_have_written') claim.mayHaveWritten = true
+    if (how === 'used') Object.assign(claim, { usedBy, mayHaveWritten: false })
+    if (how === 'wrong_password' && ++claim.wrong === 2) this.claim = undefined
     return true
-  }
-
-  complete(code: string, claim: number): void {
-    if (this.code === code) this.code = undefined
-    const { record } = this
-    if (record === undefined || record.code === code || record.state === 'done')
-      this.record = { state: 'done', code, claim }
-  }
-
-  expireLease(): void {
-    // A pending claim whose lease has expired can be claimed like one of unknown outcome.
-    if (this.record?.state === 'pending') this.record.state = 'unknown'
   }
 }
 
 type Step =
   | { kind: 'issue'; code: string }
-  | { kind: 'claim'; code: string; instance: number }
-  /** Ends one of the claims so far. */
-  | { kind: 'restore' | 'discard' | 'complete'; claim: number; mayBeCommitted: boolean; instance: number }
-  | { kind: 'the code expires' }
-  | { kind: 'the lease expires' }
+  | { kind: 'hold'; code: string; instance: number }
+  /** Ends one of the holds so far. */
+  | {
+      kind: 'release'
+      hold: number
+      how: 'unused' | 'may_have_written' | 'used' | 'wrong_password'
+      usedBy: string
+      instance: number
+    }
+  | { kind: 'the code expires' | 'the lease expires' }
 
 const someCode = fc.constantFrom('111111', '222222', '333333')
 const instance = fc.nat(1)
 const step: fc.Arbitrary<Step> = fc.oneof(
   fc.record({ kind: fc.constant('issue'), code: someCode }),
-  { weight: 2, arbitrary: fc.record({ kind: fc.constant('claim'), code: someCode, instance }) },
+  { weight: 3, arbitrary: fc.record({ kind: fc.constant('hold'), code: someCode, instance }) },
   {
-    weight: 2,
+    weight: 3,
     arbitrary: fc.record({
-      kind: fc.constantFrom('restore', 'discard', 'complete'),
-      claim: fc.nat(20),
-      mayBeCommitted: fc.boolean(),
+      kind: fc.constant('release'),
+      hold: fc.nat(20),
+      how: fc.constantFrom('unused', 'may_have_written', 'used', 'wrong_password'),
+      usedBy: fc.constantFrom('', '7'),
       instance
     })
   },
   fc.record({ kind: fc.constantFrom('the code expires', 'the lease expires') })
 )
 
-const guesser = { ticket: undefined, address: '192.0.2.1' }
-
-/** Long, because most steps do nothing until a code has been issued and claimed. */
+/** Long, because most steps do nothing until a code has been issued and held. */
 const sequenceOfSteps = fc.array(step, { minLength: 10, maxLength: 30, size: 'max' })
 
 /** Returns the codes of a mobile, as an instance of the service sees them. */
@@ -251,17 +239,18 @@ async function buildCodes(t: Test): Promise<FastifyInstance['codes']> {
 }
 
 t.test(
-  'G1, G4, G5: random steps of two instances change a code and its claim record as in a model',
+  'G1, G4, G5: random steps of two instances change a code and its claim as in a model',
   { timeout: 110_000 },
   async (t) => {
     const instances = [await buildCodes(t), await buildCodes(t)]
+    const { log } = Fastify()
 
     await fc.assert(
       fc.asyncProperty(sequenceOfSteps, async (steps) => {
         const mobile = `1${randomInt(3_000_000_000, 10_000_000_000)}`
         const codeKey = `sms_code_${mobile}`
         const model = new CodeModel()
-        const claims: { claim: Claim; number: number }[] = []
+        const holds: Hold[] = []
         const instanceOf = (step: { instance: number }) => {
           const instance = instances[step.instance]
           if (instance === undefined) throw new Error('no such instance')
@@ -274,50 +263,42 @@ t.test(
               model.code = step.code
               await redis.set(codeKey, step.code, 'EX', 300)
               break
-            case 'claim': {
-              const expected = model.claim(step.code)
-              const result = await instanceOf(step).claim(mobile, step.code, 'sign_up', guesser)
-              assert.equal(result.state, expected.state)
-              if (result.state === 'done') await instanceOf(step).endReplay(result, { passwordWasWrong: false })
-              if (result.state === 'claimed') {
-                assert.equal(result.isReclaim, expected.isReclaim)
-                claims.push({ claim: result, number: expected.claim ?? 0 })
+            case 'hold': {
+              const expected = model.hold(step.code, holds.length)
+              const request = { body: { mobile, sms_code: step.code }, ip: '192.0.2.1', log }
+              try {
+                const { mayHaveWritten, usedBy, ...hold } = await instanceOf(step).hold(request, 'sign_up')
+                assert.deepEqual({ mayHaveWritten, usedBy }, expected)
+                if (usedBy !== '') holds.push({ mayHaveWritten, usedBy, ...hold })
+              } catch (error) {
+                if (!(error instanceof Refusal)) throw error
+                assert.equal(error.outcome, expected)
               }
+              break
+            }
+            case 'release': {
+              const number = step.hold % Math.max(1, holds.length)
+              const hold = holds[number]
+              if (hold === undefined) break
+              const isHolder = await instanceOf(step).release(hold, step.how, step.usedBy)
+              assert.equal(isHolder, model.release(number, step.how, step.usedBy))
               break
             }
             case 'the code expires':
               model.code = undefined
               await redis.del(codeKey)
               break
-            case 'the lease expires': {
-              model.expireLease()
-              const record = JSON.parse((await redis.get(recordKey(mobile))) ?? '{}')
-              if (record.state !== 'pending') break
-              await redis.set(recordKey(mobile), JSON.stringify({ ...record, state: 'unknown' }), 'KEEPTTL')
-              break
-            }
-            default: {
-              const ended = claims[step.claim % Math.max(1, claims.length)]
-              if (ended === undefined) break
-              const { claim, number } = ended
-              if (step.kind === 'complete') {
-                model.complete(claim.code, number)
-                await instanceOf(step).complete(claim, '1')
-              } else if (step.kind === 'restore') {
-                model.restore(claim.code, number, step.mayBeCommitted)
-                await instanceOf(step).restore(claim, step.mayBeCommitted)
-              } else {
-                const isOwnClaim = model.discard(claim.code, number)
-                assert.deepEqual(await instanceOf(step).discard(claim), { wasTakenOver: !isOwnClaim })
-              }
-            }
+            case 'the lease expires':
+              if (model.claim === undefined) break
+              model.claim.isLeased = false
+              await ageClaim(mobile, 1_000_000)
           }
           assert.equal(await redis.get(codeKey), model.code ?? null)
-          const record = JSON.parse((await redis.get(recordKey(mobile))) ?? 'null')
-          assert.deepEqual([record !== null, record?.state], [model.record !== undefined, model.record?.state])
-          if (record !== null) assert.ok((await redis.pttl(recordKey(mobile))) > 0, 'a claim record has a TTL')
+          const claim = JSON.parse((await redis.get(claimKey(mobile))) ?? 'null')
+          assert.deepEqual([claim?.code, claim?.used_by], [model.claim?.code, model.claim?.usedBy])
+          if (claim !== null) assert.ok((await redis.pttl(claimKey(mobile))) > 0, 'a claim has a TTL')
         }
-        await redis.del(codeKey, recordKey(mobile))
+        await redis.del(codeKey, claimKey(mobile))
       }),
       { numRuns: 400 }
     )

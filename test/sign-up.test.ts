@@ -2,7 +2,7 @@ import { verify } from '@node-rs/argon2'
 import t from 'tap'
 import { outcomes } from '../dist/outcomes.js'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { impatient, recordKey, sessionIdOf, startTestbed } from '../testkit/testbed.js'
+import { claimKey, impatient, sessionIdOf, startTestbed } from '../testkit/testbed.js'
 
 const {
   build,
@@ -258,8 +258,8 @@ t.test('503 4001: Postgres does not answer within STORE_TIMEOUT_MS, and nothing 
   await inserts.release()
   t.strictSame([reply.statusCode, reply.json()], [503, { errno: '4001', errmsg: '数据库异常' }])
   t.equal(reply.headers['retry-after'], '1')
-  const record = JSON.parse((await redis.get(recordKey(body.mobile))) ?? '{}')
-  t.equal(record.state, 'unknown', 'the INSERT was sent')
+  const claim = JSON.parse((await redis.get(claimKey(body.mobile))) ?? '{}')
+  t.equal(claim.may_have_written, true, 'the INSERT was sent')
   t.strictSame(await userRows(body.mobile), [])
 })
 

@@ -2,7 +2,7 @@ import { createServer } from 'node:http'
 import t, { type Test } from 'tap'
 import { client } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
-import { recordKey, startTestbed } from '../testkit/testbed.js'
+import { claimKey, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 const { redis, startService, signUpBody, issueCode, cookieOf } = await startTestbed(t)
@@ -68,12 +68,12 @@ t.test('a sign-up is one span of the gateway’s trace, above its round trips, a
   await client(url).signUp(body, { headers: traceparent(unsampledTraceId, false) })
   await fetch(`${url}/${mobile}?password=${password}`)
   await client(url).signUp(password)
-  // The script of the claim fails, with an error that quotes the record.
-  await redis.set(recordKey(mobile), 'not JSON')
+  // The script of the hold fails, with an error that quotes the claim.
+  await redis.set(claimKey(mobile), 'not JSON')
   await client(url).signUp({ ...body, sms_code: await issueCode(mobile) })
   await fetch(`${url}/health/ready`)
 
-  // Eight sign-ups, a body that is not JSON, and the failed claim. The span of a request ends after those of its round trips.
+  // Eight sign-ups, a body that is not JSON, and the failed hold. The span of a request ends after those of its round trips.
   await until('the collector has the spans of all sampled sign-ups', () => {
     const requests = collector.spans.filter(({ kind, name }) => kind === serverKind && name === 'POST /api/v1.0/users')
     return requests.length === 10

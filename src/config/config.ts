@@ -239,7 +239,7 @@ export function readVariables(read: Read, production: boolean) {
       'SHUTDOWN_TIMEOUT_MS',
       integer(1, 600_000),
       15_000,
-      'The longest that the shutdown may take after that, in milliseconds. Less than `HASH_MAX_WAIT_MS` + 3 × `STORE_TIMEOUT_MS` may end requests without an answer.'
+      'The longest that the shutdown may take after that, in milliseconds. Less than `HASH_MAX_WAIT_MS` + 5 × `STORE_TIMEOUT_MS` may end requests without an answer.'
     ),
     migrate: read(
       'MIGRATE',
