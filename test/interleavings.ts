@@ -11,10 +11,10 @@ import { numberFrom } from '../testkit/environment.js'
 import { startStores } from '../testkit/private-stores.js'
 import { SeededRandom } from '../testkit/seeded-random.js'
 import { bugs } from './interleavings/bugs.js'
-import { Choices, enumerate } from './interleavings/choices.js'
+import { type Choose, enumerate } from './interleavings/choices.js'
 import { type Scenario, scenarios } from './interleavings/scenarios.js'
-import { runOnce } from './interleavings/schedule.js'
-import { type System, Systems } from './interleavings/system.js'
+import { Run } from './interleavings/schedule.js'
+import { type System, startSystem } from './interleavings/system.js'
 
 const [command, ...rest] = process.argv.slice(2)
 if ((command !== undefined && command !== 'bugs') || rest.length > 0) {
@@ -26,11 +26,10 @@ const deviationsMax = numberFrom('INTERLEAVINGS_DEVIATIONS', 2)
 const randomRuns = numberFrom('INTERLEAVINGS_RANDOM', 0)
 const seed = numberFrom('INTERLEAVINGS_SEED', randomInt(2 ** 31))
 
-/** How many faults a run may have. */
-const faultsMax = 2
-
 /** In a random run, the share of choices that are not the usual one. */
 const deviationShare = 0.3
+
+const print = (line: string) => process.stdout.write(`${line}\n`)
 
 const stores = await startStores()
 if (command === 'bugs') await findBugs()
@@ -38,74 +37,63 @@ else await checkScenarios()
 await stores.stop()
 
 async function checkScenarios(): Promise<void> {
-  process.stdout.write(
-    `interleavings: at most ${deviationsMax} deviations, ${randomRuns} random runs, INTERLEAVINGS_SEED=${seed}\n`
-  )
-  const systems = new Systems(stores, [])
-  for (const scenario of scenarios) {
-    const system = await systems.get(scenario)
+  print(`interleavings: at most ${deviationsMax} deviations, ${randomRuns} random runs, INTERLEAVINGS_SEED=${seed}`)
+  let allRuns = 0
+  for (const [name, scenario] of Object.entries<Scenario>(scenarios)) {
+    const system = await startSystem(stores, scenario)
     const startedAt = Date.now()
     const { runs, violation } = await search(system, scenario, deviationsMax)
-    const random = violation ? { runs: 0 } : await searchAtRandom(system, scenario)
-    const found = violation ?? random.violation
-    process.stdout.write(
-      `${scenario.name.padEnd(44)} ${String(runs).padStart(8)} runs ${String(random.runs).padStart(8)} at random ` +
-        `${String(Math.round((Date.now() - startedAt) / 1_000)).padStart(5)} s  ${found ? 'VIOLATED' : 'ok'}\n`
-    )
-    if (found) {
-      process.exitCode = 1
-      process.stdout.write(found)
-    }
+    const found = violation ?? (await searchAtRandom(system, scenario))
+    await system.app.close()
+    allRuns += runs
+    const seconds = Math.round((Date.now() - startedAt) / 1_000)
+    print(`${name}: ${runs} runs, ${seconds} s, ${found === undefined ? 'ok' : `VIOLATED\n${found}`}`)
+    if (found !== undefined) process.exitCode = 1
   }
-  await systems.close()
+  print(`${allRuns} runs in all, and at most ${randomRuns} at random for each scenario`)
 }
 
 async function findBugs(): Promise<void> {
-  for (const { name, scenario: scenarioName, patches } of bugs) {
-    const scenario = scenarios.find((candidate) => candidate.name === scenarioName)
-    if (scenario === undefined) throw new Error(`there is no scenario ${scenarioName}`)
-    const systems = new Systems(stores, patches)
-    const found = await findBug(await systems.get(scenario), scenario)
-    await systems.close()
-    process.stdout.write(
-      found ? `${name}: found, ${found.deviations} deviations\n${found.violation}\n` : `${name}: NOT FOUND\n`
-    )
-    if (!found) process.exitCode = 1
+  for (const [name, { scenario: scenarioName, lua, change }] of Object.entries(bugs)) {
+    const scenario = scenarios[scenarioName]
+    const system = await startSystem(stores, scenario, lua)
+    change?.(system.app)
+    let found: string | undefined
+    for (let deviations = 0; deviations <= deviationsMax && found === undefined; deviations++) {
+      const { violation } = await search(system, scenario, deviations)
+      if (violation) found = `found, ${deviations} deviations, ${scenarioName}\n${violation}`
+    }
+    await system.app.close()
+    print(`${name}: ${found ?? 'NOT FOUND'}`)
+    if (found === undefined) process.exitCode = 1
   }
-}
-
-/** Searches with no deviation, then with one, and so on. Returns the first violation. */
-async function findBug(system: System, scenario: Scenario) {
-  for (let deviations = 0; deviations <= deviationsMax; deviations++) {
-    const { violation } = await search(system, scenario, deviations)
-    if (violation !== undefined) return { deviations, violation }
-  }
-  return undefined
 }
 
 /** Runs a scenario with at most so many deviations. Returns the first violation with the steps that led to it. */
 async function search(system: System, scenario: Scenario, deviations: number) {
   let violation: string | undefined
-  const runs = await enumerate(deviations, async (choices) => {
-    violation = await violationOf(system, scenario, choices)
+  const runs = await enumerate(deviations, async (choose) => {
+    violation = await violationOf(system, scenario, choose)
     return violation !== undefined
   })
   return { runs, violation }
 }
 
-async function searchAtRandom(system: System, scenario: Scenario) {
+async function searchAtRandom(system: System, scenario: Scenario): Promise<string | undefined> {
   const random = new SeededRandom(seed)
-  const choose = (options: number) => (random.next() < deviationShare ? Math.floor(random.next() * options) : 0)
-  for (let runs = 0; runs < randomRuns; runs++) {
-    const violation = await violationOf(system, scenario, new Choices([], choose))
-    if (violation !== undefined) return { runs, violation }
+  const choose: Choose = (options) => (random.next() < deviationShare ? Math.floor(random.next() * options) : 0)
+  let violation: string | undefined
+  for (let runs = 0; runs < randomRuns && violation === undefined; runs++) {
+    violation = await violationOf(system, scenario, choose)
   }
-  return { runs: randomRuns }
+  return violation
 }
 
-async function violationOf(system: System, scenario: Scenario, choices: Choices): Promise<string | undefined> {
-  const { log, violations } = await runOnce(system, scenario, choices, faultsMax)
+async function violationOf(system: System, scenario: Scenario, choose: Choose): Promise<string | undefined> {
+  const run = new Run(system, scenario, choose)
+  const violations = await run.play()
   if (violations.length === 0) return undefined
-  const steps = log.map((line, index) => `  ${String(index + 1).padStart(2)}. ${line}\n`).join('')
-  return `  ${scenario.name}\n${steps}${violations.map((violation) => `  VIOLATION ${violation}\n`).join('')}`
+  const steps = run.log.map((line, index) => `${index + 1}. ${line}`)
+  const broken = [...new Set(violations)].map((violation) => `VIOLATION ${violation}`)
+  return [...steps, ...broken].map((line) => `  ${line}\n`).join('')
 }

@@ -63,7 +63,7 @@ interface Codes {
    * Ends a hold. Never rejects: if Redis does not answer, the lease ends the hold.
    *
    * @param usedBy the id of the user for whom the code is `used`, or '' if it is used in vain
-   * @returns whether the request has held the code until now, as far as is known. If not, another request may have used it.
+   * @returns whether the request has certainly held the code until now. If not, another request may have used it.
    */
   release(hold: Hold, how: Release, usedBy?: string): Promise<boolean>
 }
@@ -187,7 +187,7 @@ export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
           return sends !== null
         } catch (err) {
           log.error({ err }, 'a code could not be released')
-          return true
+          return false
         }
       }
     } satisfies Codes)

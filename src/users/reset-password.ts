@@ -45,9 +45,10 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
 
     try {
       const found = hold.usedBy === undefined ? undefined : await users.find(mobile)
-      if (found !== undefined) {
-        const isSameUser = found.id === hold.usedBy
-        if (!isSameUser || !(await passwords.verify(found.passwordHash, password, reply.raw))) {
+      if (hold.usedBy !== undefined) {
+        // A used code writes nothing again, not even without a row: a former primary may lack one that exists.
+        const isSameUser = found?.id === hold.usedBy
+        if (!isSameUser || !(await passwords.verify(found?.passwordHash, password, reply.raw))) {
           await codes.release(hold, 'wrong_password')
           return reply.outcome('wrong_code')
         }

@@ -63,8 +63,9 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
           if (hold.usedBy !== undefined) await endSessionsOfLostUser(request, hold.usedBy)
           return await succeed({ id: userId, name: mobile, sessionEpoch: firstSessionEpoch })
         }
-        // The mobile has a user. This code created it only if another request has held the code, before or after this one.
-        const isOnlyHolder = !hold.mayHaveWritten && (await codes.release(hold, 'used', ''))
+        // The mobile has a user. This code created it only if another request has held the code, before or after this one. A repeat
+        // may have found no row because a former primary answered.
+        const isOnlyHolder = !isRepeat && (await codes.release(hold, 'used', ''))
         if (isOnlyHolder) return reply.outcome('mobile_registered')
         user = await users.find(mobile)
         // Deleted since the INSERT, or lost in a failover.

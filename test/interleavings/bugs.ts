@@ -1,156 +1,95 @@
-import type { Patch } from './system.js'
+import type { FastifyInstance } from 'fastify'
+import type { scenarios } from './scenarios.js'
+import type { LuaChange } from './system.js'
 
-/** A bug of the protocol that the search must find. */
+/** A bug that the search must find. */
 interface Bug {
-  name: string
-  /** The first scenario that shows it with the fewest deviations. To search the others, too, would take minutes. */
-  scenario: string
-  patches: readonly Patch[]
+  /** The one that shows it with the fewest deviations. To search all would take minutes. */
+  scenario: keyof typeof scenarios
+  lua?: LuaChange
+  change?(app: FastifyInstance): void
 }
 
-export const bugs: readonly Bug[] = [
-  {
-    name: 'a restore ignores a newer owner',
-    scenario: 'two requests that are slower than the lease',
-    patches: [
-      {
-        file: 'codes/scripts.js',
-        text: `local is_own = record.at == ARGV[1] or not stored and now - ARGV[1] < tonumber(ARGV[8])
-if not is_own then return record.mac == ARGV[2] and 0 or 1 end`,
-        replacement: 'local is_own = true'
-      }
-    ]
+export const bugs: Record<string, Bug> = {
+  'a request releases a code that another one holds': {
+    scenario: 'two slow requests with two passwords',
+    lua: ['releaseCode', 'if claim.holder ~= ARGV[1] then return nil end', '']
   },
-  {
-    name: 'a lease is compared the wrong way',
+  'the lease is compared the wrong way': {
     scenario: 'one client that retries',
-    patches: [
-      {
-        file: 'codes/scripts.js',
-        text: 'now - since < tonumber(ARGV[3])',
-        replacement: 'now - since > tonumber(ARGV[3])'
-      }
-    ]
+    lua: ['holdCode', `claim['until'] > now`, `claim['until'] < now`]
   },
-  {
-    name: 'a replay does not verify the password',
+  'a request that takes over the code of a dead one does not look for its row': {
+    scenario: 'one client that retries',
+    lua: ['holdCode', `(claim.may_have_written or claim['until'] > 0)`, 'claim.may_have_written']
+  },
+  'the code is taken in one step, and its claim written in another': {
+    scenario: 'one client that retries',
+    lua: ['holdCode', `redis.call('SET', KEYS[2],`, `redis.call('SET', KEYS[2] .. ':next',`],
+    change({ codes, withRedis }) {
+      const { hold } = codes
+      codes.hold = async (request, purpose) => {
+        const held = await hold(request, purpose)
+        const claim = `{sms_code_${held.mobile}}:claim`
+        await withRedis((redis) => redis.rename(`${claim}:next`, claim))
+        return held
+      }
+    }
+  },
+  'the budget of wrong codes is checked after the code': {
+    scenario: 'one wrong code left',
+    lua: ['holdCode', 'if wait > 0 then', `if wait > 0 and redis.call('GET', KEYS[1]) ~= ARGV[1] then`]
+  },
+  'the claim of a newer code does not replace that of an older one': {
+    scenario: 'two sign-ups, one with a new code',
+    lua: ['holdCode', '  claim = { code', '  claim = stored and claim or { code']
+  },
+  'a release puts the code back': {
+    scenario: 'one client that retries',
+    lua: ['releaseCode', `local sends = ''`, `local sends = '' redis.call('SET', KEYS[1]:sub(2, -8), claim.code)`]
+  },
+  'one code tries any number of passwords': {
     scenario: 'two passwords for one code',
-    patches: [
-      {
-        file: 'users/redeem-code.js',
-        text: 'owner = user && (await verifyUser(user, mobile, password, reply));',
-        replacement:
-          'owner = user && { user: { user_id: user.id, name: user.name, mobile }, sessionEpoch: user.sessionEpoch };'
-      }
-    ]
+    lua: ['releaseCode', 'claim.wrong_passwords == 2', 'false']
   },
-  {
-    name: 'the claim record is written after the code is taken',
+  'a repeat does not verify the password': {
+    scenario: 'two passwords for one code',
+    change({ passwords }) {
+      passwords.verify = async () => true
+    }
+  },
+  'a success does not use the code up': {
+    scenario: 'two passwords for one code',
+    change({ codes }) {
+      const { release } = codes
+      codes.release = (hold, how, userId) => release(hold, how === 'used' ? 'unused' : how, userId)
+    }
+  },
+  'a used code resets the password again': {
+    scenario: 'two resets',
+    change({ codes }) {
+      const { hold } = codes
+      codes.hold = async (request, purpose) => ({ ...(await hold(request, purpose)), usedBy: undefined })
+    }
+  },
+  'an INSERT without an answer counts as written': {
     scenario: 'one client that retries',
-    patches: [
-      {
-        file: 'codes/scripts.js',
-        text: `  redis.call('SET', KEYS[2], cjson.encode(pending), 'PX', math.max(tonumber(ARGV[4]), ttl))
-  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue), mac }`,
-        replacement: `  return { 'claimed', now, ttl, names_code and 1 or 0, cjson.encode(issue), mac }`
-      },
-      {
-        file: 'codes/codes.js',
-        text: 'const claim = { mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 };',
-        replacement: `const claim = { mobile, code: presentedCode, mac, ttlMs, claimId, isReclaim: isReclaim === 1 };
-                    await fastify.withRedis((redis) => redis.set(recordKey(mobile), JSON.stringify({ state: 'pending', mac, at: claimId, ttl: ttlMs, issue: {} }), 'PX', pendingTtlMs));`
-      }
-    ]
+    change({ users }) {
+      const { insert } = users
+      users.insert = (mobile, passwordHash) => insert(mobile, passwordHash).catch(() => '1')
+    }
   },
-  {
-    name: 'the budget of guesses is checked after the code',
-    scenario: 'a guesser with one wrong code left',
-    patches: [
-      {
-        file: 'codes/scripts.js',
-        text: `if wait > 0 then return { 'spent', wait, spent } end
-
-local code`,
-        replacement: 'local code'
-      },
-      {
-        file: 'codes/scripts.js',
-        text: 'if code or stored then',
-        replacement: `if wait > 0 then return { 'spent', wait, spent } end
-if code or stored then`
-      }
-    ]
-  },
-  {
-    name: 'a success leaves a code that was put back',
-    scenario: 'two requests that are slower than the lease',
-    patches: [
-      {
-        file: 'codes/scripts.js',
-        text: `if redis.call('GET', KEYS[3]) == ARGV[4] then`,
-        replacement: 'if false then'
-      }
-    ]
-  },
-  {
-    name: 'an INSERT without an answer counts as written',
+  'a session that is not stored counts as started': {
     scenario: 'one client that retries',
-    patches: [
-      {
-        file: 'users/users.js',
-        text: 'fastify.postgres.query(insertUser, [mobile, passwordHash])',
-        replacement: `fastify.postgres.query(insertUser, [mobile, passwordHash]).catch(() => ({ rows: [{ id: '1' }] }))`
-      }
-    ]
+    change({ sessions }) {
+      const { start } = sessions
+      sessions.start = (...args) => start(...args).then((result) => (result === 'failed' ? 'started' : result))
+    }
   },
-  {
-    name: 'a session that is not stored counts as started',
-    scenario: 'one client that retries',
-    patches: [{ file: 'sessions/sessions.js', text: `return 'failed'`, replacement: `return 'started'` }]
-  },
-  {
-    name: 'a used code resets the password again',
-    scenario: 'two resets with different passwords',
-    patches: [
-      {
-        file: 'users/redeem-code.js',
-        text: `if (claim.state === 'done')`,
-        replacement: `if (claim.state === 'done' && redemption.purpose === 'sign_up')`
-      }
-    ]
-  },
-  {
-    name: 'a reset does not end the earlier sessions',
-    scenario: 'two resets that are slower than the lease',
-    patches: [
-      { file: 'users/redeem-code.js', text: 'fastify.sessions.endBefore(row.id, row.sessionEpoch),', replacement: '' }
-    ]
-  },
-  {
-    name: 'a restore overwrites a new code',
-    scenario: 'a sign-up and a new code',
-    patches: [
-      {
-        file: 'codes/scripts.js',
-        text: `redis.call('SET', KEYS[1], ARGV[6], 'NX', unpack(life))`,
-        replacement: `redis.call('SET', KEYS[1], ARGV[6], unpack(life))`
-      }
-    ]
-  },
-  {
-    name: 'a restore leaves nothing beside a new code',
-    scenario: 'a failed hash and a withdrawn code',
-    patches: [
-      {
-        file: 'codes/scripts.js',
-        text: `if newer.code == redis.call('GET', KEYS[1]) and not newer.replaced then`,
-        replacement: 'if false then'
-      }
-    ]
-  },
-  {
-    name: 'a withdrawal puts a used code back',
-    scenario: 'a sign-up and a withdrawn code',
-    patches: [{ file: 'codes/scripts.js', text: 'replaced.code ~= code', replacement: 'true' }]
+  'a reset does not end the earlier sessions': {
+    scenario: 'two slow resets',
+    change({ sessions }) {
+      sessions.endBefore = async () => undefined
+    }
   }
-]
+}

@@ -1,7 +1,10 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { setImmediate as endOfPass } from 'node:timers/promises'
+import { hashSync, verifySync } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
+import { Refusal } from '../../dist/outcomes.js'
 import type { Reply } from '../../testkit/client.js'
+import type { Attempt, Client } from './history.js'
 
 /**
  * What may happen to a round trip. After a lost reply or request the service has waited for its timeout. A late request is
@@ -22,13 +25,9 @@ export type Ending = (typeof endings)[number]
 /** Whether the store has run the request. */
 export const hasRun = (ending: Ending) => ['done', 'the reply is lost', 'the process dies after'].includes(ending)
 
-const isDeath = (ending: Ending) => ending.startsWith('the process dies')
-
-/** A round trip to a store, or a hash, that a request waits for. */
+/** A round trip to a store that a request waits for. */
 export interface Step {
   name: string
-  /** A hash changes nothing that others see, so its moment does not matter. */
-  isLocal: boolean
   /** Runs it. Resolves also if it fails. */
   perform(): Promise<void>
   /** Gives its result, or its error, to the request. */
@@ -37,58 +36,53 @@ export interface Step {
   fail(error: Error): void
 }
 
-/** One request, from its arrival to its reply, or to the death of its process. */
-export class Attempt {
-  /** What the request has sent, and waits for, in this order. */
-  steps: readonly Step[] = []
-  reply: Reply | undefined
-  isDead = false
+export const cheapHash = (password: string) => hashSync(password, { memoryCost: 8, timeCost: 1 })
 
-  constructor(readonly failsToHash: boolean) {}
-}
+/** The error that the service makes of a round trip without an answer. */
+const timeout = () => new Refusal('storage_unavailable', new Error('Command timed out'))
 
 /** The passes of the event loop after which a request that does not wait for a step has ended. */
 const passes = 6
+
+type RedisClient = Parameters<Parameters<FastifyInstance['withRedis']>[0]>[0]
 
 /** Stops the requests of an application before each step. The caller decides when a step goes on, and how it ends. */
 export class Requests {
   private readonly current = new AsyncLocalStorage<Attempt>()
   /** Counts what happens, so that {@link settle} sees when nothing more does. */
   private events = 0
-  /** An error in here that the service has caught as if a store had failed. */
-  private error: Error | undefined
 
-  /** @param lostReply the error that the service makes of a round trip without an answer */
-  constructor(
-    app: FastifyInstance,
-    private readonly lostReply: () => Error
-  ) {
+  constructor(app: FastifyInstance, redis: RedisClient) {
     const { withRedis, postgres, passwords } = app
     const { query } = postgres
-    const { hash, verify } = passwords
-    Object.defineProperty(app, 'withRedis', {
-      value: <T>(run: Parameters<typeof withRedis<T>>[0]) => this.hold(this.commandOf(run), false, () => withRedis(run))
-    })
+    app.withRedis = (run) => this.stop(this.nameOf(run, redis), () => withRedis(run))
     Object.assign(postgres, {
-      query: (...args: Parameters<typeof query>) => this.hold(String(args[0].name), false, () => query(...args))
+      query: (...args: Parameters<typeof query>) => {
+        const { name } = args[0]
+        const isStale = name === 'find_user' && this.current.getStore()?.fault === 'reads from a former primary'
+        return this.stop(`${name}`, async () => ({ ...(await query(...args)), ...(isStale && { rows: [] }) }))
+      }
     })
-    passwords.hash = (password) => {
-      const fail = () => Promise.reject(new Error('no memory for a hash'))
-      return this.hold('hash', true, this.current.getStore()?.failsToHash ? fail : () => hash(password))
+    // A hash is no step: it changes nothing that others see, so its moment does not matter.
+    passwords.hash = async (password) => {
+      if (this.current.getStore()?.fault === 'fails to hash') throw new Error('no memory for a hash')
+      return cheapHash(password)
     }
-    passwords.verify = (phc, password, client) => this.hold('verify', true, () => verify(phc, password, client))
+    passwords.verify = async (phc, password) => phc !== undefined && verifySync(phc, password)
   }
 
-  /** Sends a request. It runs until its first step. */
-  async start(send: () => Promise<Reply>, failsToHash: boolean): Promise<Attempt> {
-    const attempt = new Attempt(failsToHash)
+  /** Sends a request of a client. It runs until its first step. */
+  async start(client: Client, send: () => Promise<Reply>): Promise<Attempt> {
+    const fault = client.sent.length === 0 ? client.firstAttempt : undefined
+    const attempt: Attempt = { client, fault, steps: [], isDead: false }
+    client.sent.push(attempt)
     this.current.run(attempt, () => {
       send().then((reply) => {
         this.events++
         if (!attempt.isDead) attempt.reply = reply
       })
     })
-    await this.settle(attempt)
+    await this.settle()
     return attempt
   }
 
@@ -98,55 +92,65 @@ export class Requests {
    * @returns the steps that the store may still run
    */
   async end(attempt: Attempt, step: Step, ending: Ending): Promise<readonly Step[]> {
-    const sent = attempt.steps
-    if (!sent.includes(step)) throw new Error(`the request does not wait for ${step.name}`)
-    attempt.steps = sent.filter((other) => other !== step)
+    const { steps } = attempt
+    attempt.isDead = ending.startsWith('the process dies')
+    attempt.steps = attempt.isDead ? [] : steps.filter((other) => other !== step)
     if (hasRun(ending)) await step.perform()
-    if (isDeath(ending)) {
-      // Errors let the request end, so that the application can be closed. It reaches no store any more, and nobody gets its reply.
-      attempt.isDead = true
-      attempt.steps = []
-      for (const unanswered of sent) unanswered.fail(this.lostReply())
-    } else if (ending === 'done') step.answer()
-    else step.fail(this.lostReply())
-    await this.settle(attempt)
-    if (ending === 'the process dies, and what it has sent is late') return sent
-    return ending === 'the request is late' ? [step] : []
+    if (ending === 'done') step.answer()
+    // Errors let the request of a dead process end, so that the application can be closed. It reaches no store any more.
+    else for (const unanswered of attempt.isDead ? steps : [step]) unanswered.fail(timeout())
+    await this.settle()
+    if (ending === 'the process dies, and what it has sent is late') return steps
+    const late = ending === 'the request is late' ? [step] : []
+    if (attempt.reply === undefined) return late
+    // The request has failed, and does not wait for what else it has sent.
+    const others = attempt.steps
+    attempt.steps = []
+    for (const other of others) other.fail(timeout())
+    return [...late, ...others]
   }
 
-  /** Waits until a request waits for a step that others see, or has ended. */
-  private async settle(attempt: Attempt): Promise<void> {
+  /** Waits until the request that has gone on waits for a step, or has ended. */
+  private async settle(): Promise<void> {
     let seen: number
     do {
       seen = this.events
       for (let pass = 0; pass < passes; pass++) await endOfPass()
-      const local = attempt.steps.find(({ isLocal }) => isLocal)
-      if (local !== undefined) await this.end(attempt, local, 'done')
     } while (this.events !== seen)
-    if (this.error !== undefined) throw this.error
   }
 
-  private hold<T>(name: string, isLocal: boolean, run: () => Promise<T>): Promise<T> {
+  private stop<T>(name: string, run: () => Promise<T>): Promise<T> {
     const attempt = this.current.getStore()
     if (attempt === undefined) return run()
     this.events++
-    if (attempt.isDead) return Promise.reject(this.lostReply())
+    if (attempt.isDead) return Promise.reject(timeout())
     return new Promise((resolve, reject) => {
       let result: Promise<T>
       const perform = async () => {
         result = run()
         await result.catch(() => undefined)
       }
-      const step = { name, isLocal, perform, answer: () => resolve(result), fail: reject }
-      attempt.steps = [...attempt.steps, step]
+      attempt.steps = [...attempt.steps, { name, perform, answer: () => resolve(result), fail: reject }]
     })
   }
 
-  /** Returns the name of the command that a function sends to Redis. */
-  private commandOf(run: object): string {
-    const command = /\bredis\.(\w+)/.exec(String(run))?.[1]
-    if (command !== undefined) return command
-    this.error = new Error(`no command of Redis is found in ${run}`)
-    throw this.error
+  /** Returns the name of the first command that `run` sends: it gets a client that sends nothing, and never answers. */
+  private nameOf(run: (redis: RedisClient) => Promise<unknown>, redis: RedisClient): string {
+    let name = ''
+    const get = (_: unknown, command: string | symbol) => {
+      return (...args: unknown[]) => {
+        name ||= stepName(String(command), args)
+        return new Promise(() => undefined)
+      }
+    }
+    run(new Proxy<RedisClient>(redis, { get }))
+    return name
   }
+}
+
+/** Returns for example `holdCode`, `release used` or `set session`. */
+function stepName(command: string, args: readonly unknown[]): string {
+  const [key, , , , how, userId] = args
+  if (command === 'releaseCode') return how === 'used' && userId === '' ? 'release used in vain' : `release ${how}`
+  return String(key).startsWith('session:') ? `${command} session` : command
 }

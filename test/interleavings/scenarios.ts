@@ -2,25 +2,24 @@ export interface ClientSpec {
   name: string
   action: 'sign up' | 'reset'
   password: string
-  /** The new code arrives with the event `a new code is sent`. Its client sends no request before. */
-  presents: 'the code' | 'the new code' | 'a wrong code'
   address: string
   /** How often it sends its request at most. After a 5xx, or if no answer comes, it sends it again. */
   attempts: number
-  /** Whether the hash of its first attempt fails, so that the request fails before its INSERT. */
-  failsFirst?: boolean
+  /** The new code arrives with the event `a new code is sent`. Its client sends no request before. */
+  presents: 'the code' | 'the new code' | 'a wrong code'
+  /** What goes wrong in its first attempt: it fails before its INSERT, or it looks for a row where the row is not yet. */
+  firstAttempt?: 'fails to hash' | 'reads from a former primary'
 }
 
-/** `a code is issued`: the service makes another code, which reaches nobody. The run withdraws it later. */
-export type ScenarioEvent = 'a new code is sent' | 'the code expires' | 'a code is issued'
+/** The service issues a code that reaches nobody. */
+export type ScenarioEvent = 'a new code is sent' | 'the code expires' | 'a code is issued' | 'that code is withdrawn'
 
 /** Clients of one mobile, and what else may happen. */
 export interface Scenario {
-  name: string
   clients: readonly ClientSpec[]
-  /** Whether the mobile has a user before. */
+  /** Whether the mobile has a user before, with a password that no client has. */
   isRegistered?: boolean
-  /** What may happen once, at any moment. */
+  /** What may happen at any moment, in this order. The second one happens at the end at the latest. */
   events?: readonly ScenarioEvent[]
   /** Whether the lease passes before each request, so that requests overtake each other. */
   isSlow?: boolean
@@ -28,123 +27,57 @@ export interface Scenario {
   guesses?: number
 }
 
-/** Two people who have the code, or guess it, each at an address. */
+/** Two people who have the code, or guess it. */
 const ann = { password: 'a password of Ann', address: '192.0.2.1' }
 const bob = { password: 'a password of Bob', address: '192.0.2.2' }
 
-const signUp = { action: 'sign up', presents: 'the code', attempts: 2 } as const
-const reset = { action: 'reset', presents: 'the code', attempts: 2 } as const
+type Details = Pick<Partial<ClientSpec>, 'presents' | 'firstAttempt'>
 
-export const scenarios: readonly Scenario[] = [
-  {
-    name: 'one client that retries',
-    clients: [{ ...signUp, ...ann, name: 'A', attempts: 3 }]
-  },
-  {
-    name: 'two requests with the same password',
-    clients: [
-      { ...signUp, ...ann, name: 'A1' },
-      { ...signUp, ...ann, name: 'A2' }
-    ]
-  },
-  {
-    name: 'two requests, one with a failed hash',
-    clients: [
-      { ...signUp, ...ann, name: 'A1', failsFirst: true },
-      { ...signUp, ...ann, name: 'A2' }
-    ]
-  },
-  {
-    name: 'two passwords for one code',
-    clients: [
-      { ...signUp, ...ann, name: 'A' },
-      { ...signUp, ...bob, name: 'B', attempts: 1 }
-    ]
-  },
-  {
-    name: 'two requests that are slower than the lease',
-    clients: [
-      { ...signUp, ...ann, name: 'A', attempts: 1 },
-      { ...signUp, ...bob, name: 'B', attempts: 1 }
-    ],
-    isSlow: true
-  },
-  {
-    name: 'a sign-up and a wrong guess',
-    clients: [
-      { ...signUp, ...ann, name: 'A' },
-      { ...signUp, ...bob, name: 'guesser', presents: 'a wrong code', attempts: 1 }
-    ]
-  },
-  {
-    name: 'a guesser with one wrong code left',
-    clients: [
-      { ...signUp, ...bob, name: 'guess', presents: 'a wrong code', attempts: 1 },
-      { ...signUp, ...bob, name: 'right', attempts: 1 }
-    ],
-    guesses: 1
-  },
-  {
-    name: 'two resets with different passwords',
-    clients: [
-      { ...reset, ...ann, name: 'A' },
-      { ...reset, ...bob, name: 'B', attempts: 1 }
-    ],
+function signUp(name: string, person: typeof ann, attempts: number, details?: Details): ClientSpec {
+  return { name, action: 'sign up', ...person, attempts, presents: 'the code', ...details }
+}
+
+function reset(name: string, person: typeof ann, attempts: number, details?: Details): ClientSpec {
+  return { ...signUp(name, person, attempts, details), action: 'reset' }
+}
+
+const wrong = { presents: 'a wrong code' } as const
+const newer = { presents: 'the new code' } as const
+const failing = { firstAttempt: 'fails to hash' } as const
+const stale = { firstAttempt: 'reads from a former primary' } as const
+
+const twoSignUps = [signUp('A', ann, 2), signUp('B', bob, 1)]
+const twoSlowSignUps = [signUp('A', ann, 1), signUp('B', bob, 1)]
+const withdrawal = ['a code is issued', 'that code is withdrawn'] as const
+
+export const scenarios = {
+  'one client that retries': { clients: [signUp('A', ann, 3)] },
+  'two requests with one password': { clients: [signUp('A1', ann, 2), signUp('A2', ann, 2)] },
+  'two slow requests with one password': { clients: [signUp('A1', ann, 1), signUp('A2', ann, 1)], isSlow: true },
+  'two requests, one with a failed hash': { clients: [signUp('A1', ann, 2, failing), signUp('A2', ann, 2)] },
+  'a repeat that reads from a former primary': { clients: [signUp('A1', ann, 2), signUp('A2', ann, 2, stale)] },
+  'two passwords for one code': { clients: twoSignUps },
+  'two slow requests with two passwords': { clients: twoSlowSignUps, isSlow: true },
+  'three requests with two passwords': { clients: [...twoSlowSignUps, signUp('A2', ann, 1)] },
+  'two sign-ups of a registered mobile': { clients: twoSignUps, isRegistered: true },
+  'a sign-up and a wrong guess': { clients: [signUp('A', ann, 2), signUp('guesser', bob, 1, wrong)] },
+  'one wrong code left': { clients: [signUp('guess', bob, 1, wrong), signUp('right', bob, 1)], guesses: 1 },
+  'two resets': { clients: [reset('A', ann, 2), reset('B', bob, 1)], isRegistered: true },
+  'two slow resets': { clients: [reset('A', ann, 1), reset('B', bob, 1)], isRegistered: true, isSlow: true },
+  'two resets, one reads from a former primary': {
+    clients: [reset('A', ann, 2), reset('B', bob, 1, stale)],
     isRegistered: true
   },
-  {
-    name: 'two resets that are slower than the lease',
-    clients: [
-      { ...reset, ...ann, name: 'A', attempts: 1 },
-      { ...reset, ...bob, name: 'B', attempts: 1 }
-    ],
-    isRegistered: true,
-    isSlow: true
-  },
-  {
-    name: 'a sign-up and a reset with one code',
-    clients: [
-      { ...signUp, ...ann, name: 'A' },
-      { ...reset, ...bob, name: 'R', attempts: 1 }
-    ]
-  },
-  {
-    name: 'a sign-up and a new code',
-    clients: [{ ...signUp, ...ann, name: 'A', attempts: 3 }],
+  'a sign-up and a reset with one code': { clients: [signUp('A', ann, 2), reset('R', bob, 1)] },
+  'a sign-up and a new code': { clients: [signUp('A', ann, 3)], events: ['a new code is sent'] },
+  'two sign-ups, one with a new code': {
+    clients: [signUp('A', ann, 1), signUp('N', bob, 2, newer)],
     events: ['a new code is sent']
   },
-  {
-    name: 'two sign-ups, one with a new code',
-    clients: [
-      { ...signUp, ...ann, name: 'A', attempts: 1 },
-      { ...signUp, ...bob, presents: 'the new code', name: 'N' }
-    ],
-    events: ['a new code is sent']
-  },
-  {
-    name: 'a sign-up and a withdrawn code',
-    clients: [{ ...signUp, ...ann, name: 'A', attempts: 3 }],
-    events: ['a code is issued']
-  },
-  {
-    name: 'a failed hash and a withdrawn code',
-    clients: [{ ...signUp, ...ann, name: 'A', failsFirst: true }],
-    events: ['a code is issued']
-  },
-  {
-    name: 'a sign-up and the end of the code',
-    clients: [
-      { ...signUp, ...ann, name: 'A1' },
-      { ...signUp, ...ann, name: 'A2', attempts: 1 }
-    ],
+  'a sign-up and a withdrawn code': { clients: [signUp('A', ann, 3)], events: withdrawal },
+  'a failed hash and a withdrawn code': { clients: [signUp('A', ann, 2, failing)], events: withdrawal },
+  'a sign-up and the end of the code': {
+    clients: [signUp('A1', ann, 2), signUp('A2', ann, 1)],
     events: ['the code expires']
-  },
-  {
-    name: 'three requests with two passwords',
-    clients: [
-      { ...signUp, ...ann, name: 'A1', attempts: 1 },
-      { ...signUp, ...ann, name: 'A2', attempts: 1 },
-      { ...signUp, ...bob, name: 'B', attempts: 1 }
-    ]
   }
-]
+} satisfies Record<string, Scenario>

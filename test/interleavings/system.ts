@@ -1,103 +1,56 @@
-import { readFile, rm, writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
-import { hash } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
-import type { Environment } from '../../dist/config/config.js'
-import { copyBuild } from '../../testkit/built-copy.js'
+import { buildApp } from '../../dist/app.js'
+import * as scripts from '../../dist/codes/scripts.js'
+import { loadConfig } from '../../dist/config/config.js'
 import type { PrivateStores } from '../../testkit/private-stores.js'
 import { patient } from '../../testkit/testbed.js'
-import { Requests } from './requests.js'
+import { cheapHash, Requests } from './requests.js'
 import type { Scenario } from './scenarios.js'
 
-/** Longer than any lease, shorter than the window of a guess budget. */
+/** A change of a Lua script: a text is replaced by another. */
+export type LuaChange = readonly [script: 'holdCode' | 'releaseCode', text: string, replacement: string]
+
+/** Longer than any lease. Six of them are shorter than the window of a guess budget. */
 const passSeconds = 600
 
 const offsetKey = 'interleavings:offset'
 
-/** A change of the built service: in a file of dist, a text is replaced by another. */
-export interface Patch {
-  file: string
-  text: string
-  replacement: string
-}
+/** The test owns the clock of the leases. No other script of a sign-up or a reset compares the times of two requests. */
+const ownClock: LuaChange = [
+  'holdCode',
+  `local time = redis.call('TIME')`,
+  `local time = redis.call('TIME') time[1] = time[1] + (redis.call('GET', '${offsetKey}') or 0)`
+]
 
-/** The scripts run as they are, but the test owns their clock. */
-const ownClock: Patch = {
-  file: 'codes/scripts.js',
-  text: `local time = redis.call('TIME')\n`,
-  replacement: `local time = redis.call('TIME')\ntime[1] = time[1] + (redis.call('GET', '${offsetKey}') or 0)\n`
-}
+export type System = Awaited<ReturnType<typeof startSystem>>
 
-/** The service on real stores, whose requests go step by step. */
-export interface System {
-  app: FastifyInstance
-  requests: Requests
-  stores: PrivateStores
-  clock: { reset(): Promise<unknown>; pass(): Promise<unknown> }
-  /** Adds a user with a password that no client has. */
-  register(mobile: string): Promise<void>
-  close(): Promise<void>
-}
-
-/** Builds the service from a copy of dist, with the clock and further patches. */
-async function buildSystem(stores: PrivateStores, patches: readonly Patch[], env: Environment): Promise<System> {
-  const copy = await copyBuild()
-  for (const { file, text, replacement } of [ownClock, ...patches]) {
-    const path = join(copy, 'dist', file)
-    const source = await readFile(path, 'utf8')
-    if (!source.includes(text)) throw new Error(`${file} does not contain ${text}`)
-    await writeFile(path, source.replaceAll(text, replacement))
-  }
-  const { buildApp }: typeof import('../../dist/app.js') = await import(join(copy, 'dist/app.js'))
-  const { loadConfig }: typeof import('../../dist/config/config.js') = await import(join(copy, 'dist/config/config.js'))
-  const { Refusal }: typeof import('../../dist/outcomes.js') = await import(join(copy, 'dist/outcomes.js'))
-  const config = loadConfig({
-    ...stores.environment,
-    HASH_MEMORY_KIB: '8',
-    HASH_PASSES: '1',
-    HASH_THREADS: '1',
-    DOCS: 'false',
-    ...patient,
-    ...env
-  })
+/** Starts the service on real stores. Its requests go step by step. */
+export async function startSystem(stores: PrivateStores, { guesses }: Scenario, bug?: LuaChange) {
+  const { redis, postgres, environment } = stores
+  const guessLimit = guesses === undefined ? {} : { SMS_CODE_ATTEMPTS: `${guesses}` }
+  const config = loadConfig({ ...environment, ...patient, ...guessLimit, HASH_THREADS: '1', DOCS: 'false' })
   const app = await buildApp(config, { logStream: { write: () => undefined } })
-  const formerHash = await hash('a former password', { memoryCost: 8, timeCost: 1 })
+  redefineScripts(app, bug ? [ownClock, bug] : [ownClock])
+  const insert = 'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)'
   return {
     app,
-    requests: new Requests(app, () => new Refusal('storage_unavailable', new Error('Command timed out'))),
+    requests: new Requests(app, await app.withRedis((client) => Promise.resolve(client))),
     stores,
-    clock: {
-      reset: () => stores.redis.del(offsetKey),
-      pass: () => stores.redis.incrby(offsetKey, passSeconds)
-    },
-    async register(mobile) {
-      const values = [mobile, formerHash]
-      await stores.postgres.query('INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)', values)
-    },
-    async close() {
-      await app.close()
-      await rm(copy, { recursive: true })
-    }
+    resetClock: () => redis.del(offsetKey),
+    passLease: () => redis.incrby(offsetKey, passSeconds),
+    /** Adds a user with a password that no client has. */
+    register: (mobile: string) => postgres.query(insert, [mobile, cheapHash('a former password')])
   }
 }
 
-/** Builds a system with some patches for each number of guesses. Scenarios with the same number share it. */
-export class Systems {
-  private readonly systems = new Map<number | undefined, Promise<System>>()
-
-  constructor(
-    private readonly stores: PrivateStores,
-    private readonly patches: readonly Patch[]
-  ) {}
-
-  get({ guesses }: Scenario): Promise<System> {
-    const env = guesses === undefined ? {} : { SMS_CODE_ATTEMPTS: `${guesses}` }
-    const system = this.systems.get(guesses) ?? buildSystem(this.stores, this.patches, env)
-    this.systems.set(guesses, system)
-    return system
+function redefineScripts(app: FastifyInstance, changes: readonly LuaChange[]): void {
+  const lua = { holdCode: scripts.holdCode, releaseCode: scripts.releaseCode }
+  for (const [script, text, replacement] of changes) {
+    if (!lua[script].includes(text)) throw new Error(`the script ${script} does not contain ${text}`)
+    lua[script] = lua[script].replace(text, () => replacement)
   }
-
-  async close(): Promise<void> {
-    for (const system of this.systems.values()) await (await system).close()
-  }
+  app.defineRedisScripts({
+    holdCode: { numberOfKeys: 4, lua: lua.holdCode },
+    releaseCode: { numberOfKeys: 2, lua: lua.releaseCode }
+  })
 }
