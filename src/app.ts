@@ -22,6 +22,7 @@ import { sessions } from './sessions/sessions.js'
 import { postgres } from './stores/postgres.js'
 import { rateLimits } from './stores/rate-limits.js'
 import { redis } from './stores/redis.js'
+import { serializers } from './telemetry/log.js'
 import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
 import { userRoutes } from './users/routes.js'
@@ -59,6 +60,11 @@ interface CapabilityOptions {
  * error handler, validator and stores do not leave its scope.
  */
 export const signUp: FastifyPluginAsync<SignUpOptions> = async (fastify, { config, coalesceEvents = false }) => {
+  // The host's logger may print every field of an error.
+  fastify.log = fastify.log.child({}, { serializers })
+  fastify.addHook('onRoute', (route) => {
+    route.logSerializers = { ...route.logSerializers, ...serializers }
+  })
   await fastify.register(replies, { config })
   await fastify.register(strictJson)
   await fastify.register(capabilities, { config, coalesceEvents })

@@ -6,7 +6,6 @@ import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResult, t
 import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
 import { Refusal } from '../outcomes.js'
-import { redactError } from '../telemetry/log.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
 import { waitForStore } from './wait-for-store.js'
 
@@ -118,7 +117,7 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     }
 
     function assertAvailable(): void {
-      if (probeError !== undefined) throw new Refusal('storage_unavailable', redactError(probeError))
+      if (probeError !== undefined) throw new Refusal('storage_unavailable', probeError)
     }
 
     const query = async <Row extends QueryResultRow>(
@@ -131,7 +130,7 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
         return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
       } catch (cause) {
         if (!(cause instanceof pg.DatabaseError)) probeUntilAvailable()
-        throw new Refusal('storage_unavailable', redactError(cause))
+        throw new Refusal('storage_unavailable', cause)
       }
     }
 

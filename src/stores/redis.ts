@@ -5,7 +5,6 @@ import { Cluster, Redis } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { parseRedisUrl, type RedisTarget } from '../config/redis-url.js'
 import { Refusal } from '../outcomes.js'
-import { redactError } from '../telemetry/log.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
 import { waitForStore } from './wait-for-store.js'
 
@@ -83,7 +82,7 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
         lastError = undefined
         return result
       } catch (cause) {
-        throw new Refusal('storage_unavailable', redactError(cause))
+        throw new Refusal('storage_unavailable', cause)
       }
     })
   },

@@ -22,16 +22,16 @@ export function maskMobiles(text: string): string {
 const redact = (text: string) => maskMobiles(text.replace(/,? with args beginning with:.*/g, ''))
 
 /**
- * Copies an error without what must not leave the service. A Redis error has the arguments of its command
- * (`command.args`), a Postgres conflict its key (`detail`), and loggers print every field.
+ * Returns what is logged of an error and its causes. Their other fields may hold secrets: a Redis error has the arguments of
+ * its command (`command.args`), a Postgres conflict its key (`detail`).
  */
-export function redactError(error: unknown): Error {
-  if (!(error instanceof Error)) return new Error('not an error')
-  const { name, message, stack = '', cause } = error
-  const { code } = { code: undefined, ...error }
-  const copy = new Error(redact(message), { ...(cause !== undefined && { cause: redactError(cause) }) })
-  return Object.assign(copy, { name, stack: redact(stack), ...(code !== undefined && { code }) })
+function serializeError(error: unknown) {
+  const { type, message, stack, code } = stdSerializers.err(error instanceof Error ? error : new Error('not an error'))
+  return { type, message: redact(message), stack: redact(stack), code }
 }
+
+/** For every logger of this service. Nothing else removes secrets from errors. */
+export const serializers = { err: serializeError }
 
 /** How long a log line may wait to be written together with others. */
 const flushIntervalMs = 100
@@ -103,8 +103,7 @@ export function loggerOptions({ logLevel }: Config, stream?: DestinationStream) 
   return {
     level: logLevel,
     hooks: { logMethod: sampleStoreFailures() },
-    // Also for errors that did not come from a store.
-    serializers: { err: (error: Error) => stdSerializers.err(redactError(error)) },
+    serializers,
     ...(stream && { stream })
   }
 }
