@@ -34,8 +34,8 @@ const foundation = ['config', 'outcomes.ts']
 const allowedImports: Record<string, string[]> = {
   'outcomes.ts': [],
   config: ['outcomes.ts'],
-  telemetry: foundation,
-  stores: ['telemetry', ...foundation],
+  telemetry: ['config'],
+  stores: ['telemetry', 'config'],
   http: ['telemetry', ...foundation],
   ...Object.fromEntries(
     features.map((feature) => [feature, [...features, 'http', 'stores', 'telemetry', ...foundation]])

@@ -2,7 +2,7 @@ import { createHmac, hkdfSync } from 'node:crypto'
 import { EventEmitter, once } from 'node:events'
 import { hash } from '@node-rs/argon2'
 import t from 'tap'
-import { Refusal } from '../dist/outcomes.js'
+import { StoreUnavailable } from '../dist/stores/store-unavailable.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { leaseMsOf, recordKey, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
@@ -129,7 +129,7 @@ t.test('a replay that finds no row on a former primary does not log its user out
   const { find, insert } = app.users
   app.users.find = async () => undefined
   // A former primary refuses writes.
-  app.users.insert = () => Promise.reject(new Refusal('storage_unavailable'))
+  app.users.insert = () => Promise.reject(new StoreUnavailable('postgres'))
   t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
   Object.assign(app.users, { find, insert })
   const retry = await signUp(body)

@@ -128,7 +128,7 @@ t.test('a Redis connection is also dropped if it has answered another command me
   const commands = app.withRedis((redis) =>
     Promise.all([redis.wait(1, 300).then((replicas) => answers.push(replicas)), redis.set('held', '')])
   )
-  await t.rejects(commands, { outcome: 'storage_unavailable', cause: { message: 'Command timed out' } })
+  await t.rejects(commands, { code: 'STORE_UNAVAILABLE', cause: { message: 'Command timed out' } })
   t.strictSame(answers, [0], 'the other command was answered')
   await writes.release()
   await untilRedisHasClosed(connectionId)

@@ -3,6 +3,7 @@ import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import type { Config } from '../config/config.js'
 import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { outcomes, Refusal } from '../outcomes.js'
+import { StoreUnavailable } from '../stores/store-unavailable.js'
 import type { CodePurpose } from './codes.js'
 import { mobileLimits, unusedCodeLimits } from './limits.js'
 import { MessageNotSent } from './senders/sender.js'
@@ -72,7 +73,7 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
       return await fastify.rateLimits.consume(limitsOf(mobile, address))
     } catch (error) {
       // The units may be consumed although the answer of Redis is lost.
-      throw refusalAfterResend(error)
+      throw withRetryAfterResend(error)
     }
   }
 
@@ -89,7 +90,7 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
 
     const issued = await fastify.codes.issue(mobile, purpose, ip).catch(async (error) => {
       await refundMobile().catch(() => {
-        throw refusalAfterResend(error)
+        throw withRetryAfterResend(error)
       })
       throw error
     })
@@ -114,10 +115,10 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
     }
   }
 
-  /** Returns the refusal for a failure of Redis that may have left units consumed. An earlier retry would get 429. */
-  function refusalAfterResend(error: unknown): Refusal {
-    const cause = error instanceof Refusal ? error.cause : error
-    return new Refusal('storage_unavailable', cause, { retryAfterSeconds: Math.max(1, config.smsResendS) })
+  /** Sets the `Retry-After` of a failure of Redis that may have left units consumed. An earlier retry would get 429. */
+  function withRetryAfterResend(error: unknown): unknown {
+    if (error instanceof StoreUnavailable) error.retryAfterSeconds = Math.max(1, config.smsResendS)
+    return error
   }
 
   /** Returns the seconds until the next code for a mobile may be sent, at least 1. */

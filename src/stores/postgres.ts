@@ -5,8 +5,9 @@ import fp from 'fastify-plugin'
 import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
 import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
-import { Refusal } from '../outcomes.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
+import { sampledWarnings } from '../telemetry/sampled-warnings.js'
+import { StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
 /** A prepared statement: it is parsed and planned once for each connection. */
@@ -16,10 +17,10 @@ interface Postgres {
   /**
    * Runs a prepared statement in one round trip on a pooled connection.
    *
-   * @throws {Refusal} `storage_unavailable` if Postgres fails or does not answer within `STORE_TIMEOUT_MS`
+   * @throws {StoreUnavailable} if Postgres fails or does not answer within `STORE_TIMEOUT_MS`
    */
   query<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
-  /** @throws {Refusal} `storage_unavailable` while Postgres is known not to answer */
+  /** @throws {StoreUnavailable} while Postgres is known not to answer */
   assertAvailable(): void
   /** Counts the connections of the pool, the idle ones, and the statements that wait for one. */
   connections(): { total: number; idle: number; waiting: number }
@@ -63,7 +64,8 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
 
     // An `error` event without a listener ends the process. The pool emits the errors of its idle connections. A
     // connection in use emits its own.
-    pool.on('error', (err) => fastify.log.warn({ err, store: 'postgres' }, 'an idle Postgres connection failed'))
+    const warn = sampledWarnings(fastify.log)
+    pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
     pool.on('connect', (client) => client.on('error', () => undefined))
 
     /** @param check throws if the rows show that the connection must not be used again */
@@ -117,7 +119,7 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     }
 
     function assertAvailable(): void {
-      if (probeError !== undefined) throw new Refusal('storage_unavailable', probeError)
+      if (probeError !== undefined) throw new StoreUnavailable('postgres', probeError)
     }
 
     const query = async <Row extends QueryResultRow>(
@@ -128,9 +130,11 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       assertAvailable()
       try {
         return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
-      } catch (cause) {
-        if (!(cause instanceof pg.DatabaseError)) probeUntilAvailable()
-        throw new Refusal('storage_unavailable', cause)
+      } catch (error) {
+        if (!(error instanceof Error)) throw error
+        if (!(error instanceof pg.DatabaseError)) probeUntilAvailable()
+        warn(error, 'a round trip to Postgres failed')
+        throw new StoreUnavailable('postgres', error)
       }
     }
 

@@ -4,8 +4,9 @@ import fp from 'fastify-plugin'
 import { Cluster, Redis } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { parseRedisUrl, type RedisTarget } from '../config/redis-url.js'
-import { Refusal } from '../outcomes.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
+import { sampledWarnings } from '../telemetry/sampled-warnings.js'
+import { StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
 declare module 'fastify' {
@@ -13,8 +14,7 @@ declare module 'fastify' {
     /**
      * Runs commands on Redis.
      *
-     * @throws {Refusal} `storage_unavailable` for any error of `run`: Redis fails, or does not answer within
-     * `STORE_TIMEOUT_MS`
+     * @throws {StoreUnavailable} if Redis fails, or does not answer within `STORE_TIMEOUT_MS`
      */
     withRedis<T>(run: (redis: Redis | Cluster) => Promise<T>): Promise<T>
     /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
@@ -38,10 +38,11 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     // Automatic pipelines send commands of different requests together. A trace would show them all in one request.
     const isTraced = otlpEndpoint !== undefined
     const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, { enableAutoPipelining: !isTraced })
+    const warn = sampledWarnings(fastify.log)
     let lastError: Error | undefined
     const logError = (err: Error) => {
       lastError = err
-      fastify.log.warn({ err, store: 'redis' }, 'the connection to Redis failed')
+      warn(err, 'the connection to Redis failed')
     }
     client.on('error', logError)
     // Only a Cluster has this event.
@@ -78,11 +79,13 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
       try {
         const result = await observeRoundTrip(observer, 'redis', run(client))
         // After a command, not when it connects: a server that is no master accepts connections, too.
-        if (lastError !== undefined) fastify.log.info({ store: 'redis' }, 'Redis answers again')
+        if (lastError !== undefined) fastify.log.info('Redis answers again')
         lastError = undefined
         return result
-      } catch (cause) {
-        throw new Refusal('storage_unavailable', cause)
+      } catch (error) {
+        if (!(error instanceof Error)) throw error
+        warn(error, 'a round trip to Redis failed')
+        throw new StoreUnavailable('redis', error)
       }
     })
   },

@@ -1,7 +1,6 @@
 import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
-import { type DestinationStream, destination, type LogFn, type Logger, stdSerializers } from 'pino'
+import { type DestinationStream, destination, stdSerializers } from 'pino'
 import type { Config } from '../config/config.js'
-import { Refusal } from '../outcomes.js'
 
 declare module 'fastify' {
   interface FastifyRequest {
@@ -51,58 +50,10 @@ export function jsonLog() {
   return stream
 }
 
-/** For how long the lines of a kind about a failing store are counted instead of logged, after one was. */
-const sampleIntervalMs = 10_000
-
-/** More kinds than a service has, unless messages of a store contain something of a request. */
-const sampledKindsMax = 100
-
-/** The fields and the message of a log line, as pino gets them. */
-type LogArguments = Parameters<LogFn>
-
-/** Returns the kind of a line about a failing store, or undefined for any other line. */
-function storeFailureKind([fields, message]: LogArguments): string | undefined {
-  if (typeof fields !== 'object' || fields === null) return undefined
-  const { err, outcome, store, method, route }: Record<string, unknown> = { ...fields }
-  if (outcome === 'storage_unavailable') return `${method} ${route}`
-  const isRefusal = err instanceof Refusal && err.outcome === 'storage_unavailable'
-  if (!isRefusal && store === undefined && message !== 'storage_unavailable') return undefined
-  return err instanceof Error ? `${message}: ${err.message}` : message
-}
-
-/**
- * Returns a hook of pino that logs one line in 10 s of each kind about a failing store. Otherwise the log would grow with the
- * traffic while a store is away. After the 10 s a line with `suppressed` has the number of the others.
- */
-function sampleStoreFailures() {
-  const suppressedByKind = new Map<string, number>()
-  return function logMethod(this: Logger, args: LogArguments, method: LogFn): void {
-    const kind = storeFailureKind(args)
-    if (kind === undefined) {
-      method.apply(this, args)
-      return
-    }
-    const sampled = suppressedByKind.has(kind) || suppressedByKind.size < sampledKindsMax ? kind : 'other kinds'
-    const suppressed = suppressedByKind.get(sampled)
-    if (suppressed !== undefined) {
-      suppressedByKind.set(sampled, suppressed + 1)
-      return
-    }
-    suppressedByKind.set(sampled, 0)
-    method.apply(this, args)
-    setTimeout(() => {
-      const count = suppressedByKind.get(sampled)
-      suppressedByKind.delete(sampled)
-      if (count) method.apply(this, [{ suppressed: count }, sampled])
-    }, sampleIntervalMs).unref()
-  }
-}
-
 /** Returns the logger's options. Without a stream the lines go to standard output. */
 export function loggerOptions({ logLevel }: Config, stream?: DestinationStream) {
   return {
     level: logLevel,
-    hooks: { logMethod: sampleStoreFailures() },
     serializers,
     ...(stream && { stream })
   }

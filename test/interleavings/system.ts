@@ -50,7 +50,9 @@ async function buildSystem(stores: PrivateStores, patches: readonly Patch[], env
   }
   const { buildApp }: typeof import('../../dist/app.js') = await import(join(copy, 'dist/app.js'))
   const { loadConfig }: typeof import('../../dist/config/config.js') = await import(join(copy, 'dist/config/config.js'))
-  const { Refusal }: typeof import('../../dist/outcomes.js') = await import(join(copy, 'dist/outcomes.js'))
+  const { StoreUnavailable }: typeof import('../../dist/stores/store-unavailable.js') = await import(
+    join(copy, 'dist/stores/store-unavailable.js')
+  )
   const config = loadConfig({
     ...stores.environment,
     HASH_MEMORY_KIB: '8',
@@ -64,7 +66,7 @@ async function buildSystem(stores: PrivateStores, patches: readonly Patch[], env
   const formerHash = await hash('a former password', { memoryCost: 8, timeCost: 1 })
   return {
     app,
-    requests: new Requests(app, () => new Refusal('storage_unavailable', new Error('Command timed out'))),
+    requests: new Requests(app, () => new StoreUnavailable('redis', new Error('Command timed out'))),
     stores,
     clock: {
       reset: () => stores.redis.del(offsetKey),

@@ -1,0 +1,16 @@
+import type { StoreName } from '../telemetry/observer.js'
+
+/**
+ * A store cannot serve now: it does not answer, or answers that it cannot. The same request may succeed later. The store has
+ * logged the cause.
+ */
+export class StoreUnavailable extends Error {
+  override readonly name = 'StoreUnavailable'
+  readonly code = 'STORE_UNAVAILABLE'
+  /** For the client. Undefined means the default of the outcome. */
+  retryAfterSeconds: number | undefined
+
+  constructor(store: StoreName, cause?: unknown) {
+    super(`${store} is unavailable`, { cause })
+  }
+}
