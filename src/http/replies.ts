@@ -58,11 +58,11 @@ export const replies = fp<{ config: Config }>(
       // An unknown route is answered as such even if its body cannot be parsed.
       if (request.is404) return reply.outcome('no_such_route')
       if (error instanceof Refusal) {
-        if (error.cause !== undefined) request.log.error({ reqId: request.id, err: error.cause }, error.outcome)
+        if (error.cause !== undefined) request.log.error({ err: error.cause }, error.outcome)
         return reply.outcome(error.outcome, error.details)
       }
       const name = outcomeOf(error)
-      if (name === 'internal_error') request.log.error({ reqId: request.id, err: error }, name)
+      if (name === 'internal_error') request.log.error({ err: error }, name)
       return reply.outcome(name, { retryAfterSeconds: error.retryAfterSeconds })
     })
   },

@@ -221,7 +221,7 @@ export const sessions = fp<{ config: Config }>(
           }
           await destroyIndexed(user.user_id, excessIds)
         } catch (err) {
-          request.log.error({ reqId: request.id, err }, 'a session could not be stored')
+          request.log.error({ err }, 'a session could not be stored')
           return 'failed'
         }
         reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)

@@ -67,7 +67,6 @@ export class RequestLog extends LogController {
     if (request.routeOptions.config.isProbe) return
     request.log.info(
       {
-        reqId: request.id,
         ...(request.traceId !== undefined && { trace_id: request.traceId }),
         method: request.method,
         route: request.routeOptions.url,
