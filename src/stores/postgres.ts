@@ -7,7 +7,7 @@ import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
 import { sampledWarnings } from '../telemetry/sampled-warnings.js'
-import { StoreUnavailable } from './store-unavailable.js'
+import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
 /** A prepared statement: it is parsed and planned once for each connection. */
@@ -17,7 +17,8 @@ interface Postgres {
   /**
    * Runs a prepared statement in one round trip on a pooled connection.
    *
-   * @throws {StoreUnavailable} if Postgres fails or does not answer within `STORE_TIMEOUT_MS`
+   * @throws {StoreUnavailable} if Postgres cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
+   * @throws {Error} the error of Postgres if it is a bug
    */
   query<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
   /** @throws {StoreUnavailable} while Postgres is known not to answer */
@@ -131,7 +132,7 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       try {
         return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
       } catch (error) {
-        if (!(error instanceof Error)) throw error
+        if (!isOutage(error)) throw error
         if (!(error instanceof pg.DatabaseError)) probeUntilAvailable()
         warn(error, 'a round trip to Postgres failed')
         throw new StoreUnavailable('postgres', error)
@@ -164,6 +165,18 @@ async function hasStatementTimeout(pool: Pool, storeTimeoutMs: number): Promise<
     [storeTimeoutMs]
   )
   return rowCount === 1
+}
+
+/**
+ * The SQLSTATEs of an outage: a failed connection (08), a rolled back transaction (40), exhausted resources (53), an operator
+ * or a timeout (57), and a server that is read-only, so no longer the primary (25006).
+ */
+const outageStates = /^(08|40|53|57|25006)/
+
+/** Whether a retry may succeed without a change of Postgres or of this service. Any other SQL error is a bug: a missing right, column or table. */
+function isOutage(error: unknown): error is Error {
+  if (!(error instanceof Error)) return false
+  return error instanceof pg.DatabaseError ? outageStates.test(error.code ?? '') : !isProgrammingError(error)
 }
 
 /**

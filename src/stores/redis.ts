@@ -1,12 +1,12 @@
 import type { Socket } from 'node:net'
 import fastifyRedis from '@fastify/redis'
 import fp from 'fastify-plugin'
-import { Cluster, Redis } from 'ioredis'
+import { Cluster, Redis, ReplyError } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { parseRedisUrl, type RedisTarget } from '../config/redis-url.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
 import { sampledWarnings } from '../telemetry/sampled-warnings.js'
-import { StoreUnavailable } from './store-unavailable.js'
+import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
 declare module 'fastify' {
@@ -14,7 +14,8 @@ declare module 'fastify' {
     /**
      * Runs commands on Redis.
      *
-     * @throws {StoreUnavailable} if Redis fails, or does not answer within `STORE_TIMEOUT_MS`
+     * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
+     * @throws {Error} the error of Redis or of `run` if it is a bug
      */
     withRedis<T>(run: (redis: Redis | Cluster) => Promise<T>): Promise<T>
     /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
@@ -83,7 +84,7 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
         lastError = undefined
         return result
       } catch (error) {
-        if (!(error instanceof Error)) throw error
+        if (!isOutage(error)) throw error
         warn(error, 'a round trip to Redis failed')
         throw new StoreUnavailable('redis', error)
       }
@@ -153,6 +154,19 @@ function connect(
         })
   dropWhenUnusable(client, onNoMaster)
   return client
+}
+
+/** Replies of a server that cannot serve now. An error of a script has the word in its middle. */
+const outageReply =
+  /\b(READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|OOM|MISCONF|NOREPLICAS|max number of clients reached)\b/
+
+/**
+ * Whether a retry may succeed without a change of Redis or of this service. Any other reply is a bug: a missing right, a key of
+ * another type, an error of a script. The other errors of ioredis are lost connections and timeouts, mostly of class `Error`.
+ */
+function isOutage(error: unknown): error is Error {
+  if (!(error instanceof Error)) return false
+  return error instanceof ReplyError ? outageReply.test(error.message) : !isProgrammingError(error)
 }
 
 /** @throws if the server is older than 6.2, the first with GETDEL */

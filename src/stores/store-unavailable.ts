@@ -14,3 +14,7 @@ export class StoreUnavailable extends Error {
     super(`${store} is unavailable`, { cause })
   }
 }
+
+/** Whether JavaScript or Node.js throws such an error for a wrong value. Neither a connection nor a timeout fails so. */
+export const isProgrammingError = (error: Error): boolean =>
+  [TypeError, RangeError, ReferenceError, SyntaxError].some((type) => error instanceof type)
