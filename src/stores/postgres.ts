@@ -75,9 +75,14 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       values: unknown[],
       check?: (rows: Row[]) => void
     ) {
+      // One deadline for the wait for a connection, which the pool bounds by the same timeout, and for the query.
+      const deadline = performance.now() + storeTimeoutMs
       const client = await pool.connect()
       try {
-        const result = await client.query<Row>({ ...(!hasPooler && { name }), text, values })
+        // `query_timeout` works for each query, but @types/pg lacks it there. 0 would mean the default, the whole timeout.
+        const query_timeout = Math.max(1, deadline - performance.now())
+        const query = { ...(!hasPooler && { name }), text, values, query_timeout }
+        const result = await client.query<Row>(query)
         check?.(result.rows)
         client.release()
         return result
