@@ -20,7 +20,7 @@ import { passwords } from './passwords/passwords.js'
 import { sessionRoutes } from './sessions/routes.js'
 import { sessions } from './sessions/sessions.js'
 import { postgres } from './stores/postgres.js'
-import { rateLimits } from './stores/rate-limits.js'
+import { limitNames, rateLimits } from './stores/rate-limits.js'
 import { redis } from './stores/redis.js'
 import { serializers } from './telemetry/log.js'
 import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
@@ -109,7 +109,7 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
 }
 
 async function registerService(app: FastifyInstance, config: Config, { overrides }: BuildOptions): Promise<void> {
-  const metrics = config.metricsPort === undefined ? undefined : new Metrics()
+  const metrics = config.metricsPort === undefined ? undefined : new Metrics(limitNames)
 
   await app.register(replyHeaders)
   await app.register(forwardedFor)

@@ -4,9 +4,9 @@ import Fastify from 'fastify'
 import t, { type Test } from 'tap'
 import { type Claim, type ClaimResult, type CodePurpose, codes as codesPlugin } from '../dist/codes/codes.js'
 import type { Config } from '../dist/config/config.js'
+import type { LimitName } from '../dist/stores/rate-limits.js'
 import { rateLimits } from '../dist/stores/rate-limits.js'
 import { redis as redisPlugin } from '../dist/stores/redis.js'
-import type { LimitName } from '../dist/telemetry/observer.js'
 import { leaseMsOf, recordKey, startTestbed } from '../testkit/testbed.js'
 
 /*
@@ -16,14 +16,14 @@ import { leaseMsOf, recordKey, startTestbed } from '../testkit/testbed.js'
 
 const { ageClaim, config, issueCode, newMobile, redis, stores } = await startTestbed(t)
 
-const refusals: LimitName[] = []
+const refusals: string[] = []
 let usedCount = 0
 const observer = {
   onRoundTrip: () => undefined,
   onHash: () => undefined,
   onCodeSent: () => undefined,
   onCodeUsed: () => usedCount++,
-  onLimitReached: (limit: LimitName) => refusals.push(limit)
+  onLimitReached: (limit: string) => refusals.push(limit)
 }
 
 async function buildCodes(t: Test, config: Config) {

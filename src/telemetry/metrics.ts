@@ -4,7 +4,7 @@ import { monitorEventLoopDelay } from 'node:perf_hooks'
 import fp from 'fastify-plugin'
 import { Counter, Gauge, Histogram, Registry } from 'prom-client'
 import type { Config } from '../config/config.js'
-import { type LimitName, limitNames, type Observer, type StoreName } from './observer.js'
+import type { Observer, StoreName } from './observer.js'
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -87,7 +87,8 @@ export class Metrics implements Observer {
     registers: this.registers
   })
 
-  constructor() {
+  /** @param limitNames the labels of the limits, whose series begin with 0 */
+  constructor(limitNames: readonly string[]) {
     for (const store of ['postgres', 'redis'] as const) this.storeErrors.inc({ store }, 0)
     for (const limit of limitNames) this.limitRefusals.inc({ limit }, 0)
   }
@@ -123,7 +124,7 @@ export class Metrics implements Observer {
     this.codesUsed.inc()
   }
 
-  onLimitReached(limit: LimitName): void {
+  onLimitReached(limit: string): void {
     this.limitRefusals.inc({ limit })
   }
 
