@@ -67,8 +67,7 @@ export const outcomes = {
 
 export type OutcomeName = keyof typeof outcomes
 
-export const isOutcomeName = (name: unknown): name is OutcomeName =>
-  typeof name === 'string' && Object.hasOwn(outcomes, name)
+const isOutcomeName = (name: unknown): name is OutcomeName => typeof name === 'string' && Object.hasOwn(outcomes, name)
 
 /** All names, in the order of the table. */
 export const outcomeNames = Object.keys(outcomes).filter(isOutcomeName)
