@@ -2,12 +2,14 @@ import { mock } from 'node:test'
 import { pino } from 'pino'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
+import { serializers } from '../dist/telemetry/log.js'
 import { sampledWarnings } from '../dist/telemetry/sampled-warnings.js'
 import { client } from '../testkit/client.js'
 import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
-const { build, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy, signUpBody } = await startTestbed(t)
+const { build, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy, postgres, redis, signUpBody } =
+  await startTestbed(t)
 
 /** Builds an application whose log lines are collected. */
 async function buildWithLog(t: Test, env: Environment = {}) {
@@ -89,6 +91,35 @@ t.test('G7: no secret of a request is logged, also while a store fails', async (
     for (const secret of [body.mobile, body.password, body.sms_code]) t.notMatch(log, secret)
   }
   t.notMatch(log, cookie.slice('sid='.length).split('.')[0])
+})
+
+t.test('G7: of an error only its type, message, stack and code are logged, without what a store quotes', async (t) => {
+  const body = await signUpBody()
+  const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ('', $1, '')`
+  await postgres.query(insert, [body.mobile])
+  const conflict = await postgres.query(insert, [body.mobile]).catch((error) => error)
+  t.match(conflict.detail, body.mobile, 'Postgres quotes the row')
+  const reply = await redis.call('NOSUCH', body.sms_code, body.mobile).then(String, (error) => error)
+  t.match(reply.message, body.sms_code, 'Redis quotes the arguments')
+  t.strictSame(reply.command.args, [body.sms_code, body.mobile])
+
+  const lines: string[] = []
+  const log = pino({ serializers }, { write: (line) => void lines.push(line) })
+  for (const error of [conflict, reply, new Error(`of ${body.mobile}`, { cause: reply })]) {
+    log.error({ err: error }, 'a message')
+    // Then pino takes the message of the error.
+    log.error(error)
+  }
+  t.equal(lines.length, 6)
+  for (const line of lines) {
+    t.match(line, /duplicate key value|unknown command/, 'the cause is logged')
+    for (const secret of [body.mobile, body.sms_code]) t.notMatch(line, secret)
+    const fields = Object.keys(JSON.parse(line).err)
+    t.strictSame(
+      fields.filter((field) => !['type', 'message', 'stack', 'code'].includes(field)),
+      []
+    )
+  }
 })
 
 t.test('a wrong code, and a store that is away, are no errors: the store logs why at level warn', async (t) => {

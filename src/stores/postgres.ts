@@ -63,9 +63,9 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = poolOf(fastify)
 
+    const warn = sampledWarnings(fastify.log)
     // An `error` event without a listener ends the process. The pool emits the errors of its idle connections. A
     // connection in use emits its own.
-    const warn = sampledWarnings(fastify.log)
     pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
     pool.on('connect', (client) => client.on('error', () => undefined))
 
@@ -178,7 +178,10 @@ async function hasStatementTimeout(pool: Pool, storeTimeoutMs: number): Promise<
  */
 const outageStates = /^(08|40|53|57|25006)/
 
-/** Whether a retry may succeed without a change of Postgres or of this service. Any other SQL error is a bug: a missing right, column or table. */
+/**
+ * Whether a retry may succeed without a change of Postgres or of this service. Any other SQL error is a bug: a missing right,
+ * column or table. The other errors of node-postgres are lost connections and timeouts, mostly of class `Error`.
+ */
 function isOutage(error: unknown): error is Error {
   if (!(error instanceof Error)) return false
   return error instanceof pg.DatabaseError ? outageStates.test(error.code ?? '') : !isProgrammingError(error)

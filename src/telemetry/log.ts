@@ -29,8 +29,8 @@ function serializeError(error: unknown) {
   return { type, message: redact(message), stack: redact(stack), code }
 }
 
-/** For every logger of this service. Nothing else removes secrets from errors. */
-export const serializers = { err: serializeError }
+/** For every logger of this service. Nothing else removes secrets from errors. Without a message pino takes that of the error. */
+export const serializers = { err: serializeError, msg: (message: unknown) => redact(`${message}`) }
 
 /** How long a log line may wait to be written together with others. */
 const flushIntervalMs = 100
