@@ -20,8 +20,9 @@ import { passwords } from './passwords/passwords.js'
 import { sessionRoutes } from './sessions/routes.js'
 import { sessions } from './sessions/sessions.js'
 import { postgres } from './stores/postgres.js'
-import { rateLimits } from './stores/rate-limits.js'
+import { limitNames, rateLimits } from './stores/rate-limits.js'
 import { redis } from './stores/redis.js'
+import { serializers } from './telemetry/log.js'
 import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
 import { logInRoute } from './users/log-in.js'
@@ -61,6 +62,11 @@ interface CapabilityOptions {
  * error handler, validator and stores do not leave its scope.
  */
 export const signUp: FastifyPluginAsync<SignUpOptions> = async (fastify, { config, coalesceEvents = false }) => {
+  // The host's logger may print every field of an error.
+  fastify.log = fastify.log.child({}, { serializers })
+  fastify.addHook('onRoute', (route) => {
+    route.logSerializers = { ...route.logSerializers, ...serializers }
+  })
   await fastify.register(replies, { config })
   await fastify.register(strictJson)
   await fastify.register(capabilities, { config, coalesceEvents })
@@ -110,7 +116,7 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
 }
 
 async function registerService(app: FastifyInstance, config: Config, { overrides }: BuildOptions): Promise<void> {
-  const metrics = config.metricsPort === undefined ? undefined : new Metrics()
+  const metrics = config.metricsPort === undefined ? undefined : new Metrics(limitNames)
 
   await app.register(replyHeaders)
   await app.register(forwardedFor)

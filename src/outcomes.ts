@@ -67,8 +67,7 @@ export const outcomes = {
 
 export type OutcomeName = keyof typeof outcomes
 
-export const isOutcomeName = (name: unknown): name is OutcomeName =>
-  typeof name === 'string' && Object.hasOwn(outcomes, name)
+const isOutcomeName = (name: unknown): name is OutcomeName => typeof name === 'string' && Object.hasOwn(outcomes, name)
 
 /** All names, in the order of the table. */
 export const outcomeNames = Object.keys(outcomes).filter(isOutcomeName)
@@ -77,14 +76,14 @@ export const outcomeNames = Object.keys(outcomes).filter(isOutcomeName)
 export interface OutcomeDetails {
   data?: object
   /** Whole seconds until the same request may succeed; replaces the default of the outcome. */
-  retryAfterSeconds?: number
+  retryAfterSeconds?: number | undefined
 }
 
 /**
- * An outcome as an error.
+ * An outcome as an error, for features and `http/`. The error handler answers with the outcome. The cause is logged and never
+ * reaches the client.
  *
- * The rule: a handler returns `reply.outcome(name)`. Code without a reply (a store, a queue, a validator) throws a
- * `Refusal`, and the error handler answers with its outcome. The cause is logged and never reaches the client.
+ * What stands below `http/` throws plain errors instead, which `http/replies.ts` maps to outcomes.
  */
 export class Refusal extends Error {
   override readonly name = 'Refusal'

@@ -36,8 +36,8 @@ const features = ['codes', 'passwords', 'sessions']
 const allowedImports: Record<string, string[]> = {
   'outcomes.ts': [],
   config: ['outcomes.ts'],
-  telemetry: foundation,
-  stores: ['telemetry', ...foundation],
+  telemetry: ['config'],
+  stores: ['telemetry', 'config'],
   http: ['telemetry', ...foundation],
   ...Object.fromEntries(features.map((feature) => [feature, belowFeatures])),
   users: [...features, ...belowFeatures],

@@ -4,9 +4,8 @@ import t, { type Test } from 'tap'
 import { type CodePurpose, codes as codesPlugin, type Hold } from '../dist/codes/codes.js'
 import type { Config } from '../dist/config/config.js'
 import { Refusal } from '../dist/outcomes.js'
-import { rateLimits } from '../dist/stores/rate-limits.js'
+import { type LimitName, rateLimits } from '../dist/stores/rate-limits.js'
 import { redis as redisPlugin } from '../dist/stores/redis.js'
-import type { LimitName } from '../dist/telemetry/observer.js'
 import { claimKey, leaseMsOf, startTestbed } from '../testkit/testbed.js'
 
 /*
@@ -16,14 +15,14 @@ import { claimKey, leaseMsOf, startTestbed } from '../testkit/testbed.js'
 
 const { ageClaim, config, issueCode, newMobile, readClaim, redis } = await startTestbed(t)
 
-const refusals: LimitName[] = []
+const refusals: string[] = []
 let usedCount = 0
 const observer = {
   onRoundTrip: () => undefined,
   onHash: () => undefined,
   onCodeSent: () => undefined,
   onCodeUsed: () => usedCount++,
-  onLimitReached: (limit: LimitName) => refusals.push(limit)
+  onLimitReached: (limit: string) => refusals.push(limit)
 }
 
 const log = Fastify().log

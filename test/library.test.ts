@@ -66,9 +66,15 @@ t.test('G7: no full mobile and no code reaches the log of a host that prints eve
   await redis.del(key)
   // A command on a key of the wrong type fails with an error that contains the command.
   await redis.lpush(key, body.sms_code)
-  const reply = await host.inject({ method: 'POST', url: '/auth/users', payload: body })
-  t.strictSame(statusAndErrno(reply), [503, '4001'])
-  t.match(log, 'WRONGTYPE')
+  const signUp = () => host.inject({ method: 'POST', url: '/auth/users', payload: body })
+  t.strictSame(statusAndErrno(await signUp()), [500, '4500'])
+  t.match(log, 'WRONGTYPE', 'the error handler has logged a bug')
+  await redis.del(key)
+  await redis.set(key, body.sms_code)
+  await redis.config('SET', 'maxmemory', '1')
+  t.strictSame(statusAndErrno(await signUp()), [503, '4001'])
+  await redis.config('SET', 'maxmemory', '0')
+  t.match(log, 'OOM', 'the store has logged an outage')
   for (const secret of [body.mobile, body.sms_code]) t.notMatch(log, secret)
 })
 

@@ -2,12 +2,13 @@ import { mock } from 'node:test'
 import { pino } from 'pino'
 import t, { type Test } from 'tap'
 import type { Environment } from '../dist/config/config.js'
-import { loggerOptions } from '../dist/telemetry/log.js'
+import { serializers } from '../dist/telemetry/log.js'
+import { sampledWarnings } from '../dist/telemetry/sampled-warnings.js'
 import { client } from '../testkit/client.js'
 import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
-const { build, config, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy, signUpBody } =
+const { build, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy, postgres, redis, signUpBody } =
   await startTestbed(t)
 
 /** Builds an application whose log lines are collected. */
@@ -82,7 +83,7 @@ t.test('G7: no secret of a request is logged, also while a store fails', async (
 
   const log = JSON.stringify(lines)
   t.match(
-    lines.filter(({ level }) => level === 50),
+    lines.filter(({ msg }) => `${msg}`.startsWith('a round trip')),
     [{ err: { message: /timeout/ } }, { err: { message: 'Command timed out' } }],
     'the causes are logged'
   )
@@ -92,25 +93,65 @@ t.test('G7: no secret of a request is logged, also while a store fails', async (
   t.notMatch(log, cookie.slice('sid='.length).split('.')[0])
 })
 
-t.test('the cause of a server-side failure is logged once at level error, and a wrong code has none', async (t) => {
+t.test('G7: of an error only its type, message, stack and code are logged, without what a store quotes', async (t) => {
+  const body = await signUpBody()
+  const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ('', $1, '')`
+  await postgres.query(insert, [body.mobile])
+  const conflict = await postgres.query(insert, [body.mobile]).catch((error) => error)
+  t.match(conflict.detail, body.mobile, 'Postgres quotes the row')
+  const reply = await redis.call('NOSUCH', body.sms_code, body.mobile).then(String, (error) => error)
+  t.match(reply.message, body.sms_code, 'Redis quotes the arguments')
+  t.strictSame(reply.command.args, [body.sms_code, body.mobile])
+
+  const lines: string[] = []
+  const log = pino({ serializers }, { write: (line) => void lines.push(line) })
+  for (const error of [conflict, reply, new Error(`of ${body.mobile}`, { cause: reply })]) {
+    log.error({ err: error }, 'a message')
+    // Then pino takes the message of the error.
+    log.error(error)
+  }
+  t.equal(lines.length, 6)
+  for (const line of lines) {
+    t.match(line, /duplicate key value|unknown command/, 'the cause is logged')
+    for (const secret of [body.mobile, body.sms_code]) t.notMatch(line, secret)
+    const fields = Object.keys(JSON.parse(line).err)
+    t.strictSame(
+      fields.filter((field) => !['type', 'message', 'stack', 'code'].includes(field)),
+      []
+    )
+  }
+})
+
+t.test('a wrong code, and a store that is away, are no errors: the store logs why at level warn', async (t) => {
   const { app, lines } = await buildWithLog(t, impatient)
   await client(app).signUp({ ...(await signUpBody()), sms_code: 'wrong' })
-  t.strictSame(
-    lines.map(({ level, outcome }) => [level, outcome]),
-    [[30, 'wrong_code']]
-  )
   const body = await signUpBody()
   const writes = await holdRedisWrites(t)
   await client(app).signUp(body, { headers: { 'x-request-id': 'r1' } })
   await writes.release()
-  // The lost connection is logged, too, but as no part of the request.
-  const requestLines = lines.filter(({ reqId }) => reqId === 'r1')
-  t.equal(requestLines.length, 2)
-  t.match(requestLines, [
-    { level: 50, reqId: 'r1', err: { message: 'Command timed out' }, msg: 'storage_unavailable' },
-    { level: 30, reqId: 'r1', outcome: 'storage_unavailable' }
+  const levels = lines.map(({ level, outcome, msg }) => [level, outcome ?? msg])
+  t.strictSame(
+    levels.filter(([, what]) => what !== 'the connection to Redis failed'),
+    [
+      [30, 'wrong_code'],
+      [40, 'a round trip to Redis failed'],
+      [30, 'storage_unavailable']
+    ]
+  )
+  const cause = lines.find(({ msg }) => msg === 'a round trip to Redis failed')
+  t.match(cause, { err: { message: 'Command timed out' } })
+})
+
+t.test('the cause of a 500 is logged once at level error, with the id of the request', async (t) => {
+  const { app, lines } = await buildWithLog(t)
+  app.users.insert = () => Promise.reject(new Error('a bug'))
+  const reply = await client(app).signUp(await signUpBody(), { headers: { 'x-request-id': 'r1' } })
+  t.equal(reply.statusCode, 500)
+  t.match(lines, [
+    { level: 50, reqId: 'r1', err: { message: 'a bug' }, msg: 'internal_error' },
+    { level: 30, reqId: 'r1', outcome: 'internal_error' }
   ])
-  t.equal(lines.filter(({ level }) => level === 50).length, 1)
+  t.equal(lines.length, 2)
 })
 
 t.test('a line about a session that could not be stored has the cause', async (t) => {
@@ -119,7 +160,7 @@ t.test('a line about a session that could not be stored has the cause', async (t
   proxy.strike('session:', { kind: 'reset' })
   t.equal((await client(app).signUp(await signUpBody())).json().data.session, false)
   const [line] = lines.filter(({ msg }) => msg === 'a session could not be stored')
-  t.match(line, { err: { message: /^storage_unavailable: ./ } })
+  t.match(line, { err: { message: /^redis is unavailable: ./ } })
 })
 
 t.test('an X-Forwarded-For of a peer that TRUST_PROXY does not name is logged, at most once a minute', async (t) => {
@@ -134,59 +175,75 @@ t.test('an X-Forwarded-For of a peer that TRUST_PROXY does not name is logged, a
 })
 
 for (const store of ['REDIS_URL', 'DATABASE_URL'] as const) {
-  t.test(`while a store is away (${store}), the log does not grow with the traffic`, async (t) => {
-    const proxy = await openProxy(t, store)
-    const { app, lines } = await buildWithLog(t, { [store]: proxy.url })
-    await proxy.apply('refuse')
-    const signUps = async (count: number) => {
-      const bodies = await Promise.all(Array.from({ length: count }, () => signUpBody()))
-      const replies = await Promise.all(bodies.map((body) => client(app).signUp(body)))
-      for (const { statusCode } of replies) t.equal(statusCode, 503)
-    }
-    const startedAt = performance.now()
-    await signUps(10)
-    await signUps(200)
-    const intervals = 1 + Math.floor((performance.now() - startedAt) / 10_000)
-    const requestLines = lines.filter(({ msg }) => msg === 'request').length
-    t.ok(requestLines >= 1 && requestLines <= intervals, `${requestLines} request lines`)
-    // Failures that begin with the first requests differ a little: a connection was closed, or cannot be opened.
-    t.ok(lines.length < 15 * intervals, `${lines.length} lines for 210 requests`)
+  t.test(
+    `while a store is away (${store}), each request has its line, and no other line grows with them`,
+    async (t) => {
+      const proxy = await openProxy(t, store)
+      const { app, lines } = await buildWithLog(t, { [store]: proxy.url })
+      await proxy.apply('refuse')
+      const requestIds = Array.from({ length: 210 }, (_, n) => `r${n}`)
+      const bodies = await Promise.all(requestIds.map(() => signUpBody()))
+      const startedAt = performance.now()
+      const signUps = (from: number, to: number) =>
+        Promise.all(
+          requestIds.slice(from, to).map(async (id, n) => {
+            const { statusCode } = await client(app).signUp(bodies[from + n], { headers: { 'x-request-id': id } })
+            if (statusCode !== 503) throw new Error(`status ${statusCode}`)
+          })
+        )
+      await signUps(0, 10)
+      await signUps(10, 210)
+      const intervals = 1 + Math.floor((performance.now() - startedAt) / 10_000)
+      const requestLines = lines.filter(({ outcome }) => outcome === 'storage_unavailable')
+      t.strictSame(new Set(requestLines.map(({ reqId }) => reqId)), new Set(requestIds))
+      t.equal(requestLines.length, requestIds.length)
+      // The causes differ a little: a connection was closed, or cannot be opened.
+      const otherLines = lines.length - requestLines.length
+      t.ok(otherLines > 0 && otherLines < 10 * intervals, `${otherLines} other lines`)
 
-    await proxy.heal()
-    const body = await signUpBody()
-    t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)
-    t.equal(lines.filter(({ outcome }) => outcome === 'registered').length, 1, 'a success is logged')
-    await until('the return of the store is logged', () =>
-      lines.some(({ msg }) => /^(Redis|Postgres) answers again$/.test(`${msg}`))
-    )
-  })
+      await proxy.heal()
+      const body = await signUpBody()
+      t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)
+      await until('the return of the store is logged', () =>
+        lines.some(({ msg }) => /^(Redis|Postgres) answers again$/.test(`${msg}`))
+      )
+    }
+  )
 }
 
-t.test('ten seconds after a line about a failing store, another one has the number of those like it', async (t) => {
-  const { hooks } = loggerOptions(config())
-  const written: [unknown, unknown][] = []
+t.test('a warning is logged once in ten seconds for each message, and then with the number of those left out', (t) => {
+  const written: [unknown, unknown, unknown][] = []
   const write = (line: string) => {
-    const { msg, suppressed } = JSON.parse(line)
-    written.push([msg, suppressed])
+    const { msg, err, suppressed } = JSON.parse(line)
+    written.push([msg, err.message, suppressed])
   }
-  const log = pino({ hooks }, { write })
-  mock.timers.enable({ apis: ['setTimeout'] })
-  t.teardown(() => mock.timers.reset())
-  const fail = (cause: string) => log.error({ err: new Error(cause) }, 'storage_unavailable')
+  const warn = sampledWarnings(pino({}, { write }))
+  const clock = mock.method(performance, 'now', () => now)
+  t.teardown(() => clock.mock.restore())
+  let now = 1_000
+  const fail = (cause: string) => warn(new Error(cause), 'a failure')
   for (let n = 0; n < 5; n++) fail('away')
   fail('slow')
-  log.error({ err: new Error('away') }, 'another message')
-  mock.timers.tick(10_000)
+  warn(new Error('away'), 'another failure')
+  now += 9_999
+  fail('away')
+  now += 1
+  fail('away')
+  fail('slow')
+  now += 10_000
   fail('away')
   t.strictSame(written, [
-    ['storage_unavailable', undefined],
-    ['storage_unavailable', undefined],
-    ['another message', undefined],
-    ['storage_unavailable: away', 4],
-    ['storage_unavailable', undefined]
+    ['a failure', 'away', undefined],
+    ['a failure', 'slow', undefined],
+    ['another failure', 'away', undefined],
+    ['a failure', 'away', 5],
+    ['a failure', 'slow', undefined],
+    ['a failure', 'away', undefined]
   ])
 
-  // However many causes there are, the log is bounded.
+  // However many messages there are, the log is bounded.
+  written.length = 0
   for (let n = 0; n < 1_000; n++) fail(`cause ${n}`)
-  t.ok(written.length <= 5 + 101, `${written.length} lines`)
+  t.ok(written.length <= 101, `${written.length} lines`)
+  t.end()
 })

@@ -1,7 +1,6 @@
 import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
-import type { Limit } from '../stores/rate-limits.js'
-import type { LimitName } from '../telemetry/observer.js'
+import type { Limit, LimitName } from '../stores/rate-limits.js'
 
 const [hour, day] = [3_600, 86_400]
 

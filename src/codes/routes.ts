@@ -5,6 +5,7 @@ import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
 import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { outcomes, Refusal } from '../outcomes.js'
+import { StoreUnavailable } from '../stores/store-unavailable.js'
 import type { CodePurpose, Send } from './codes.js'
 import { mobileLimits, unusedCodeLimits } from './limits.js'
 import { MessageNotSent } from './senders/sender.js'
@@ -90,7 +91,7 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
   }
 
   function refuseUntilResend(error: unknown): never {
-    const cause = error instanceof Refusal ? error.cause : error
-    throw new Refusal('storage_unavailable', cause, { retryAfterSeconds: Math.max(1, config.smsResendS) })
+    if (error instanceof StoreUnavailable) error.retryAfterSeconds = Math.max(1, config.smsResendS)
+    throw error
   }
 }

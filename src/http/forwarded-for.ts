@@ -13,7 +13,7 @@ export const forwardedFor = fp(
       if (isIgnored && performance.now() - lastWarningAt >= intervalMs) {
         lastWarningAt = performance.now()
         const peer = request.socket.remoteAddress
-        request.log.warn({ reqId: request.id, peer }, 'X-Forwarded-For is ignored: TRUST_PROXY does not name this peer')
+        request.log.warn({ peer }, 'X-Forwarded-For is ignored: TRUST_PROXY does not name this peer')
       }
       done()
     })

@@ -5,7 +5,6 @@ import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
 import { type OutcomeName, outcomeNames, outcomes } from '../outcomes.js'
 import { byPreference, messageOf } from './replies.js'
-import { patternOutcomeKeyword } from './schemas.js'
 
 const introduction = `
 One request signs a person up: mobile number, one-time SMS code and password in; a durable user and a session out.
@@ -58,7 +57,7 @@ export const openapi = fp<{ config: Config }>(
       transform({ schema, url, route }) {
         if (route.config?.outcomes === undefined) return { schema: { hide: true }, url }
         const response = describeReplies(route.config, config)
-        return { schema: { ...withoutInternalKeywords(schema), headers: acceptLanguage, response }, url }
+        return { schema: { ...schema, headers: acceptLanguage, response }, url }
       }
     })
     fastify.route({ method: 'GET', url: '/openapi.json', handler: async () => fastify.swagger() })
@@ -83,11 +82,6 @@ export const openapi = fp<{ config: Config }>(
   },
   { fastify: '5.x', name: 'openapi', dependencies: ['replies'] }
 )
-
-/** Copies a schema without the keyword that only the validator uses. */
-function withoutInternalKeywords(schema: object): object {
-  return JSON.parse(JSON.stringify(schema, (key, value) => (key === patternOutcomeKeyword ? undefined : value)))
-}
 
 const acceptLanguage = Type.Object({
   'accept-language': Type.Optional(Type.String({ description: 'The language of errmsg: zh or en', examples: ['en'] }))

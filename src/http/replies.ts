@@ -54,21 +54,28 @@ export const replies = fp<{ config: Config }>(
       return this.send(details.data === undefined ? { errno, errmsg } : { errno, errmsg, data: details.data })
     })
 
-    fastify.setErrorHandler((error: FastifyError, request, reply) => {
+    fastify.setErrorHandler((error: FastifyError & Pick<OutcomeDetails, 'retryAfterSeconds'>, request, reply) => {
       // An unknown route is answered as such even if its body cannot be parsed.
-      const name = request.is404 ? 'no_such_route' : outcomeOf(error)
-      const cause = error instanceof Refusal ? error.cause : outcomes[name].status >= 500 ? error : undefined
-      if (cause !== undefined) request.log.error({ reqId: request.id, err: cause }, name)
-      return reply.outcome(name, error instanceof Refusal ? error.details : {})
+      if (request.is404) return reply.outcome('no_such_route')
+      if (error instanceof Refusal) {
+        if (error.cause !== undefined) request.log.error({ err: error.cause }, error.outcome)
+        return reply.outcome(error.outcome, error.details)
+      }
+      const name = outcomeOf(error)
+      if (name === 'internal_error') request.log.error({ err: error }, name)
+      return reply.outcome(name, { retryAfterSeconds: error.retryAfterSeconds })
     })
   },
   { fastify: '5.x', name: 'replies' }
 )
 
-function outcomeOf(error: FastifyError): OutcomeName {
-  if (error instanceof Refusal) return error.outcome
-  const { statusCode = 500 } = error
-  if (statusCode === 413) return 'body_too_large'
-  if (statusCode === 415) return 'unsupported_content_type'
-  return statusCode < 500 ? 'malformed_parameter' : 'internal_error'
+/** The outcomes of errors from below `http/` and from Fastify, by their codes. None of them is a bug, so none is logged here. */
+const outcomesByErrorCode: Partial<Record<string, OutcomeName>> = {
+  STORE_UNAVAILABLE: 'storage_unavailable',
+  FST_ERR_CTP_BODY_TOO_LARGE: 'body_too_large',
+  FST_ERR_CTP_INVALID_MEDIA_TYPE: 'unsupported_content_type'
+}
+
+function outcomeOf({ code, statusCode = 500 }: FastifyError): OutcomeName {
+  return outcomesByErrorCode[code] ?? (statusCode < 500 ? 'malformed_parameter' : 'internal_error')
 }

@@ -23,8 +23,6 @@ export function serverOptions(config: Config, logStream?: DestinationStream) {
   return {
     logger: loggerOptions(config, logStream),
     logController: requestLog,
-    // The one log line of a request names the request itself. A child logger for each request costs more.
-    childLoggerFactory: (logger) => logger,
     genReqId: requestIdOf,
     ...(config.trustProxy.length > 0 && { trustProxy: [...config.trustProxy] }),
     bodyLimit: bodyMaxBytes,

@@ -1,15 +1,14 @@
 import { isUtf8 } from 'node:buffer'
 import { Ajv, type ErrorObject } from 'ajv'
 import fp from 'fastify-plugin'
-import { isOutcomeName, type OutcomeName, Refusal } from '../outcomes.js'
-import { patternOutcomeKeyword } from './schemas.js'
+import { type OutcomeName, Refusal } from '../outcomes.js'
 
 /** Accepts JSON bodies only, and validates them without coercing or removing anything. */
 export const strictJson = fp(
   async (fastify) => {
     // An own Ajv, because Fastify's coerces and strips, and a host application may have other settings.
     // `allErrors` and `verbose` are for validationOutcome(). They are safe: schemas and bodies are small.
-    const ajv = new Ajv({ allErrors: true, verbose: true, keywords: [patternOutcomeKeyword] })
+    const ajv = new Ajv({ allErrors: true, verbose: true })
     ajv.addFormat('well-formed', (text: string) => text.isWellFormed())
     fastify.setValidatorCompiler(({ schema }) => ajv.compile(schema))
     fastify.setSchemaErrorFormatter((errors) => new Refusal(validationOutcome(errors)))
@@ -30,15 +29,13 @@ export const strictJson = fp(
 
 /**
  * Returns the first fault in the order of the outcome table: a field is absent (null and "" count), has a wrong type or
- * is too long, or does not match its pattern.
+ * is too long, or the mobile does not match its pattern.
  */
 function validationOutcome(errors: readonly Partial<ErrorObject>[]): OutcomeName {
   // Only required texts have a `minLength`. An optional field that is null has a wrong type.
   const isAbsent = ({ keyword, data, parentSchema }: Partial<ErrorObject>) =>
     keyword === 'required' || keyword === 'minLength' || (data === null && parentSchema?.minLength !== undefined)
   if (errors.some(isAbsent)) return 'missing_parameter'
-  const [error] = errors
-  if (error === undefined || errors.some(({ keyword }) => keyword !== 'pattern')) return 'malformed_parameter'
-  const patternOutcome: unknown = error.parentSchema?.[patternOutcomeKeyword]
-  return isOutcomeName(patternOutcome) ? patternOutcome : 'malformed_parameter'
+  const isOnlyMobile = errors.every(({ keyword, instancePath }) => keyword === 'pattern' && instancePath === '/mobile')
+  return isOnlyMobile ? 'invalid_mobile' : 'malformed_parameter'
 }

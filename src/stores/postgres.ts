@@ -5,9 +5,9 @@ import fp from 'fastify-plugin'
 import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
 import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
-import { Refusal } from '../outcomes.js'
-import { redactError } from '../telemetry/log.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
+import { sampledWarnings } from '../telemetry/sampled-warnings.js'
+import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
 /** A prepared statement: it is parsed and planned once for each connection. */
@@ -17,10 +17,11 @@ interface Postgres {
   /**
    * Runs a prepared statement in one round trip on a pooled connection.
    *
-   * @throws {Refusal} `storage_unavailable` if Postgres fails or does not answer within `STORE_TIMEOUT_MS`
+   * @throws {StoreUnavailable} if Postgres cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
+   * @throws {Error} the error of Postgres if it is a bug
    */
   query<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
-  /** @throws {Refusal} `storage_unavailable` while Postgres is known not to answer */
+  /** @throws {StoreUnavailable} while Postgres is known not to answer */
   assertAvailable(): void
   /** Counts the connections of the pool, the idle ones, and the statements that wait for one. */
   connections(): { total: number; idle: number; waiting: number }
@@ -62,9 +63,10 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
     const pool = poolOf(fastify)
 
+    const warn = sampledWarnings(fastify.log)
     // An `error` event without a listener ends the process. The pool emits the errors of its idle connections. A
     // connection in use emits its own.
-    pool.on('error', (err) => fastify.log.warn({ err, store: 'postgres' }, 'an idle Postgres connection failed'))
+    pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
     pool.on('connect', (client) => client.on('error', () => undefined))
 
     /** @param check throws if the rows show that the connection must not be used again */
@@ -73,9 +75,14 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       values: unknown[],
       check?: (rows: Row[]) => void
     ) {
+      // One deadline for the wait for a connection, which the pool bounds by the same timeout, and for the query.
+      const deadline = performance.now() + storeTimeoutMs
       const client = await pool.connect()
       try {
-        const result = await client.query<Row>({ ...(!hasPooler && { name }), text, values })
+        // `query_timeout` works for each query, but @types/pg lacks it there. 0 would mean the default, the whole timeout.
+        const query_timeout = Math.max(1, deadline - performance.now())
+        const query = { ...(!hasPooler && { name }), text, values, query_timeout }
+        const result = await client.query<Row>(query)
         check?.(result.rows)
         client.release()
         return result
@@ -118,7 +125,7 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
     }
 
     function assertAvailable(): void {
-      if (probeError !== undefined) throw new Refusal('storage_unavailable', redactError(probeError))
+      if (probeError !== undefined) throw new StoreUnavailable('postgres', probeError)
     }
 
     const query = async <Row extends QueryResultRow>(
@@ -129,9 +136,11 @@ export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
       assertAvailable()
       try {
         return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
-      } catch (cause) {
-        if (!(cause instanceof pg.DatabaseError)) probeUntilAvailable()
-        throw new Refusal('storage_unavailable', redactError(cause))
+      } catch (error) {
+        if (!isOutage(error)) throw error
+        if (!(error instanceof pg.DatabaseError)) probeUntilAvailable()
+        warn(error, 'a round trip to Postgres failed')
+        throw new StoreUnavailable('postgres', error)
       }
     }
 
@@ -161,6 +170,21 @@ async function hasStatementTimeout(pool: Pool, storeTimeoutMs: number): Promise<
     [storeTimeoutMs]
   )
   return rowCount === 1
+}
+
+/**
+ * The SQLSTATEs of an outage: a failed connection (08), a rolled back transaction (40), exhausted resources (53), an operator
+ * or a timeout (57), and a server that is read-only, so no longer the primary (25006).
+ */
+const outageStates = /^(08|40|53|57|25006)/
+
+/**
+ * Whether a retry may succeed without a change of Postgres or of this service. Any other SQL error is a bug: a missing right,
+ * column or table. The other errors of node-postgres are lost connections and timeouts, mostly of class `Error`.
+ */
+function isOutage(error: unknown): error is Error {
+  if (!(error instanceof Error)) return false
+  return error instanceof pg.DatabaseError ? outageStates.test(error.code ?? '') : !isProgrammingError(error)
 }
 
 /**

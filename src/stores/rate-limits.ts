@@ -1,6 +1,22 @@
 import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
-import type { LimitName, Observer } from '../telemetry/observer.js'
+import type { Observer } from '../telemetry/observer.js'
+
+/** The limits that refuse requests. */
+export const limitNames = [
+  'sms_resend',
+  'sms_mobile',
+  'sms_network',
+  'sms_prefix',
+  'sms_all',
+  'guesses_guesser',
+  'guesses_mobile',
+  'login_mobile_network',
+  'login_mobile',
+  'login_network'
+] as const
+
+export type LimitName = (typeof limitNames)[number]
 
 /** At most `max` units in the last `seconds`. */
 export interface Limit {

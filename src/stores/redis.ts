@@ -1,12 +1,12 @@
 import type { Socket } from 'node:net'
 import fastifyRedis from '@fastify/redis'
 import fp from 'fastify-plugin'
-import { Cluster, Redis } from 'ioredis'
+import { Cluster, Redis, ReplyError } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { parseRedisUrl, type RedisTarget } from '../config/redis-url.js'
-import { Refusal } from '../outcomes.js'
-import { redactError } from '../telemetry/log.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
+import { sampledWarnings } from '../telemetry/sampled-warnings.js'
+import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
 declare module 'fastify' {
@@ -14,8 +14,8 @@ declare module 'fastify' {
     /**
      * Runs commands on Redis.
      *
-     * @throws {Refusal} `storage_unavailable` for any error of `run`: Redis fails, or does not answer within
-     * `STORE_TIMEOUT_MS`
+     * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
+     * @throws {Error} the error of Redis or of `run` if it is a bug
      */
     withRedis<T>(run: (redis: Redis | Cluster) => Promise<T>): Promise<T>
     /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
@@ -39,10 +39,11 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
     // Automatic pipelines send commands of different requests together. A trace would show them all in one request.
     const isTraced = otlpEndpoint !== undefined
     const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, { enableAutoPipelining: !isTraced })
+    const warn = sampledWarnings(fastify.log)
     let lastError: Error | undefined
     const logError = (err: Error) => {
       lastError = err
-      fastify.log.warn({ err, store: 'redis' }, 'the connection to Redis failed')
+      warn(err, 'the connection to Redis failed')
     }
     client.on('error', logError)
     // Only a Cluster has this event.
@@ -79,11 +80,13 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
       try {
         const result = await observeRoundTrip(observer, 'redis', run(client))
         // After a command, not when it connects: a server that is no master accepts connections, too.
-        if (lastError !== undefined) fastify.log.info({ store: 'redis' }, 'Redis answers again')
+        if (lastError !== undefined) fastify.log.info('Redis answers again')
         lastError = undefined
         return result
-      } catch (cause) {
-        throw new Refusal('storage_unavailable', redactError(cause))
+      } catch (error) {
+        if (!isOutage(error)) throw error
+        warn(error, 'a round trip to Redis failed')
+        throw new StoreUnavailable('redis', error)
       }
     })
   },
@@ -151,6 +154,19 @@ function connect(
         })
   dropWhenUnusable(client, onNoMaster)
   return client
+}
+
+/** Replies of a server that cannot serve now. An error of a script has the word in its middle. */
+const outageReply =
+  /\b(READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|OOM|MISCONF|NOREPLICAS|max number of clients reached)\b/
+
+/**
+ * Whether a retry may succeed without a change of Redis or of this service. Any other reply is a bug: a missing right, a key of
+ * another type, an error of a script. The other errors of ioredis are lost connections and timeouts, mostly of class `Error`.
+ */
+function isOutage(error: unknown): error is Error {
+  if (!(error instanceof Error)) return false
+  return error instanceof ReplyError ? outageReply.test(error.message) : !isProgrammingError(error)
 }
 
 /** @throws if the server is older than 6.2, the first with GETDEL */

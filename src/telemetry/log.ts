@@ -1,7 +1,6 @@
 import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
-import { type DestinationStream, destination, type LogFn, type Logger, stdSerializers } from 'pino'
+import { type DestinationStream, destination, stdSerializers } from 'pino'
 import type { Config } from '../config/config.js'
-import { Refusal } from '../outcomes.js'
 
 declare module 'fastify' {
   interface FastifyRequest {
@@ -22,16 +21,16 @@ export function maskMobiles(text: string): string {
 const redact = (text: string) => maskMobiles(text.replace(/,? with args beginning with:.*/g, ''))
 
 /**
- * Copies an error without what must not leave the service. A Redis error has the arguments of its command
- * (`command.args`), a Postgres conflict its key (`detail`), and loggers print every field.
+ * Returns what is logged of an error and its causes. Their other fields may hold secrets: a Redis error has the arguments of
+ * its command (`command.args`), a Postgres conflict its key (`detail`).
  */
-export function redactError(error: unknown): Error {
-  if (!(error instanceof Error)) return new Error('not an error')
-  const { name, message, stack = '', cause } = error
-  const { code } = { code: undefined, ...error }
-  const copy = new Error(redact(message), { ...(cause !== undefined && { cause: redactError(cause) }) })
-  return Object.assign(copy, { name, stack: redact(stack), ...(code !== undefined && { code }) })
+function serializeError(error: unknown) {
+  const { type, message, stack, code } = stdSerializers.err(error instanceof Error ? error : new Error('not an error'))
+  return { type, message: redact(message), stack: redact(stack), code }
 }
+
+/** For every logger of this service. Nothing else removes secrets from errors. Without a message pino takes that of the error. */
+export const serializers = { err: serializeError, msg: (message: unknown) => redact(`${message}`) }
 
 /** How long a log line may wait to be written together with others. */
 const flushIntervalMs = 100
@@ -51,60 +50,11 @@ export function jsonLog() {
   return stream
 }
 
-/** For how long the lines of a kind about a failing store are counted instead of logged, after one was. */
-const sampleIntervalMs = 10_000
-
-/** More kinds than a service has, unless messages of a store contain something of a request. */
-const sampledKindsMax = 100
-
-/** The fields and the message of a log line, as pino gets them. */
-type LogArguments = Parameters<LogFn>
-
-/** Returns the kind of a line about a failing store, or undefined for any other line. */
-function storeFailureKind([fields, message]: LogArguments): string | undefined {
-  if (typeof fields !== 'object' || fields === null) return undefined
-  const { err, outcome, store, method, route }: Record<string, unknown> = { ...fields }
-  if (outcome === 'storage_unavailable') return `${method} ${route}`
-  const isRefusal = err instanceof Refusal && err.outcome === 'storage_unavailable'
-  if (!isRefusal && store === undefined && message !== 'storage_unavailable') return undefined
-  return err instanceof Error ? `${message}: ${err.message}` : message
-}
-
-/**
- * Returns a hook of pino that logs one line in 10 s of each kind about a failing store. Otherwise the log would grow with the
- * traffic while a store is away. After the 10 s a line with `suppressed` has the number of the others.
- */
-function sampleStoreFailures() {
-  const suppressedByKind = new Map<string, number>()
-  return function logMethod(this: Logger, args: LogArguments, method: LogFn): void {
-    const kind = storeFailureKind(args)
-    if (kind === undefined) {
-      method.apply(this, args)
-      return
-    }
-    const sampled = suppressedByKind.has(kind) || suppressedByKind.size < sampledKindsMax ? kind : 'other kinds'
-    const suppressed = suppressedByKind.get(sampled)
-    if (suppressed !== undefined) {
-      suppressedByKind.set(sampled, suppressed + 1)
-      return
-    }
-    suppressedByKind.set(sampled, 0)
-    method.apply(this, args)
-    setTimeout(() => {
-      const count = suppressedByKind.get(sampled)
-      suppressedByKind.delete(sampled)
-      if (count) method.apply(this, [{ suppressed: count }, sampled])
-    }, sampleIntervalMs).unref()
-  }
-}
-
 /** Returns the logger's options. Without a stream the lines go to standard output. */
 export function loggerOptions({ logLevel }: Config, stream?: DestinationStream) {
   return {
     level: logLevel,
-    hooks: { logMethod: sampleStoreFailures() },
-    // Also for errors that did not come from a store.
-    serializers: { err: (error: Error) => stdSerializers.err(redactError(error)) },
+    serializers,
     ...(stream && { stream })
   }
 }
@@ -117,7 +67,6 @@ export class RequestLog extends LogController {
     if (request.routeOptions.config.isProbe) return
     request.log.info(
       {
-        reqId: request.id,
         ...(request.traceId !== undefined && { trace_id: request.traceId }),
         method: request.method,
         route: request.routeOptions.url,

@@ -1,11 +1,9 @@
 import { once } from 'node:events'
 import { createServer } from 'node:http'
-import { monitorEventLoopDelay } from 'node:perf_hooks'
 import fp from 'fastify-plugin'
-import { Counter, Gauge, Histogram, Registry } from 'prom-client'
+import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
 import type { Config } from '../config/config.js'
-import type { OutcomeName } from '../outcomes.js'
-import { type LimitName, limitNames, type Observer, type StoreName } from './observer.js'
+import type { Observer, StoreName } from './observer.js'
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -20,9 +18,6 @@ const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 /** The label of requests without a route. Their URL may contain anything. */
 const noRoute = 'none'
 
-/** The resolution of the event-loop delay, in milliseconds. */
-const delayResolutionMs = 20
-
 /** Values that are read at each scrape. */
 export interface MetricsSources {
   hashQueueLength(): number
@@ -33,7 +28,7 @@ export interface MetricsSources {
   failingStores(): Promise<string[]>
 }
 
-/** The registry of all metrics. It observes the capabilities. */
+/** The registry of all metrics, those of the process included. It observes the capabilities. */
 export class Metrics implements Observer {
   private readonly registry = new Registry()
   private readonly registers = [this.registry]
@@ -88,7 +83,9 @@ export class Metrics implements Observer {
     registers: this.registers
   })
 
-  constructor() {
+  /** @param limitNames the labels of the limits, whose series begin with 0 */
+  constructor(limitNames: readonly string[]) {
+    collectDefaultMetrics({ register: this.registry })
     for (const store of ['postgres', 'redis'] as const) this.storeErrors.inc({ store }, 0)
     for (const limit of limitNames) this.limitRefusals.inc({ limit }, 0)
   }
@@ -99,7 +96,7 @@ export class Metrics implements Observer {
 
   /** Prepares the count of failures of a route. `increase()` of Prometheus does not see how a series begins. */
   addRoute(method: string, route: string): void {
-    this.requests.zero({ method, route, outcome: 'internal_error' satisfies OutcomeName })
+    this.requests.zero({ method, route, outcome: 'internal_error' })
   }
 
   onRequest(labels: { method: string; route: string; outcome: string }, durationMs: number): void {
@@ -124,7 +121,7 @@ export class Metrics implements Observer {
     this.codesUsed.inc()
   }
 
-  onLimitReached(limit: LimitName): void {
+  onLimitReached(limit: string): void {
     this.limitRefusals.inc({ limit })
   }
 
@@ -172,56 +169,12 @@ export class Metrics implements Observer {
       }
     })
   }
-
-  /**
-   * Adds the gauges of the process, under the names of prom-client's default metrics. Those observe every garbage
-   * collection, which took 8 % of the sign-ups/s with the cheapest hash.
-   *
-   * @returns a function that stops the measurement
-   */
-  addProcess(): () => void {
-    const { registers } = this
-    new Counter({
-      name: 'process_cpu_seconds_total',
-      help: 'CPU time of all threads',
-      registers,
-      collect() {
-        const { user, system } = process.cpuUsage()
-        this.reset()
-        this.inc((user + system) / 1e6)
-      }
-    })
-    new Gauge({
-      name: 'process_resident_memory_bytes',
-      help: 'Resident memory',
-      registers,
-      collect() {
-        this.set(process.memoryUsage.rss())
-      }
-    })
-    const delay = monitorEventLoopDelay({ resolution: delayResolutionMs })
-    delay.enable()
-    new Gauge({
-      name: 'nodejs_eventloop_lag_p99_seconds',
-      help: 'p99 of the event-loop delay since the last scrape',
-      registers,
-      collect() {
-        // Samples include the sampling interval; subtract it.
-        this.set(Math.max(0, delay.percentile(99) / 1e6 - delayResolutionMs) / 1_000)
-        delay.reset()
-      }
-    })
-    return () => void delay.disable()
-  }
 }
 
 /** Counts requests, and serves `GET /metrics` on a port of its own, which the gateway does not expose. */
 export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: MetricsSources }>(
   async (fastify, { config: { host, metricsPort }, metrics, sources }) => {
     metrics.addSources(sources)
-    const stopProcessMetrics = metrics.addProcess()
-    fastify.addHook('onClose', async () => stopProcessMetrics())
-
     fastify.addHook('onRoute', ({ method, url, config }) => {
       if (!config?.isProbe) for (const name of [method].flat()) metrics.addRoute(name, url)
     })

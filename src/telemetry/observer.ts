@@ -1,21 +1,5 @@
 export type StoreName = 'postgres' | 'redis'
 
-/** The limits that refuse requests. */
-export const limitNames = [
-  'sms_resend',
-  'sms_mobile',
-  'sms_network',
-  'sms_prefix',
-  'sms_all',
-  'guesses_guesser',
-  'guesses_mobile',
-  'login_mobile_network',
-  'login_mobile',
-  'login_network'
-] as const
-
-export type LimitName = (typeof limitNames)[number]
-
 /** Receives the events of the stores, the hash threads, the codes and the limits. */
 export interface Observer {
   /** A round trip to a store has ended, successfully or not. */
@@ -27,7 +11,7 @@ export interface Observer {
   /** A code that this service had sent has completed a sign-up or a password reset. */
   onCodeUsed(): void
   /** A limit has refused a request. */
-  onLimitReached(limit: LimitName): void
+  onLimitReached(limit: string): void
 }
 
 /** Reports a round trip to an observer, if there is one. @returns the round trip */

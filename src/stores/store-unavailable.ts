@@ -1,0 +1,20 @@
+import type { StoreName } from '../telemetry/observer.js'
+
+/**
+ * A store cannot serve now: it does not answer, or answers that it cannot. The same request may succeed later. The store has
+ * logged the cause.
+ */
+export class StoreUnavailable extends Error {
+  override readonly name = 'StoreUnavailable'
+  readonly code = 'STORE_UNAVAILABLE'
+  /** For the client. Undefined means the default of the outcome. */
+  retryAfterSeconds: number | undefined
+
+  constructor(store: StoreName, cause?: unknown) {
+    super(`${store} is unavailable`, { cause })
+  }
+}
+
+/** Whether JavaScript or Node.js throws such an error for a wrong value. Neither a connection nor a timeout fails so. */
+export const isProgrammingError = (error: Error): boolean =>
+  [TypeError, RangeError, ReferenceError, SyntaxError].some((type) => error instanceof type)
