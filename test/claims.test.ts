@@ -314,14 +314,14 @@ t.test('G5: the code of an instance that died after its INSERT gives the same su
 })
 
 t.test('if Redis does not answer the release after a conflict, the hash of the row decides', async (t) => {
-  const proxy = await openProxy(t, 'REDIS_URL')
-  const { signUp } = client(await build(t, { REDIS_URL: proxy.url }))
   const body = await signUpBody()
   t.equal((await signUp(body)).statusCode, 201)
   for (const [again, status] of [
     [body, 201],
     [withOtherPassword(body), 409]
   ] as const) {
+    const proxy = await openProxy(t, 'REDIS_URL')
+    const { signUp } = client(await build(t, { REDIS_URL: proxy.url }))
     const second = { ...again, sms_code: await issueCode(body.mobile) }
     const struck = proxy.strike(claimKey(body.mobile), { kind: 'reset' }, 1)
     t.equal((await signUp(second)).statusCode, status)
