@@ -86,7 +86,7 @@ const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config 
 }
 
 /**
- * Builds the service, ready to listen.
+ * Builds the service. `listen` and `inject` make it ready; until then it takes more routes.
  *
  * @throws if a store does not answer, a hash thread cannot start or a port is in use; nothing is left open then
  */
@@ -94,7 +94,6 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
   const app = Fastify(serverOptions(config, options.logStream))
   try {
     await registerService(app, config, options)
-    await app.ready()
   } catch (error) {
     await app.close()
     throw error

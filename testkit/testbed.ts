@@ -90,6 +90,7 @@ export async function startTestbed(t: Test) {
   ): Promise<FastifyInstance> {
     const app = await buildApp({ ...config(env), ...changes }, { logStream, ...options })
     t.after(() => app.close())
+    await app.ready()
     const { createTicket } = app.codes
     app.codes.createTicket = (mobile) => {
       const ticket = createTicket(mobile)
