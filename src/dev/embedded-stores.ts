@@ -167,7 +167,9 @@ async function createFolder(path: string): Promise<void> {
 async function readOrCreateSecret(file: string): Promise<string> {
   if (existsSync(file)) return (await readFile(file, 'utf8')).trim()
   const secret = randomBytes(32).toString('hex')
-  await writeFile(file, `${secret}\n`, { mode: 0o600 })
+  // Renamed when it is complete. So a start that is killed leaves no empty secret.
+  await writeFile(`${file}.unfinished`, `${secret}\n`, { mode: 0o600 })
+  await rename(`${file}.unfinished`, file)
   return secret
 }
 
