@@ -122,8 +122,6 @@ async function registerService(app: FastifyInstance, config: Config, { overrides
   if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app, storeChecks) })
   await app.register(routes, { prefix: config.apiPrefix, config })
   await app.register(healthRoutes, { storeChecks, ownFailure: () => ownFailure(app) })
-  // Nothing of src/dev is loaded in production.
-  if (config.embedded) await app.register(import('./dev/sign-up-page.js'), { config })
 }
 
 const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: StoreChecks): MetricsSources => ({

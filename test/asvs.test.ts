@@ -89,21 +89,21 @@ t.test('every test that docs/asvs.md names exists', async (t) => {
   t.equal(page.match(/`test\//g)?.length, references.length)
 })
 
-t.test('every path of src/, sql/, test/, deploy/ and scripts/ that docs/asvs.md names exists', async (t) => {
-  const paths = [...page.matchAll(/(?<![\w/.])(?:src|sql|test|deploy|scripts)\/[\w./-]*\w/g)].map(([path]) => path)
+t.test('every path of src/, dev/, sql/, test/, deploy/ and scripts/ that docs/asvs.md names exists', async (t) => {
+  const paths = [...page.matchAll(/(?<![\w/.])(?:src|dev|sql|test|deploy|scripts)\/[\w./-]*\w/g)].map(([path]) => path)
   t.ok(paths.length > 50)
   for (const path of paths) t.ok(existsSync(join(root, path)), path)
 })
 
 t.test('every name of the source that docs/asvs.md gives is in its file', async (t) => {
-  const names = [...page.matchAll(/`(src\/[\w./-]+)` \(`(\w+)`\)/g)]
+  const names = [...page.matchAll(/`((?:src|dev)\/[\w./-]+)` \(`(\w+)`\)/g)]
   t.ok(names.length > 15)
   for (const [, file = '', name = ''] of names) t.match(read(file), new RegExp(`\\b${name}\\b`), `${file}: ${name}`)
 })
 
 t.test('every requirement that is met names a test, a source or a page', async (t) => {
   for (const { number, how } of rows.filter(({ status }) => status === 'met'))
-    t.match(how, /\b(?:test|src|sql)\/|\.md\b|`\.dockerignore`/, number)
+    t.match(how, /\b(?:test|src|dev|sql)\/|\.md\b|`\.dockerignore`/, number)
 })
 
 t.test('every requirement that is not met has a gap, and every gap names its requirements and its size', async (t) => {

@@ -10,7 +10,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import type { Environment } from '../config/config.js'
+import type { Environment } from '../src/config/config.js'
 import { GuardedServer, isRoot, unprivileged, unprivilegedId } from './guarded-server.js'
 import { findProgram } from './programs.js'
 
