@@ -94,8 +94,8 @@ t.test('a long migration does not keep the liveness probe waiting, and requests 
   databaseUrl.pathname = '/slow'
   const other = new pg.Client(databaseUrl.href)
   await other.connect()
-  // Another instance migrates: this is the lock of node-pg-migrate.
-  await other.query('SELECT pg_advisory_lock(7241865325823964)')
+  // Another instance migrates: this is its lock.
+  await other.query('SELECT pg_advisory_lock(4931667203518772)')
   const service = startService(t, { DATABASE_URL: databaseUrl.href })
   const url = await service.url()
   t.equal((await fetch(`${url}/health/live`)).status, 200)
