@@ -48,9 +48,9 @@ ALTER TABLE users
 -- One mobile is one row of one shard, so each statement of the service is the work of one node.
 SELECT create_distributed_table('users', 'mobile');
 -- An instance reads it at the start if MIGRATE is true, also one whose DATABASE_URL is a worker.
-SELECT create_reference_table('pgmigrations');
+SELECT create_reference_table('mobile_signup_migrations');
 COMMIT;
 
 -- Rows that were in the tables before have been copied to the shards.
 SELECT truncate_local_data_after_distributing_table('users');
-SELECT truncate_local_data_after_distributing_table('pgmigrations');
+SELECT truncate_local_data_after_distributing_table('mobile_signup_migrations');

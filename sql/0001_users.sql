@@ -1,7 +1,17 @@
+-- An id is time and a counter: 41 bits of milliseconds since 2024, then 22 bits of a sequence. After a failover or a restore
+-- the sequence may have gone back, because Postgres logs it 32 values ahead. The time has not, so no id is given twice.
+CREATE SEQUENCE user_id_counter AS integer MINVALUE 0 MAXVALUE 4194303 CYCLE;
+-- A role that may only insert users needs it. An identity column would need no such grant.
+GRANT USAGE ON SEQUENCE user_id_counter TO PUBLIC;
+
 CREATE TABLE users (
-  id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  id            bigint      PRIMARY KEY DEFAULT
+    ((extract(epoch FROM clock_timestamp()) * 1000)::bigint - 1704067200000) << 22 | nextval('user_id_counter'),
   name          text        NOT NULL,
   mobile        text        NOT NULL UNIQUE,
   password_hash text        NOT NULL, -- PHC string
-  created_at    timestamptz NOT NULL DEFAULT now()
+  created_at    timestamptz NOT NULL DEFAULT now(),
+  -- A password reset and a logout everywhere raise it. A session with an older epoch has ended.
+  session_epoch integer     NOT NULL DEFAULT 0
 );
+ALTER SEQUENCE user_id_counter OWNED BY users.id;

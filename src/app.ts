@@ -99,7 +99,7 @@ const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config 
 }
 
 /**
- * Builds the service, ready to listen.
+ * Builds the service. `listen` and `inject` make it ready; until then it takes more routes.
  *
  * @throws if a store does not answer, a hash thread cannot start or a port is in use; nothing is left open then
  */
@@ -107,7 +107,6 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
   const app = Fastify(serverOptions(config, options.logStream))
   try {
     await registerService(app, config, options)
-    await app.ready()
   } catch (error) {
     await app.close()
     throw error
@@ -136,8 +135,6 @@ async function registerService(app: FastifyInstance, config: Config, { overrides
   if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app, storeChecks) })
   await app.register(routes, { prefix: config.apiPrefix, config })
   await app.register(healthRoutes, { storeChecks, ownFailure: () => ownFailure(app) })
-  // Nothing of src/dev is loaded in production.
-  if (config.embedded) await app.register(import('./dev/sign-up-page.js'), { config })
 }
 
 const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: StoreChecks): MetricsSources => ({

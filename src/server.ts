@@ -51,18 +51,12 @@ async function exit(code: number): Promise<void> {
 async function main(): Promise<void> {
   // Before the modules that it instruments are loaded.
   const stopTracing = process.env.OTEL_EXPORTER_OTLP_ENDPOINT ? await startTracing() : undefined
-  const { loadConfig, usesEmbeddedStores } = await import('./config/config.js')
+  const { loadConfig } = await import('./config/config.js')
   const { buildApp } = await import('./app.js')
   const { migrate } = await import('./stores/migrations.js')
-  // Nothing of src/dev is loaded in production.
-  const dev = usesEmbeddedStores(process.env) ? await import('./dev/embedded-mode.js') : undefined
 
-  const stores = await dev?.EmbeddedStores.prepare('.data')
-  const config = loadConfig(process.env, stores?.environment(process.env))
-  if (stores) stop = () => stores.stop()
-  await stores?.start()
-
-  const app = await buildApp(config, { logStream: await (dev ? dev.prettyLog() : openLog()) })
+  const config = loadConfig(process.env)
+  const app = await buildApp(config, { logStream: await openLog() })
   // Node's own report prints every field of an error, and a Redis error carries the arguments of its command.
   process.on('uncaughtException', (err) => {
     app.log.fatal({ err }, 'uncaught exception')
@@ -76,7 +70,7 @@ async function main(): Promise<void> {
       exit(1)
     }, config.shutdownTimeoutMs)
     await app.close()
-    await Promise.all([stores?.stop(), stopTracing?.()])
+    await stopTracing?.()
   }
   if (isStopping) return
 
@@ -85,10 +79,9 @@ async function main(): Promise<void> {
   app.startUp.isComplete = false
   // Fastify would open a second server for the other address of localhost, without the handlers of http/.
   const { address: host } = await lookup(config.host, { order: 'ipv4first' })
-  const address = await app.listen({ port: config.port, host })
+  await app.listen({ port: config.port, host })
   await migrated
   app.startUp.isComplete = true
-  if (dev) process.stdout.write(await dev.demoBanner(config.redisUrl, `${address}${config.apiPrefix}`))
 }
 
 /** Opens the log of JSON lines, which `exit` flushes. */

@@ -41,25 +41,27 @@ const allowedImports: Record<string, string[]> = {
   http: ['telemetry', ...foundation],
   ...Object.fromEntries(features.map((feature) => [feature, belowFeatures])),
   users: [...features, ...belowFeatures],
-  dev: ['config'],
-  'app.ts': [...features, 'users', 'dev', ...belowFeatures],
+  'app.ts': [...features, 'users', ...belowFeatures],
   'index.ts': ['app.ts', 'config', 'stores'],
   'calibrate.ts': ['config', 'passwords'],
   'cli.ts': ['calibrate.ts', 'migrate.ts', 'server.ts'],
   'migrate.ts': ['config', 'stores', 'telemetry'],
-  'server.ts': ['app.ts', 'config', 'dev', 'stores', 'telemetry']
+  'server.ts': ['app.ts', 'config', 'stores', 'telemetry']
 }
 
 const placeOf = (file: string) => file.split('/')[0] ?? ''
 
-t.test('imports go one way: server → app → features → http, stores, telemetry → config', async (t) => {
-  t.ok(imports.length > 50)
-  for (const { from, to } of imports) {
-    const [place, target] = [placeOf(from), placeOf(to)]
-    t.ok(files.includes(to), `${from} imports ${to}, which exists`)
-    t.ok(place === target || allowedImports[place]?.includes(target), `${from} may import ${to}`)
+t.test(
+  'imports go one way, server → app → features → http, stores, telemetry → config, and never out of src',
+  async (t) => {
+    t.ok(imports.length > 50)
+    for (const { from, to } of imports) {
+      const [place, target] = [placeOf(from), placeOf(to)]
+      t.ok(files.includes(to), `${from} imports ${to}, which is in src`)
+      t.ok(place === target || allowedImports[place]?.includes(target), `${from} may import ${to}`)
+    }
   }
-})
+)
 
 t.test('no files import each other in a circle', async (t) => {
   /** Returns a circle that the path leads into. */
@@ -74,18 +76,13 @@ t.test('no files import each other in a circle', async (t) => {
   for (const file of files) t.equal(findCircle([file])?.join(' → '), undefined, file)
 })
 
-t.test('src/dev and OpenTelemetry are imported only on demand', async (t) => {
-  const onDemand = imports.filter(
-    ({ from, to }) => (placeOf(to) === 'dev' && placeOf(from) !== 'dev') || to === 'telemetry/traces.ts'
-  )
-  t.ok(onDemand.length > 2)
-  for (const { from, to, isDynamic } of onDemand) t.ok(isDynamic, `${from} imports ${to} dynamically`)
+t.test('OpenTelemetry is imported only on demand', async (t) => {
+  const onDemand = imports.filter(({ to }) => to === 'telemetry/traces.ts')
+  t.ok(onDemand.length > 0)
+  for (const { from, isDynamic } of onDemand) t.ok(isDynamic, from)
 })
 
-t.test('only the entry points and src/dev read the environment', async (t) => {
+t.test('only the entry points read the environment', async (t) => {
   const readers = files.filter((file) => readFileSync(join(src, file), 'utf8').includes('process.env'))
-  t.strictSame(
-    readers.filter((file) => placeOf(file) !== 'dev'),
-    ['migrate.ts', 'server.ts']
-  )
+  t.strictSame(readers, ['migrate.ts', 'server.ts'])
 })

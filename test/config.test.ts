@@ -1,12 +1,6 @@
 import { availableParallelism } from 'node:os'
 import t from 'tap'
-import {
-  ConfigError,
-  type Environment,
-  loadConfig,
-  loadDatabaseUrl,
-  usesEmbeddedStores
-} from '../dist/config/config.js'
+import { ConfigError, type Environment, loadConfig, loadDatabaseUrl } from '../dist/config/config.js'
 import { parseRedisUrl } from '../dist/config/redis-url.js'
 import { describeVariables } from '../testkit/generated-docs.js'
 
@@ -62,8 +56,7 @@ t.test('an environment with only the stores gives the documented defaults', asyn
     shutdownDelayMs: 0,
     shutdownTimeoutMs: 15_000,
     logLevel: 'info',
-    migrate: true,
-    embedded: false
+    migrate: true
   })
   t.match(sessionSecrets, [/^.{43}$/], 'a random secret outside production')
   t.notSame(loadConfig(stores).sessionSecrets, sessionSecrets, 'another one at each start')
@@ -254,8 +247,7 @@ t.test('G7: no fault quotes a secret', async (t) => {
 
 t.test('production requires the stores, a secret, a webhook and a strong hash; its cookies are Secure', async (t) => {
   t.match(faultsOf({ NODE_ENV: 'production' }), [
-    /^DATABASE_URL: /,
-    /^REDIS_URL: /,
+    /^DATABASE_URL, REDIS_URL: /,
     /^SESSION_SECRET: /,
     /^TRUST_PROXY: /,
     /^SMS_WEBHOOK_URL: /
@@ -297,30 +289,26 @@ t.test('production accepts no code that lives longer than ten minutes', async (t
   t.equal(loadConfig({ ...stores, SMS_CODE_TTL_S: '601' }).smsCodeTtlS, 601, 'any life outside production')
 })
 
-t.test('with a pooler there are no migrations at the start and no private stores', (t) => {
+t.test('with a pooler there are no migrations at the start', async (t) => {
   t.equal(loadConfig({ ...stores, PG_POOLER: 'transaction' }).migrate, false)
   t.strictSame(faultsOf({ ...stores, PG_POOLER: 'transaction', MIGRATE: 'true' }), [
     'MIGRATE: is true; expected false with PG_POOLER=transaction'
   ])
-  t.throws(() => loadConfig({ PG_POOLER: 'transaction' }, stores), {
-    message: 'invalid environment:\n  PG_POOLER: is transaction; expected none with private stores'
-  })
-  t.end()
 })
 
-t.test('one store URL without the other is a fault, in production and elsewhere', async (t) => {
-  for (const NODE_ENV of ['production', undefined]) {
-    const env = { NODE_ENV, SESSION_SECRET: secret }
-    t.match(faultsOf({ ...env, REDIS_URL: stores.REDIS_URL }), [/^DATABASE_URL: is unset; .*set both/])
-    t.match(faultsOf({ ...env, DATABASE_URL: stores.DATABASE_URL }), [/^REDIS_URL: is unset; .*set both/])
+t.test('both store URLs are required; outside production the fault names npm start', async (t) => {
+  const { DATABASE_URL, REDIS_URL } = stores
+  for (const [env, names] of [
+    [{}, 'DATABASE_URL, REDIS_URL'],
+    [{ DATABASE_URL: '', REDIS_URL: '' }, 'DATABASE_URL, REDIS_URL'],
+    [{ REDIS_URL }, 'DATABASE_URL'],
+    [{ DATABASE_URL }, 'REDIS_URL']
+  ] as const) {
+    t.match(faultsOf(env), [new RegExp(`^${names}: unset; expected .* \`npm start\``)])
+    const [fault] = faultsOf({ ...env, NODE_ENV: 'production' })
+    t.match(fault, `${names}: unset; expected `)
+    t.notMatch(fault, 'npm start')
   }
-})
-
-t.test('without a store URL the service uses its private stores, except in production', async (t) => {
-  t.ok(usesEmbeddedStores({}))
-  t.ok(usesEmbeddedStores({ DATABASE_URL: '', NODE_ENV: 'development' }))
-  t.notOk(usesEmbeddedStores({ NODE_ENV: 'production' }))
-  t.notOk(usesEmbeddedStores({ REDIS_URL: stores.REDIS_URL }))
 })
 
 t.test('npm run migrate reads only the variables of Postgres', async (t) => {

@@ -41,7 +41,7 @@ t.test('every internal link of every page leads to a file and a heading', async 
 })
 
 t.test('no page and no source cites a document that is not in the repository', async (t) => {
-  const sources = ['src', 'test', 'testkit', 'bench', 'examples', 'deploy', 'scripts', '.ci'].flatMap((folder) =>
+  const sources = ['src', 'dev', 'test', 'testkit', 'bench', 'examples', 'deploy', 'scripts', '.ci'].flatMap((folder) =>
     readdirSync(join(root, folder), { recursive: true, encoding: 'utf8' })
       .map((file) => join(folder, file))
       .filter((file) => /\.(ts|js|sh|yaml|html)$|\.ci\/run$/.test(file) && file !== 'test/docs.test.ts')

@@ -1,13 +1,18 @@
 import { execFile } from 'node:child_process'
-import { readFile } from 'node:fs/promises'
+import { readFile, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
+import { PG_MIGRATE_LOCK_ID, runner } from 'node-pg-migrate'
 import pg from 'pg'
 import t from 'tap'
 import { migrate } from '../dist/stores/migrations.js'
+import { client } from '../testkit/client.js'
+import { queryOnce } from '../testkit/postgres-admin.js'
+import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 
-const { stores, postgres, newMobile } = await startTestbed(t)
+const { build, cookieOf, newMobile, postgres, signUpBody, stores } = await startTestbed(t)
 
 /** Creates an empty database, and returns its URL. */
 async function createDatabase(name: string): Promise<string> {
@@ -20,7 +25,7 @@ async function createDatabase(name: string): Promise<string> {
 t.test('parallel migrations of an empty database do not collide', async (t) => {
   const url = await createDatabase('parallel')
   const applied = await Promise.all(Array.from({ length: 8 }, () => migrate(url)))
-  t.strictSame(applied.flat(), ['0001_users', '0002_session_epoch', '0003_user_ids'], 'each migration is applied once')
+  t.strictSame(applied.flat(), ['0001_users'], 'each migration is applied once')
 
   const client = new pg.Client(url)
   await client.connect()
@@ -91,33 +96,87 @@ t.test('G2: on Citus an id has the node, too, and a node that does not fit is an
   await t.rejects(idOf(startOf(64n)), /node group 64/)
 })
 
-t.test(
-  'users of a former version keep their ids, and a role that may only use the table can insert users',
-  async (t) => {
-    const url = await createDatabase('former')
-    const client = new pg.Client(url)
-    await client.connect()
-    const sql = (name: string) => readFile(new URL(`../sql/${name}.sql`, import.meta.url), 'utf8')
-    const insert = (mobile: string) =>
-      client.query(`INSERT INTO users (name, mobile, password_hash) VALUES ('n', $1, 'h') RETURNING id`, [mobile])
-    const inTransaction = (text: string) => client.query(`BEGIN; ${text} COMMIT`)
-    await inTransaction(await sql('0001_users'))
-    await inTransaction(await sql('0002_session_epoch'))
-    await insert('1')
-    await insert('2')
-    await client.query('CREATE ROLE restricted; GRANT SELECT, INSERT ON users TO restricted')
-    await inTransaction(await sql('0003_user_ids'))
-    await client.query('SET ROLE restricted')
-    await insert('3')
-    const { rows } = await client.query('SELECT mobile, id FROM users ORDER BY id')
-    await client.end()
-    t.match(rows, [
-      { mobile: '1', id: '1' },
-      { mobile: '2', id: '2' },
-      { mobile: '3', id: /^\d{15,19}$/ }
-    ])
+t.test('a role that may only use the table can insert users', async (t) => {
+  const url = await createDatabase('restricted')
+  await migrate(url)
+  const client = new pg.Client(url)
+  await client.connect()
+  t.teardown(() => client.end())
+  await client.query('CREATE ROLE restricted; GRANT SELECT, INSERT ON users TO restricted; SET ROLE restricted')
+  const { rows } = await client.query(
+    `INSERT INTO users (name, mobile, password_hash) VALUES ('n', '1', 'h') RETURNING id`
+  )
+  t.match(rows, [{ id: /^\d{15,19}$/ }])
+})
+
+t.test('another application that uses node-pg-migrate works in the same database, before and after', async (t) => {
+  const dir = createTemporaryFolder()
+  t.teardown(() => rm(dir, { recursive: true }))
+  await writeFile(join(dir, '0001_orders.sql'), 'CREATE TABLE orders (id integer);')
+  /** With the defaults of its command. */
+  const migrateOther = async (databaseUrl: string) => {
+    const applied = await runner({ databaseUrl, dir, direction: 'up', migrationsTable: 'pgmigrations', log: () => {} })
+    return applied.map(({ name }) => name)
   }
-)
+
+  const before = await createDatabase('other_before')
+  t.strictSame(await migrateOther(before), ['0001_orders'])
+  t.strictSame(await migrate(before), ['0001_users'])
+
+  const after = await createDatabase('other_after')
+  t.strictSame(await migrate(after), ['0001_users'])
+  t.strictSame(await migrateOther(after), ['0001_orders'])
+
+  for (const url of [before, after]) {
+    t.strictSame([await migrate(url), await migrateOther(url)], [[], []], 'nothing is pending')
+  }
+
+  const meanwhile = await createDatabase('other_meanwhile')
+  const other = new pg.Client(meanwhile)
+  await other.connect()
+  t.teardown(() => other.end())
+  await other.query('SELECT pg_advisory_lock($1)', [PG_MIGRATE_LOCK_ID])
+  t.strictSame(await migrate(meanwhile), ['0001_users'], 'also while the other one migrates')
+})
+
+t.test('a table users of another application is refused, and nothing changes; the advised schema works', async (t) => {
+  const url = await createDatabase('foreign_users')
+  const relations = () => queryOnce(url, `SELECT oid, relname FROM pg_class ORDER BY oid`)
+  await queryOnce(url, 'CREATE TABLE users (email text)')
+  const former = await relations()
+  const refusal: unknown = await migrate(url).catch((error) => error)
+  t.match(refusal, {
+    message: /^the schema public has a table users of another application: use another database, or /
+  })
+  t.strictSame(await relations(), former)
+  const [statement = '', options = ''] = `${refusal}`.match(/CREATE SCHEMA \w+|\?options=\S+/g) ?? []
+
+  await t.rejects(migrate(`${url}${options}`), /names no schema that exists/)
+  t.strictSame(await relations(), former)
+
+  await queryOnce(url, statement)
+  const inParallel = await Promise.all(Array.from({ length: 4 }, () => migrate(`${url}${options}`)))
+  t.strictSame(inParallel.flat(), ['0001_users'], 'instances that start together apply it once')
+  const app = await build(t, { DATABASE_URL: `${url}${options}` })
+  const body = await signUpBody()
+  const reply = await client(app).signUp(body)
+  t.equal(reply.statusCode, 201)
+  t.equal((await client(app).whoAmI(cookieOf(reply))).statusCode, 200)
+  t.equal((await client(app).logIn(body)).statusCode, 201)
+  t.strictSame(await queryOnce(url, 'SELECT mobile FROM mobile_signup.users'), [{ mobile: body.mobile }])
+  t.strictSame(await queryOnce(url, 'SELECT * FROM public.users'), [])
+  await t.rejects(migrate(url), /another application/, 'the other schema is still refused')
+})
+
+t.test('a table users is refused although the table of the migrations exists, if that is empty', async (t) => {
+  // A start that was killed has left it.
+  const url = await createDatabase('killed_start')
+  await queryOnce(url, 'CREATE TABLE mobile_signup_migrations (id serial PRIMARY KEY, name text, run_on timestamp)')
+  await queryOnce(url, 'CREATE TABLE users (email text)')
+  await t.rejects(migrate(url), /another application/)
+  await queryOnce(url, 'DROP TABLE users')
+  t.strictSame(await migrate(url), ['0001_users'])
+})
 
 t.test('a migration fails with the reason of Postgres', async (t) => {
   await t.rejects(migrate(stores.databaseUrl.replace(/:[0-9a-f]+@/, ':wrong@')), /password authentication failed/)
@@ -128,7 +187,7 @@ t.test('the migrate command applies pending migrations and prints their names', 
   const command = fileURLToPath(new URL('../dist/migrate.js', import.meta.url))
   const run = (env: Record<string, string>) => promisify(execFile)(process.execPath, [command], { env })
 
-  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users, 0002_session_epoch, 0003_user_ids\n')
+  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users\n')
   t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: nothing was pending\n')
   await t.rejects(run({}), {
     code: 1,

@@ -1,6 +1,7 @@
 import axe from 'axe-core'
 import type { Page } from 'playwright-core'
 import t, { type Test } from 'tap'
+import { signUpPage } from '../dev/sign-up-page.js'
 import type { Environment } from '../dist/config/config.js'
 import { startBrowser } from '../testkit/browser.js'
 import { client, statusAndErrno } from '../testkit/client.js'
@@ -9,11 +10,11 @@ import { startTestbed } from '../testkit/testbed.js'
 const { build, redis, newMobile, signUpBody } = await startTestbed(t)
 const { visit } = await startBrowser(t)
 
-const embedded = { changes: { embedded: true } }
+const withPage = { page: signUpPage }
 
-/** Opens the sign-up page of a service with private stores. */
+/** Opens the sign-up page of `npm start`. */
 async function openPage(t: Test, locale: string, env: Environment = {}) {
-  const app = await build(t, env, embedded)
+  const app = await build(t, env, withPage)
   const { page, errors } = await visit(t, await app.listen({ port: 0, host: '127.0.0.1' }), locale)
   await page.goto('/')
   return { app, page, errors }
@@ -191,9 +192,9 @@ t.test('the keyboard suffices to sign up, on a small screen and below another pr
   t.strictSame(errors, [])
 })
 
-t.test('only a service with private stores has the sign-up page, and a strict policy protects it', async (t) => {
+t.test('the service has no sign-up page of its own, and a strict policy protects that of npm start', async (t) => {
   t.strictSame(statusAndErrno(await (await build(t)).inject('/')), [404, '4201'])
-  const { headers } = await (await build(t, {}, embedded)).inject('/')
+  const { headers } = await (await build(t, {}, withPage)).inject('/')
   t.match(headers, {
     'content-type': 'text/html; charset=utf-8',
     'cache-control': 'no-store',

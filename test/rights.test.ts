@@ -97,7 +97,7 @@ t.test('the role in Postgres can neither delete nor change anything else', async
     'UPDATE users SET id = 1',
     "INSERT INTO users (id, name, mobile, password_hash) VALUES (1, '', '', '')",
     'SELECT created_at FROM users',
-    'SELECT * FROM pgmigrations',
+    'SELECT * FROM mobile_signup_migrations',
     'SELECT rolpassword FROM pg_authid'
   ]) {
     await t.rejects(queryOnce(DATABASE_URL, statement), { code: '42501' }, statement)

@@ -1,142 +1,19 @@
-import { execFile, spawn } from 'node:child_process'
+import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync } from 'node:fs'
-import { readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:http'
-import { connect, createServer as createTcpServer } from 'node:net'
-import { join } from 'node:path'
-import { promisify } from 'node:util'
+import { createServer as createTcpServer } from 'node:net'
 import pg from 'pg'
 import t, { type Test } from 'tap'
-import type { Environment } from '../dist/config/config.js'
-import { freePort } from '../dist/dev/embedded-stores.js'
+import { freePort } from '../dev/embedded-stores.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
-import { ServerProcess } from '../testkit/server-process.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
-import { patient, startTestbed } from '../testkit/testbed.js'
+import { startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
 const { stores, postgres, startService, signUpBody, holdInserts } = await startTestbed(t)
 
 // Some tests wait for fixed times of the service, so they run in parallel.
 t.jobs = 3
-
-async function createFolder(t: Test): Promise<string> {
-  const folder = createTemporaryFolder()
-  t.teardown(() => rm(folder, { recursive: true }))
-  return folder
-}
-
-/** Starts the built service with private stores, which keep their data in the folder. */
-function startEmbedded(t: Test, folder: string, env: Environment = {}): ServerProcess {
-  const service = ServerProcess.start(undefined, { env: { ...patient, ...env }, cwd: folder })
-  t.teardown(() => service.dispose())
-  return service
-}
-
-/** Runs the curl command that a first run prints, and returns the reply with its headers. */
-async function runPrintedCommand(service: ServerProcess): Promise<string> {
-  const [command] = await service.waitFor(/curl .*(?=\n)/)
-  const { stdout } = await promisify(execFile)('sh', ['-c', command])
-  return stdout
-}
-
-/** Returns the ports of the private stores of a folder. */
-async function storePorts(folder: string): Promise<number[]> {
-  const postmasterPid = await readFile(join(folder, '.data/postgres/postmaster.pid'), 'utf8')
-  const redisConfig = await readFile(join(folder, '.data/redis.conf'), 'utf8')
-  return [Number(postmasterPid.split('\n')[3]), Number(/^port (\d+)/m.exec(redisConfig)?.[1])]
-}
-
-async function refusesConnections(port: number): Promise<boolean> {
-  const socket = connect(port, '127.0.0.1')
-  const isRefused = await once(socket, 'connect').then(
-    () => false,
-    () => true
-  )
-  socket.destroy()
-  return isRefused
-}
-
-/** Returns NODE_OPTIONS that append the URL of every ES module that a process loads to a file. */
-function recordModules(file: string): string {
-  const hooks = `
-    import { appendFileSync } from 'node:fs'
-    export async function load(url, context, nextLoad) {
-      appendFileSync(${JSON.stringify(file)}, url + '\\n')
-      return nextLoad(url, context)
-    }`
-  const dataUrl = (code: string) => `data:text/javascript,${encodeURIComponent(code)}`
-  const registration = `import { register } from 'node:module'; register(${JSON.stringify(dataUrl(hooks))})`
-  return `--import=${dataUrl(registration)}`
-}
-
-/** Returns the counter in the id of a printed reply. */
-const counterOf = (reply: string) => BigInt(/"user_id":"(\d+)"/.exec(reply)?.[1] ?? -1) & 4_194_303n
-
-t.test('without store URLs the service runs on private stores, whose data survives restarts and kills', async (t) => {
-  const folder = await createFolder(t)
-
-  const first = startEmbedded(t, folder)
-  const firstReply = await runPrintedCommand(first)
-  t.match(firstReply, /^HTTP\/1.1 201 /, 'the printed command signs up')
-  t.equal(counterOf(firstReply), 0n)
-  const firstPorts = await storePorts(folder)
-  first.kill('SIGTERM')
-  t.strictSame(await first.exit, [0, null], 'SIGTERM ends it with exit code 0')
-  for (const port of firstPorts) t.ok(await refusesConnections(port), 'the stores end with the service')
-
-  const second = startEmbedded(t, folder)
-  t.equal(counterOf(await runPrintedCommand(second)), 1n, 'the first user still exists')
-  const secondPorts = await storePorts(folder)
-  second.kill('SIGKILL')
-  await second.exit
-  for (const port of secondPorts) await until(`port ${port} is closed`, () => refusesConnections(port))
-
-  const third = startEmbedded(t, folder)
-  t.match(await runPrintedCommand(third), /^HTTP\/1.1 201 /, 'a start after a kill works')
-
-  const rival = startEmbedded(t, folder)
-  t.strictSame(await rival.exit, [1, null], 'a second service in the same folder does not start')
-  t.match(rival.stderr, /^mobile-signup: the private Postgres did not start: .*postmaster\.pid.*\n$/)
-  t.match(await runPrintedCommand(third), /idempotent-replayed: true/, 'the running service is not disturbed')
-
-  third.kill('SIGINT')
-  t.strictSame(await third.exit, [0, null], 'SIGINT ends it with exit code 0')
-})
-
-t.test('production loads nothing of src/dev', async (t) => {
-  const folder = await createFolder(t)
-  const modulesIn = async (file: string) => (await readFile(file, 'utf8')).trim().split('\n')
-  const isDev = (url: string) => url.includes('/dist/dev/')
-
-  const productionFile = join(folder, 'production')
-  const production = startService(t, {
-    NODE_ENV: 'production',
-    SMS: 'off',
-    TRUST_PROXY: 'none',
-    HASH_MEMORY_KIB: '7168',
-    HASH_PASSES: '5',
-    NODE_OPTIONS: recordModules(productionFile)
-  })
-  t.equal((await client(await production.url()).signUp(await signUpBody())).statusCode, 201)
-  t.equal(await production.stop(), 0)
-  const productionModules = await modulesIn(productionFile)
-  t.ok(
-    productionModules.some((url) => url.endsWith('/dist/app.js')),
-    'modules are recorded'
-  )
-  t.strictSame(productionModules.filter(isDev), [])
-
-  // A file in the place of the data folder stops this start after the modules are loaded.
-  await writeFile(join(folder, '.data'), '')
-  const embeddedFile = join(folder, 'embedded')
-  const embedded = startEmbedded(t, folder, { NODE_OPTIONS: recordModules(embeddedFile) })
-  t.strictSame(await embedded.exit, [1, null])
-  t.match(embedded.stderr, /^mobile-signup: cannot create .*\.data for private stores/)
-  t.ok((await modulesIn(embeddedFile)).some(isDev), 'the embedded mode loads src/dev')
-})
 
 t.test('a start on an empty database migrates it, and the log has only JSON lines', async (t) => {
   await postgres.query('CREATE DATABASE empty')
@@ -165,17 +42,6 @@ t.test('an invalid environment stops the start with one message and exit code 1'
 `
   )
 })
-
-t.test(
-  'a folder in which no private stores can be created stops the start, and the line says what to do',
-  async (t) => {
-    const folder = await createFolder(t)
-    await writeFile(join(folder, '.data'), 'a file')
-    const service = startEmbedded(t, folder)
-    t.strictSame(await service.exit, [1, null])
-    t.match(service.stderr, /^mobile-signup: cannot create \/.*\.data .*: set DATABASE_URL and REDIS_URL .*\n$/)
-  }
-)
 
 t.test('a PORT in use stops the start with one line and exit code 1', async (t) => {
   const service = startService(t, { PORT: new URL(stores.redisUrl).port })
@@ -222,32 +88,14 @@ t.test('SIGTERM while the start waits for a store ends it with exit code 0', asy
   }
 })
 
-t.test('SIGTERM during a first start ends the private stores, too, whatever has been started', async (t) => {
-  const files = ['secret', 'postgres.unfinished', 'postgres.log', 'redis.log']
-  for (const file of files) {
-    const folder = await createFolder(t)
-    const service = startEmbedded(t, folder)
-    await until(`${file} exists`, () => existsSync(join(folder, '.data', file)))
-    service.kill('SIGTERM')
-    t.strictSame(await service.exit, [0, null], file)
-    t.equal(service.stderr, '')
-    const { stdout } = await promisify(execFile)('ps', ['-eo', 'args'])
-    t.notMatch(stdout, folder, 'no process is left')
-    if (file === 'redis.log') continue
-    const next = startEmbedded(t, folder)
-    t.match(await runPrintedCommand(next), /^HTTP\/1.1 201 /, 'the next start works')
-    t.equal(await next.stop(), 0)
-  }
-})
-
 t.test('a long migration does not keep the liveness probe waiting, and requests get 503 4500 meanwhile', async (t) => {
   await postgres.query('CREATE DATABASE slow')
   const databaseUrl = new URL(stores.databaseUrl)
   databaseUrl.pathname = '/slow'
   const other = new pg.Client(databaseUrl.href)
   await other.connect()
-  // Another instance migrates: this is the lock of node-pg-migrate.
-  await other.query('SELECT pg_advisory_lock(7241865325823964)')
+  // Another instance migrates: this is its lock.
+  await other.query('SELECT pg_advisory_lock(4931667203518772)')
   const service = startService(t, { DATABASE_URL: databaseUrl.href })
   const url = await service.url()
   t.equal((await fetch(`${url}/health/live`)).status, 200)

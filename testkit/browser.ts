@@ -1,6 +1,6 @@
 import { chromium, type Page } from 'playwright-core'
 import type { Test } from 'tap'
-import { findProgram } from '../dist/dev/programs.js'
+import { findProgram } from '../dev/programs.js'
 
 /** The browsers that `npm run setup:test` looks for. If there is none, it installs the first. */
 const programs = ['chromium', 'chromium-browser', 'google-chrome']

@@ -1,7 +1,7 @@
 import { once } from 'node:events'
 import { connect, createServer, type Server, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { freePort } from '../dist/dev/embedded-stores.js'
+import { freePort } from '../dev/embedded-stores.js'
 
 /** What happens to one request, and to what comes after it. */
 export type Fault =

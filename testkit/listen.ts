@@ -1,7 +1,7 @@
 import { once } from 'node:events'
 import type { Server } from 'node:http'
 import type { Test } from 'tap'
-import { freePort } from '../dist/dev/embedded-stores.js'
+import { freePort } from '../dev/embedded-stores.js'
 
 /** Lets a server of a test listen on loopback, and closes it after the test. @returns its URL, without a slash at the end */
 export async function listen(t: Test, server: Server): Promise<string> {

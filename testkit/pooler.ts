@@ -1,8 +1,8 @@
 import { chmod, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { connectOnce, freePort } from '../dist/dev/embedded-stores.js'
-import { GuardedServer, unprivileged } from '../dist/dev/guarded-server.js'
-import { findProgram } from '../dist/dev/programs.js'
+import { connectOnce, freePort } from '../dev/embedded-stores.js'
+import { GuardedServer, unprivileged } from '../dev/guarded-server.js'
+import { findProgram } from '../dev/programs.js'
 import { createTemporaryFolder } from './temporary-folder.js'
 
 /** Fewer than the connections of a service, so that its statements change their connection to Postgres. */

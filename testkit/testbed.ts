@@ -1,5 +1,5 @@
 import { randomInt } from 'node:crypto'
-import type { FastifyInstance } from 'fastify'
+import type { FastifyInstance, FastifyPluginAsync } from 'fastify'
 import type { Test } from 'tap'
 import { type BuildOptions, buildApp } from '../dist/app.js'
 import { type Config, type Environment, loadConfig } from '../dist/config/config.js'
@@ -81,15 +81,18 @@ export async function startTestbed(t: Test) {
   /**
    * Builds the service on the private stores with the function that production uses, and closes it after the test.
    *
-   * @param env is validated as in production; `changes` of the options replaces fields that no variable sets
+   * @param page is registered beside the service
    */
   async function build(
     t: Test,
     env: Environment = {},
-    { changes, ...options }: BuildOptions & { changes?: Partial<Config> } = {}
+    { page, ...options }: BuildOptions & { page?: FastifyPluginAsync<{ config: Config }> } = {}
   ): Promise<FastifyInstance> {
-    const app = await buildApp({ ...config(env), ...changes }, { logStream, ...options })
+    const settings = config(env)
+    const app = await buildApp(settings, { logStream, ...options })
     t.after(() => app.close())
+    if (page) await app.register(page, { config: settings })
+    await app.ready()
     const { createTicket } = app.codes
     app.codes.createTicket = (mobile) => {
       const ticket = createTicket(mobile)

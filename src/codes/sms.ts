@@ -25,9 +25,8 @@ declare module 'fastify' {
 }
 
 export const sms = fp<{ config: Config; observer?: Observer | undefined }>(
-  async (fastify, { config: { smsWebhookUrl, smsWebhookSecret, embedded }, observer }) => {
-    const send =
-      smsWebhookUrl === undefined ? logSender(fastify.log, embedded) : webhookSender(smsWebhookUrl, smsWebhookSecret)
+  async (fastify, { config: { smsWebhookUrl, smsWebhookSecret }, observer }) => {
+    const send = smsWebhookUrl === undefined ? logSender(fastify.log) : webhookSender(smsWebhookUrl, smsWebhookSecret)
     const breaker = new GatewayBreaker()
     function record(mobile: string, hasFailed: boolean): void {
       if (breaker.record(mobile, hasFailed))

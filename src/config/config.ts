@@ -24,8 +24,6 @@ export type Environment = Readonly<Record<string, string | undefined>>
 export type Config = Readonly<ReturnType<typeof readVariables>> & {
   /** `NODE_ENV` is `production`. */
   readonly production: boolean
-  /** The service runs on its own private Postgres and Redis (`src/dev`). */
-  readonly embedded: boolean
 }
 
 /** The longest password, in code points. It bounds the work of one request; NIST SP 800-63B asks for at least 64. */
@@ -120,7 +118,7 @@ export function readVariables(read: Read, production: boolean) {
       'SMS_WEBHOOK_URL',
       url('https:', 'http:'),
       undefined,
-      'Receives each code. Required in production unless `SMS=off`. Without it nothing is sent: the codes stay in Redis and, with the private stores, in the log.'
+      'Receives each code. Required in production unless `SMS=off`. Without it nothing is sent, and the codes stay in Redis.'
     ),
     smsWebhookSecret: read<string | undefined>(
       'SMS_WEBHOOK_SECRET',
@@ -299,36 +297,28 @@ function environmentReader(env: Environment, faults: string[]): Read {
 /**
  * Reads the configuration from environment variables.
  *
- * @param embeddedStores the variables of the private stores, which are added to the environment
  * @throws {ConfigError} which names every invalid variable
  */
-export function loadConfig(environment: Environment, embeddedStores?: Environment): Config {
-  const env = { ...environment, ...embeddedStores }
+export function loadConfig(env: Environment): Config {
   const production = env.NODE_ENV === 'production'
   const faults: string[] = []
   const variables = readVariables(environmentReader(env, faults), production)
   const hasPooler = variables.pgPooler === 'transaction'
   // The lock of the migrations does not work through a pooler.
   const migrate = variables.migrate && !(hasPooler && !env.MIGRATE)
-  const config: Config = { ...variables, migrate, production, embedded: embeddedStores !== undefined }
+  const config: Config = { ...variables, migrate, production }
   faults.push(...storeFaults(env, production))
   if (hasPooler && migrate) faults.push('MIGRATE: is true; expected false with PG_POOLER=transaction')
-  if (hasPooler && embeddedStores) faults.push('PG_POOLER: is transaction; expected none with private stores')
   if (production) faults.push(...productionFaults(env, config))
   if (faults.length > 0) throw new ConfigError(faults)
   return Object.freeze(config)
 }
 
-/** Both stores are required, except where the service brings its own. */
 function* storeFaults(env: Environment, production: boolean) {
-  for (const [name, other] of [
-    ['DATABASE_URL', 'REDIS_URL'],
-    ['REDIS_URL', 'DATABASE_URL']
-  ] as const) {
-    if (env[name]) continue
-    if (env[other]) yield `${name}: is unset; expected with ${other}: set both, or neither for private stores`
-    else yield `${name}: is unset; expected ${production ? 'in production' : 'a store'}`
-  }
+  const unset = ['DATABASE_URL', 'REDIS_URL'].filter((name) => !env[name])
+  if (unset.length === 0) return
+  const alternative = production ? '' : ', or neither and `npm start` in a checkout, which brings its own stores'
+  yield `${unset.join(', ')}: unset; expected the URLs of your Postgres and your Redis${alternative}`
 }
 
 function* productionFaults(env: Environment, config: Config) {
@@ -341,11 +331,6 @@ function* productionFaults(env: Environment, config: Config) {
     yield `HASH_MEMORY_KIB, HASH_PASSES: ${hashMemoryKib} with ${hashPasses} is weaker than OWASP's argon2id list; ` +
       `expected in production at least one of: ${list}`
   }
-}
-
-/** Whether the service brings its own stores: none is named, and this is not production. */
-export function usesEmbeddedStores(env: Environment): boolean {
-  return !env.DATABASE_URL && !env.REDIS_URL && env.NODE_ENV !== 'production'
 }
 
 /**

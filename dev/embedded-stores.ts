@@ -10,7 +10,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import type { Environment } from '../config/config.js'
+import type { Environment } from '../src/config/config.js'
 import { GuardedServer, isRoot, unprivileged, unprivilegedId } from './guarded-server.js'
 import { findProgram } from './programs.js'
 
@@ -167,7 +167,9 @@ async function createFolder(path: string): Promise<void> {
 async function readOrCreateSecret(file: string): Promise<string> {
   if (existsSync(file)) return (await readFile(file, 'utf8')).trim()
   const secret = randomBytes(32).toString('hex')
-  await writeFile(file, `${secret}\n`, { mode: 0o600 })
+  // Renamed when it is complete. So a start that is killed leaves no empty secret.
+  await writeFile(`${file}.unfinished`, `${secret}\n`, { mode: 0o600 })
+  await rename(`${file}.unfinished`, file)
   return secret
 }
 

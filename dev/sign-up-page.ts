@@ -1,14 +1,11 @@
 import { createHash } from 'node:crypto'
 import { readFile } from 'node:fs/promises'
 import type { FastifyPluginAsync } from 'fastify'
-import type { Config } from '../config/config.js'
-
-/** In `src` also for the built service: the private stores are only for a checkout. */
-const templateFile = new URL('../../src/dev/sign-up-page.html', import.meta.url)
+import type { Config } from '../src/config/config.js'
 
 /** A page at `/` on which a newcomer signs up. */
-const signUpPage: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const template = await readFile(templateFile, 'utf8')
+export const signUpPage: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
+  const template = await readFile(new URL('./sign-up-page.html', import.meta.url), 'utf8')
   const page = template.replace('{{api}}', config.apiPrefix).replace('{{resendS}}', `${config.smsResendS}`)
   const hashOf = (tag: string) => {
     const [, content = ''] = new RegExp(`<${tag}[^>]*>(.*?)</${tag}>`, 's').exec(page) ?? []
@@ -23,5 +20,3 @@ const signUpPage: FastifyPluginAsync<{ config: Config }> = async (fastify, { con
     reply.type('text/html; charset=utf-8').header('content-security-policy', contentSecurityPolicy).send(page)
   )
 }
-
-export default signUpPage
