@@ -1,14 +1,14 @@
 import Fastify, { type FastifyInstance, type FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { DestinationStream } from 'pino'
-import { codes } from './codes/codes.js'
+import { type Codes, createCodes } from './codes/codes.js'
 import { codeRoutes } from './codes/routes.js'
-import { sms } from './codes/sms.js'
+import { createSms, type Sms } from './codes/sms.js'
 import type { Config } from './config/config.js'
 import { badRequests } from './http/bad-requests.js'
 import { forwardedFor } from './http/forwarded-for.js'
 import { healthRoutes, StoreChecks } from './http/health.js'
-import { inFlight } from './http/in-flight.js'
+import { InFlight } from './http/in-flight.js'
 import { openapi } from './http/openapi.js'
 import { replies } from './http/replies.js'
 import { replyHeaders } from './http/reply-headers.js'
@@ -16,52 +16,55 @@ import { serverOptions } from './http/server-options.js'
 import { shutdown } from './http/shutdown.js'
 import { startUp } from './http/start-up.js'
 import { strictJson } from './http/strict-json.js'
-import { passwords } from './passwords/passwords.js'
+import { createPasswords, type Passwords } from './passwords/passwords.js'
 import { sessionRoutes } from './sessions/routes.js'
-import { sessions } from './sessions/sessions.js'
-import { postgres } from './stores/postgres.js'
-import { limitNames, rateLimits } from './stores/rate-limits.js'
-import { redis } from './stores/redis.js'
+import { createSessions, type Sessions } from './sessions/sessions.js'
+import { openPostgres, type Postgres } from './stores/postgres.js'
+import { createRateLimits, limitNames, type RateLimits } from './stores/rate-limits.js'
+import { openRedis, type RedisStore } from './stores/redis.js'
 import { serializers } from './telemetry/log.js'
 import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
 import { logInRoute } from './users/log-in.js'
 import { resetPasswordRoute } from './users/reset-password.js'
 import { signUpRoute } from './users/sign-up.js'
-import { users } from './users/users.js'
+import { createUsers, type Users } from './users/users.js'
 
-/** The capabilities that a test may replace by a fake. */
-interface Overrides {
-  passwords?: typeof passwords
+/** What the routes need. It is the one decorator of the plugin, so that it is in nobody's way. */
+export interface MobileSignup {
+  readonly postgres: Postgres
+  readonly redis: RedisStore
+  readonly rateLimits: RateLimits
+  readonly codes: Codes
+  readonly passwords: Passwords
+  readonly users: Users
+  readonly sessions: Sessions
+  /** Undefined with `SMS=off`. */
+  readonly sms: Sms | undefined
+  /** Requests whose work a shutdown finishes, also when their client has disconnected. */
+  readonly inFlight: InFlight
+}
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    mobileSignup: MobileSignup
+  }
 }
 
 export interface BuildOptions {
   /** Receives the log as JSON lines. By default it goes to standard output. */
   logStream?: DestinationStream
-  overrides?: Overrides
 }
 
 export interface SignUpOptions {
   config: Config
-  /**
-   * Whether the event loop may sleep for some milliseconds while passwords are queued. It makes sign-ups cheaper, but
-   * everything else in the process waits, too. `false` by default.
-   */
-  coalesceEvents?: boolean
-}
-
-interface CapabilityOptions {
-  config: Config
-  coalesceEvents: boolean
-  observer?: Observer | undefined
-  overrides?: Overrides | undefined
 }
 
 /**
  * The routes with everything that they need, for any Fastify 5 application: `register(signUp, { prefix, config })`. Its
  * error handler, validator and stores do not leave its scope.
  */
-export const signUp: FastifyPluginAsync<SignUpOptions> = async (fastify, { config, coalesceEvents = false }) => {
+export const signUp: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) => {
   // The host's logger may print every field of an error.
   fastify.log = fastify.log.child({}, { serializers })
   fastify.addHook('onRoute', (route) => {
@@ -69,44 +72,46 @@ export const signUp: FastifyPluginAsync<SignUpOptions> = async (fastify, { confi
   })
   await fastify.register(replies, { config })
   await fastify.register(strictJson)
-  await fastify.register(capabilities, { config, coalesceEvents })
+  await fastify.register(capabilities, { config })
   await fastify.register(routes, { config })
 }
 
-/** What the routes need, as decorators. */
-const capabilities = fp<CapabilityOptions>(async (fastify, { config, coalesceEvents, observer, overrides }) => {
-  await fastify.register(postgres, { config, observer })
-  await fastify.register(redis, { config, observer })
-  await fastify.register(rateLimits, { observer })
-  await fastify.register(codes, { config, observer })
-  await fastify.register(overrides?.passwords ?? passwords, { config, observer, coalesceEvents })
-  await fastify.register(users)
-  await fastify.register(sessions, {
-    config,
-    beginEpoch: ({ mobile, user_id }) => fastify.users.beginSessionEpoch(mobile, user_id)
-  })
-  if (config.sms) await fastify.register(sms, { config, observer })
-  // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
-  await fastify.register(inFlight)
-})
+const capabilities = fp<SignUpOptions & { observer?: Observer | undefined }>(
+  async (fastify, { config, observer }) => {
+    const postgres = await openPostgres(fastify, config, observer)
+    const redis = await openRedis(fastify, config, observer)
+    const rateLimits = createRateLimits(redis, observer)
+    const codes = createCodes(config, redis, rateLimits, observer)
+    const passwords = await createPasswords(fastify, config, observer)
+    const users = createUsers(postgres)
+    const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
+    const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
+    const inFlight = new InFlight()
+    // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
+    fastify.addHook('onClose', () => inFlight.drain())
+    fastify.decorate('mobileSignup', { postgres, redis, rateLimits, codes, passwords, users, sessions, sms, inFlight })
+  },
+  { fastify: '5.x', name: 'mobile-signup' }
+)
 
-const routes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
+const routes: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) => {
   await fastify.register(signUpRoute, { config })
   await fastify.register(resetPasswordRoute, { config })
   await fastify.register(logInRoute, { config })
   await fastify.register(sessionRoutes)
-  if (config.sms) await fastify.register(codeRoutes, { config })
+  const { sms } = fastify.mobileSignup
+  if (sms) await fastify.register(codeRoutes, { config, sms })
 }
 
 /**
  * Builds the service. `listen` and `inject` make it ready; until then it takes more routes.
  *
- * @throws if a store does not answer, a hash thread cannot start or a port is in use; nothing is left open then
+ * @throws if a store does not answer, no password can be hashed or a port is in use; nothing is left open then
  */
 export async function buildApp(config: Config, options: BuildOptions = {}): Promise<FastifyInstance> {
   const app = Fastify(serverOptions(config, options.logStream))
   try {
-    await registerService(app, config, options)
+    await registerService(app, config)
   } catch (error) {
     await app.close()
     throw error
@@ -114,7 +119,7 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
   return app
 }
 
-async function registerService(app: FastifyInstance, config: Config, { overrides }: BuildOptions): Promise<void> {
+async function registerService(app: FastifyInstance, config: Config): Promise<void> {
   const metrics = config.metricsPort === undefined ? undefined : new Metrics(limitNames)
 
   await app.register(replyHeaders)
@@ -124,12 +129,7 @@ async function registerService(app: FastifyInstance, config: Config, { overrides
   await app.register(startUp)
   await app.register(shutdown)
   await app.register(badRequests, { config })
-  await app.register(capabilities, {
-    config,
-    coalesceEvents: true,
-    observer: metrics,
-    overrides
-  })
+  await app.register(capabilities, { config, observer: metrics })
   await app.register(openapi, { config })
   const storeChecks = new StoreChecks(checksOf(app))
   if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app, storeChecks) })
@@ -137,7 +137,10 @@ async function registerService(app: FastifyInstance, config: Config, { overrides
   await app.register(healthRoutes, { storeChecks, ownFailure: () => ownFailure(app) })
 }
 
-const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: StoreChecks): MetricsSources => ({
+const metricsSources = (
+  { mobileSignup: { passwords, postgres } }: FastifyInstance,
+  storeChecks: StoreChecks
+): MetricsSources => ({
   hashQueueLength: () => passwords.queueLength,
   hashExpectedWaitMs: () => passwords.expectedWaitMs,
   postgresConnections: () => postgres.connections(),
@@ -146,13 +149,12 @@ const metricsSources = ({ passwords, postgres }: FastifyInstance, storeChecks: S
 })
 
 /** Each check tests whether its store accepts writes, because a replica also answers reads. */
-const checksOf = ({ postgres, withRedis }: FastifyInstance) => ({
+const checksOf = ({ mobileSignup: { postgres, redis } }: FastifyInstance) => ({
   Postgres: () => postgres.checkWritable(),
-  Redis: () => withRedis((redis) => redis.set('mobile_signup:health', '', 'PX', 1_000))
+  Redis: () => redis.run((client) => client.set('mobile_signup:health', '', 'PX', 1_000))
 })
 
-function ownFailure({ passwords, shutdown, startUp }: FastifyInstance): string | undefined {
+function ownFailure({ shutdown, startUp }: FastifyInstance): string | undefined {
   if (shutdown.isAnnounced) return 'shutting down'
-  if (!startUp.isComplete) return 'starting'
-  return passwords.isAvailable ? undefined : 'hash threads'
+  return startUp.isComplete ? undefined : 'starting'
 }

@@ -1,9 +1,10 @@
 import { randomInt, randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger } from 'fastify'
-import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { Refusal } from '../outcomes.js'
+import type { RateLimits } from '../stores/rate-limits.js'
+import type { RedisStore } from '../stores/redis.js'
 import type { Observer } from '../telemetry/observer.js'
 import { guessBudgets, unusedCodeLimits } from './limits.js'
 import * as scripts from './scripts.js'
@@ -40,7 +41,7 @@ export interface Send {
   network: string
 }
 
-interface Codes {
+export interface Codes {
   /**
    * Returns the code of a mobile that this service has made, if at least half of its life is left: people type the first of two
    * messages. Otherwise makes a code of six random digits, which replaces the present one.
@@ -66,12 +67,6 @@ interface Codes {
    * @returns whether the request has certainly held the code until now. If not, another request may have used it.
    */
   release(hold: Hold, how: Release, usedBy?: string): Promise<boolean>
-}
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    codes: Codes
-  }
 }
 
 declare module 'ioredis' {
@@ -104,93 +99,93 @@ const repeatMs = 300_000
 /** The round trips of the longest request, a sign-up whose code was taken over: hold, find, INSERT, find, release. */
 const roundTripsMax = 5
 
-export const codes = fp<{ config: Config; observer?: Observer | undefined }>(
-  async (fastify, { config, observer }) => {
-    const { sessionSecrets, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } = config
-    fastify.defineRedisScripts({
-      holdCode: { numberOfKeys: 4, lua: scripts.holdCode },
-      releaseCode: { numberOfKeys: 2, lua: scripts.releaseCode },
-      issueCode: { numberOfKeys: 2, lua: scripts.issueCode },
-      withdrawCode: { numberOfKeys: 2, lua: scripts.withdrawCode }
-    })
-    const tickets = new Tickets(sessionSecrets)
+export function createCodes(
+  config: Config,
+  redis: RedisStore,
+  rateLimits: RateLimits,
+  observer: Observer | undefined
+): Codes {
+  const { sessionSecrets, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } = config
+  redis.defineScripts({
+    holdCode: { numberOfKeys: 4, lua: scripts.holdCode },
+    releaseCode: { numberOfKeys: 2, lua: scripts.releaseCode },
+    issueCode: { numberOfKeys: 2, lua: scripts.issueCode },
+    withdrawCode: { numberOfKeys: 2, lua: scripts.withdrawCode }
+  })
+  const tickets = new Tickets(sessionSecrets)
 
-    // A slower request outlives its lease. Then two requests hold the code, and the unique mobile in Postgres decides.
-    const leaseMs = hashMaxWaitMs + roundTripsMax * storeTimeoutMs
-    // A retry after the lease must still find the claim.
-    const claimTtlMs = Math.max(repeatMs, 2 * leaseMs)
+  // A slower request outlives its lease. Then two requests hold the code, and the unique mobile in Postgres decides.
+  const leaseMs = hashMaxWaitMs + roundTripsMax * storeTimeoutMs
+  // A retry after the lease must still find the claim.
+  const claimTtlMs = Math.max(repeatMs, 2 * leaseMs)
 
-    /** Refunds the limits on unused codes for each message with a code that is used. */
-    async function refundSends(mobile: string, sends: Send[], log: FastifyBaseLogger): Promise<void> {
-      observer?.onCodeUsed()
-      const refunds = sends.map(({ id, network }) =>
-        fastify.rateLimits.refund(unusedCodeLimits(config, mobile, network), id)
+  /** Refunds the limits on unused codes for each message with a code that is used. */
+  async function refundSends(mobile: string, sends: Send[], log: FastifyBaseLogger): Promise<void> {
+    observer?.onCodeUsed()
+    const refunds = sends.map(({ id, network }) => rateLimits.refund(unusedCodeLimits(config, mobile, network), id))
+    await Promise.all(refunds).catch((err) => log.error({ err }, 'the limits of a used code could not be refunded'))
+  }
+
+  return {
+    async issue(mobile, purpose, { id, network }) {
+      const newCode = `${randomInt(1_000_000)}`.padStart(6, '0')
+      const lifeMs = smsCodeTtlS * 1_000
+      const keys = [codeKey(mobile), issueKey(mobile)]
+      const [code, ttlMs] = await redis.run((client) =>
+        client.issueCode(...keys, newCode, lifeMs, purpose ?? 'any', id, network, lifeMs / 2)
       )
-      await Promise.all(refunds).catch((err) => log.error({ err }, 'the limits of a used code could not be refunded'))
-    }
-
-    fastify.decorate('codes', {
-      async issue(mobile, purpose, { id, network }) {
-        const newCode = `${randomInt(1_000_000)}`.padStart(6, '0')
-        const lifeMs = smsCodeTtlS * 1_000
-        const keys = [codeKey(mobile), issueKey(mobile)]
-        const [code, ttlMs] = await fastify.withRedis((redis) =>
-          redis.issueCode(...keys, newCode, lifeMs, purpose ?? 'any', id, network, lifeMs / 2)
+      return { code, ttlSeconds: Math.floor(ttlMs / 1_000) }
+    },
+    async withdraw(mobile, code) {
+      await redis.run((client) => client.withdrawCode(codeKey(mobile), issueKey(mobile), code))
+    },
+    createTicket: (mobile) => tickets.issue(mobile),
+    async hold({ body: { mobile, sms_code, ticket }, ip, log }, purpose) {
+      const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
+      const budgets = guessBudgets(config, ticketId, ip)
+      const holder = randomUUID()
+      const result = await redis.run((client) =>
+        client.holdCode(
+          codeKey(mobile),
+          claimKey(mobile),
+          issueKey(mobile),
+          guessesKey(mobile),
+          sms_code,
+          purpose,
+          holder,
+          leaseMs,
+          claimTtlMs,
+          ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs])
         )
-        return { code, ttlSeconds: Math.floor(ttlMs / 1_000) }
-      },
-      async withdraw(mobile, code) {
-        await fastify.withRedis((redis) => redis.withdrawCode(codeKey(mobile), issueKey(mobile), code))
-      },
-      createTicket: (mobile) => tickets.issue(mobile),
-      async hold({ body: { mobile, sms_code, ticket }, ip, log }, purpose) {
-        const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
-        const budgets = guessBudgets(config, ticketId, ip)
-        const holder = randomUUID()
-        const result = await fastify.withRedis((redis) =>
-          redis.holdCode(
-            codeKey(mobile),
-            claimKey(mobile),
-            issueKey(mobile),
-            guessesKey(mobile),
-            sms_code,
-            purpose,
-            holder,
-            leaseMs,
-            claimTtlMs,
-            ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs])
-          )
-        )
-        switch (result[0]) {
-          case 'held': {
-            const [, mayHaveWritten, usedBy] = result
-            return { mobile, holder, log, mayHaveWritten: mayHaveWritten === 1, usedBy: usedBy ?? undefined }
-          }
-          case 'used_in_vain':
-            return { mobile, holder, log, mayHaveWritten: false, usedBy: '' }
-          case 'spent': {
-            const [, waitMs, budget] = result
-            const spent = budgets[budget - 1]
-            if (spent !== undefined) observer?.onLimitReached(spent.name)
-            throw new Refusal('too_many_requests', undefined, { retryAfterSeconds: Math.ceil(waitMs / 1_000) })
-          }
-          default:
-            throw new Refusal(result[0] === 'wrong' ? 'wrong_code' : 'busy')
+      )
+      switch (result[0]) {
+        case 'held': {
+          const [, mayHaveWritten, usedBy] = result
+          return { mobile, holder, log, mayHaveWritten: mayHaveWritten === 1, usedBy: usedBy ?? undefined }
         }
-      },
-      async release({ mobile, holder, log }, how, usedBy = '') {
-        try {
-          const sends = await fastify.withRedis((redis) =>
-            redis.releaseCode(claimKey(mobile), guessesKey(mobile), holder, claimTtlMs, how, usedBy)
-          )
-          if (sends) await refundSends(mobile, JSON.parse(sends), log)
-          return sends !== null
-        } catch (err) {
-          log.error({ err }, 'a code could not be released')
-          return false
+        case 'used_in_vain':
+          return { mobile, holder, log, mayHaveWritten: false, usedBy: '' }
+        case 'spent': {
+          const [, waitMs, budget] = result
+          const spent = budgets[budget - 1]
+          if (spent !== undefined) observer?.onLimitReached(spent.name)
+          throw new Refusal('too_many_requests', undefined, { retryAfterSeconds: Math.ceil(waitMs / 1_000) })
         }
+        default:
+          throw new Refusal(result[0] === 'wrong' ? 'wrong_code' : 'busy')
       }
-    } satisfies Codes)
-  },
-  { fastify: '5.x', name: 'codes', dependencies: ['redis', 'rate-limits'] }
-)
+    },
+    async release({ mobile, holder, log }, how, usedBy = '') {
+      try {
+        const sends = await redis.run((client) =>
+          client.releaseCode(claimKey(mobile), guessesKey(mobile), holder, claimTtlMs, how, usedBy)
+        )
+        if (sends) await refundSends(mobile, JSON.parse(sends), log)
+        return sends !== null
+      } catch (err) {
+        log.error({ err }, 'a code could not be released')
+        return false
+      }
+    }
+  }
+}

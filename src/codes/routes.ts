@@ -9,6 +9,7 @@ import { StoreUnavailable } from '../stores/store-unavailable.js'
 import type { CodePurpose, Send } from './codes.js'
 import { mobileLimits, unusedCodeLimits } from './limits.js'
 import { MessageNotSent } from './senders/sender.js'
+import type { Sms } from './sms.js'
 
 const SendCodeBody = Type.Object({
   mobile: mobileField,
@@ -32,7 +33,9 @@ const CodeSentData = Type.Object({
 type SendCodeRequest = FastifyRequest<{ Body: Static<typeof SendCodeBody> }>
 
 /** POST /sms_codes. It never looks at the users, so it cannot tell who is registered. */
-export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
+export const codeRoutes: FastifyPluginAsync<{ config: Config; sms: Sms }> = async (fastify, { config, sms }) => {
+  const { codes, inFlight, rateLimits } = fastify.mobileSignup
+
   fastify.route({
     method: 'POST',
     url: '/sms_codes',
@@ -48,13 +51,13 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
       data: { code_sent: CodeSentData }
     },
     bodyLimit: bodyMaxBytes,
-    handler: (request: SendCodeRequest, reply: FastifyReply) => fastify.inFlight.track(sendCode(request, reply))
+    handler: (request: SendCodeRequest, reply: FastifyReply) => inFlight.track(sendCode(request, reply))
   })
 
   async function sendCode(request: SendCodeRequest, reply: FastifyReply) {
     const { body, ip, log } = request
     const { mobile, purpose } = body
-    const pauseSeconds = fastify.sms.pauseSeconds()
+    const pauseSeconds = sms.pauseSeconds()
     if (pauseSeconds > 0) return reply.outcome('sms_gateway_unavailable', { retryAfterSeconds: pauseSeconds })
 
     // The limits of the network come first: in a Cluster, a client that has exhausted them must not consume units of the mobile.
@@ -63,31 +66,31 @@ export const codeRoutes: FastifyPluginAsync<{ config: Config }> = async (fastify
     const [{ network }] = networksOf(ip)
     const send: Send = { id: randomUUID(), network }
     // If Redis does not answer, the units may be consumed. An earlier retry would get 429.
-    const retryAfterSeconds = await fastify.rateLimits.consume(limits, send.id).catch(refuseUntilResend)
+    const retryAfterSeconds = await rateLimits.consume(limits, send.id).catch(refuseUntilResend)
     if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
 
-    const refundMobile = () => fastify.rateLimits.refund(ofMobile, send.id)
-    const { code, ttlSeconds } = await fastify.codes.issue(mobile, purpose, send).catch(async (error) => {
+    const refundMobile = () => rateLimits.refund(ofMobile, send.id)
+    const { code, ttlSeconds } = await codes.issue(mobile, purpose, send).catch(async (error) => {
       await refundMobile().catch(() => refuseUntilResend(error))
       throw error
     })
     try {
-      await fastify.sms.send(mobile, code, ttlSeconds)
+      await sms.send(mobile, code, ttlSeconds)
     } catch (error) {
       const isUnsent = error instanceof MessageNotSent
       // A message that may arrive keeps its code and its units. The other limits count the failure in any case.
       if (isUnsent) {
         // The code first: a retry must not be sent the code that is withdrawn.
-        await fastify.codes.withdraw(mobile, code).catch((err) => log.error({ err }, 'a code could not be withdrawn'))
+        await codes.withdraw(mobile, code).catch((err) => log.error({ err }, 'a code could not be withdrawn'))
         await refundMobile().catch((err) => log.error({ err }, 'a limit could not be refunded'))
       }
-      const waitSeconds = await fastify.rateLimits.retryAfterSeconds(limits).catch(() => config.smsResendS)
+      const waitSeconds = await rateLimits.retryAfterSeconds(limits).catch(() => config.smsResendS)
       const shortestSeconds = isUnsent ? outcomes.sms_gateway_unavailable.retryAfterSeconds : 1
       throw new Refusal('sms_gateway_unavailable', error, {
         retryAfterSeconds: Math.max(shortestSeconds, waitSeconds)
       })
     }
-    return reply.outcome('code_sent', { data: { ticket: fastify.codes.createTicket(mobile) } })
+    return reply.outcome('code_sent', { data: { ticket: codes.createTicket(mobile) } })
   }
 
   function refuseUntilResend(error: unknown): never {

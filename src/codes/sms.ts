@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import fp from 'fastify-plugin'
+import type { FastifyBaseLogger } from 'fastify'
 import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
 import { GatewayBreaker } from './gateway-breaker.js'
@@ -7,7 +7,7 @@ import { logSender } from './senders/log.js'
 import { MessageNotSent, MessageRefused } from './senders/sender.js'
 import { webhookSender } from './senders/webhook.js'
 
-interface Sms {
+export interface Sms {
   /** 0, or the seconds until a gateway that keeps failing gets messages again. */
   pauseSeconds(): number
   /**
@@ -18,36 +18,30 @@ interface Sms {
   send(mobile: string, code: string, ttlSeconds: number): Promise<void>
 }
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    sms: Sms
+export function createSms(
+  { smsWebhookUrl, smsWebhookSecret }: Config,
+  log: FastifyBaseLogger,
+  observer: Observer | undefined
+): Sms {
+  const send = smsWebhookUrl === undefined ? logSender(log) : webhookSender(smsWebhookUrl, smsWebhookSecret)
+  const breaker = new GatewayBreaker()
+  function record(mobile: string, hasFailed: boolean): void {
+    if (breaker.record(mobile, hasFailed)) log.warn('the SMS gateway keeps failing, and gets no messages for 5 s')
+  }
+
+  return {
+    pauseSeconds: () => Math.ceil(breaker.remainingPauseMs / 1_000),
+    async send(mobile, code, ttlSeconds) {
+      try {
+        await send({ mobile, code, ttlSeconds, id: randomUUID() })
+      } catch (error) {
+        // A number that the gateway refuses says nothing about the gateway.
+        record(mobile, !(error instanceof MessageRefused))
+        if (!(error instanceof MessageNotSent)) observer?.onCodeSent()
+        throw error
+      }
+      record(mobile, false)
+      observer?.onCodeSent()
+    }
   }
 }
-
-export const sms = fp<{ config: Config; observer?: Observer | undefined }>(
-  async (fastify, { config: { smsWebhookUrl, smsWebhookSecret }, observer }) => {
-    const send = smsWebhookUrl === undefined ? logSender(fastify.log) : webhookSender(smsWebhookUrl, smsWebhookSecret)
-    const breaker = new GatewayBreaker()
-    function record(mobile: string, hasFailed: boolean): void {
-      if (breaker.record(mobile, hasFailed))
-        fastify.log.warn('the SMS gateway keeps failing, and gets no messages for 5 s')
-    }
-
-    fastify.decorate('sms', {
-      pauseSeconds: () => Math.ceil(breaker.remainingPauseMs / 1_000),
-      async send(mobile, code, ttlSeconds) {
-        try {
-          await send({ mobile, code, ttlSeconds, id: randomUUID() })
-        } catch (error) {
-          // A number that the gateway refuses says nothing about the gateway.
-          record(mobile, !(error instanceof MessageRefused))
-          if (!(error instanceof MessageNotSent)) observer?.onCodeSent()
-          throw error
-        }
-        record(mobile, false)
-        observer?.onCodeSent()
-      }
-    } satisfies Sms)
-  },
-  { fastify: '5.x', name: 'sms' }
-)

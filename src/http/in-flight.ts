@@ -1,12 +1,3 @@
-import fp from 'fastify-plugin'
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    /** Requests whose work a shutdown finishes, also when their client has disconnected. */
-    inFlight: InFlight
-  }
-}
-
 /** Promises that must settle before something may be closed. */
 export class InFlight {
   private readonly promises = new Set<Promise<unknown>>()
@@ -24,13 +15,3 @@ export class InFlight {
     while (this.promises.size > 0) await Promise.allSettled(this.promises)
   }
 }
-
-/** Drains the tracked requests at shutdown. The server itself waits for connections only. */
-export const inFlight = fp(
-  async (fastify) => {
-    const requests = new InFlight()
-    fastify.decorate('inFlight', requests)
-    fastify.addHook('onClose', () => requests.drain())
-  },
-  { fastify: '5.x', name: 'in-flight' }
-)

@@ -4,7 +4,7 @@ import fp from 'fastify-plugin'
 /** Loads the session of each request in its scope, with @fastify/session and corrections for what it gets wrong. */
 export const loadSession = fp(
   async (fastify) => {
-    const { cookieName, secret } = fastify.sessions.options
+    const { cookieName, secret } = fastify.mobileSignup.sessions.options
 
     fastify.addHook('onRequest', async (request) => {
       request.raw.url = originForm(request.raw.url ?? '')
@@ -14,14 +14,14 @@ export const loadSession = fp(
       request.cookies[cookieName] = value === null ? undefined : secret.sign(value)
     })
 
-    await fastify.register(fastifySession, fastify.sessions.options)
+    await fastify.register(fastifySession, fastify.mobileSignup.sessions.options)
 
     fastify.addHook('onRequest', async (request) => {
       // If the session of the cookie has ended, @fastify/session clears the cookie, also in a refusal.
       if (request.cookies[cookieName] !== request.session.encryptedSessionId) request.cookies[cookieName] = undefined
     })
   },
-  { fastify: '5.x', name: 'load-session', dependencies: ['sessions'] }
+  { fastify: '5.x', name: 'load-session', dependencies: ['mobile-signup'] }
 )
 
 /**

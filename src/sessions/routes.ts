@@ -17,6 +17,8 @@ const cookieSchema = { tags: ['session'], security: [{ session: [] }] }
 
 /** GET /session and DELETE /session. */
 export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
+  const { inFlight, sessions } = fastify.mobileSignup
+
   await fastify.register(async (scope) => {
     await scope.register(loadSession)
     scope.route({
@@ -47,18 +49,18 @@ export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
       config: {
         outcomes: [...storeOutcomes, 'logged_out', 'malformed_parameter', 'body_too_large', 'unsupported_content_type']
       },
-      handler: (request: LogOutRequest, reply: FastifyReply) => fastify.inFlight.track(logOut(request, reply))
+      handler: (request: LogOutRequest, reply: FastifyReply) => inFlight.track(logOut(request, reply))
     })
   })
 
   async function whoAmI(request: FastifyRequest, reply: FastifyReply) {
-    const user = fastify.sessions.userOf(request)
+    const user = sessions.userOf(request)
     return user === undefined ? reply.outcome('not_logged_in') : reply.outcome('session_found', { data: user })
   }
 
   async function logOut(request: LogOutRequest, reply: FastifyReply) {
-    if (request.query.everywhere === 'true') await fastify.sessions.endEverywhere(request)
-    await fastify.sessions.end(request, reply)
+    if (request.query.everywhere === 'true') await sessions.endEverywhere(request)
+    await sessions.end(request, reply)
     return reply.outcome('logged_out')
   }
 }

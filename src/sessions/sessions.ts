@@ -2,10 +2,10 @@ import { randomBytes } from 'node:crypto'
 import fastifyCookie, { type CookieSerializeOptions, Signer } from '@fastify/cookie'
 import type fastifySession from '@fastify/session'
 import type { SessionStore } from '@fastify/session'
-import type { FastifyReply, FastifyRequest, Session } from 'fastify'
-import fp from 'fastify-plugin'
+import type { FastifyInstance, FastifyReply, FastifyRequest, Session } from 'fastify'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
+import type { RedisStore } from '../stores/redis.js'
 
 /** The user of a session. `user_id` is a 64-bit integer in decimal. */
 export interface SessionUser {
@@ -20,7 +20,7 @@ interface StoredSession {
   epoch: number
 }
 
-interface Sessions {
+export interface Sessions {
   /**
    * Logs a user in: stores a session under a new id and sends it as a cookie. The session that the request came with is
    * destroyed.
@@ -47,9 +47,6 @@ interface Sessions {
 }
 
 declare module 'fastify' {
-  interface FastifyInstance {
-    sessions: Sessions
-  }
   interface Session {
     /** Absent unless the session was stored. */
     owner?: StoredSession & {
@@ -116,166 +113,166 @@ end
 return redis.call('ZRANGE', KEYS[1], 0, -1)
 `
 
-interface SessionsOptions {
-  config: Config
-  /** Begins a session epoch of a user in Postgres, and returns it; undefined if the user has been deleted. */
-  beginEpoch(user: SessionUser): Promise<number | undefined>
-}
-
 /**
  * Sessions in Redis behind a signed cookie. A route that starts a session needs only this plugin. A route that reads or
  * ends one also needs {@link loadSession} in its scope.
+ *
+ * @param beginEpoch begins a session epoch of a user in Postgres, and returns it; undefined if the user has been deleted
  */
-export const sessions = fp<SessionsOptions>(
-  async (fastify, { config: { sessionSecrets, cookieSecure }, beginEpoch }) => {
-    fastify.defineRedisScripts({
-      indexSession: { numberOfKeys: 2, lua: indexSession },
-      endSessions: { numberOfKeys: 2, lua: endSessions }
-    })
+export async function createSessions(
+  fastify: FastifyInstance,
+  { sessionSecrets, cookieSecure }: Config,
+  redis: RedisStore,
+  beginEpoch: (user: SessionUser) => Promise<number | undefined>
+): Promise<Sessions> {
+  redis.defineScripts({
+    indexSession: { numberOfKeys: 2, lua: indexSession },
+    endSessions: { numberOfKeys: 2, lua: endSessions }
+  })
 
-    // With __Host- browsers refuse the cookie from a subdomain or over plain HTTP (RFC 6265bis, section 4.1.3.2).
-    const cookieName = cookieSecure ? '__Host-sid' : 'sid'
-    const attributes = { path: '/', httpOnly: true, sameSite: 'lax', secure: cookieSecure } as const
-    const cookieOptions: CookieSerializeOptions = { ...attributes, maxAge: sessionTtlSeconds }
-    const signer = new Signer([...sessionSecrets])
+  // With __Host- browsers refuse the cookie from a subdomain or over plain HTTP (RFC 6265bis, section 4.1.3.2).
+  const cookieName = cookieSecure ? '__Host-sid' : 'sid'
+  const attributes = { path: '/', httpOnly: true, sameSite: 'lax', secure: cookieSecure } as const
+  const cookieOptions: CookieSerializeOptions = { ...attributes, maxAge: sessionTtlSeconds }
+  const signer = new Signer([...sessionSecrets])
 
-    const destroy = (sessionId: string) => fastify.withRedis((redis) => redis.del(sessionKey(sessionId)))
-    const addToIndex = (userId: string, sessionId: string, epoch: number, formerId: string) =>
-      fastify.withRedis((redis) =>
-        redis.indexSession(
-          indexKey(userId),
-          epochKey(userId),
-          sessionId,
-          epoch,
-          sessionTtlSeconds,
-          sessionsPerUserMax,
-          formerId
-        )
+  const destroy = (sessionId: string) => redis.run((client) => client.del(sessionKey(sessionId)))
+  const addToIndex = (userId: string, sessionId: string, epoch: number, formerId: string) =>
+    redis.run((client) =>
+      client.indexSession(
+        indexKey(userId),
+        epochKey(userId),
+        sessionId,
+        epoch,
+        sessionTtlSeconds,
+        sessionsPerUserMax,
+        formerId
       )
-    const removeFromIndex = (userId: string, sessionIds: string[]) =>
-      fastify.withRedis((redis) => redis.zrem(indexKey(userId), sessionIds))
-    /** Destroys sessions, and then removes them from the index. Other services read sessions without their epoch. */
-    const destroyIndexed = async (userId: string, sessionIds: string[]) => {
-      if (sessionIds.length === 0) return
-      await Promise.all(sessionIds.map(destroy))
-      await removeFromIndex(userId, sessionIds)
-    }
+    )
+  const removeFromIndex = (userId: string, sessionIds: string[]) =>
+    redis.run((client) => client.zrem(indexKey(userId), sessionIds))
+  /** Destroys sessions, and then removes them from the index. Other services read sessions without their epoch. */
+  const destroyIndexed = async (userId: string, sessionIds: string[]) => {
+    if (sessionIds.length === 0) return
+    await Promise.all(sessionIds.map(destroy))
+    await removeFromIndex(userId, sessionIds)
+  }
 
-    async function read(sessionId: string): Promise<StoredSession | null> {
-      const json = await fastify.withRedis((redis) => redis.get(sessionKey(sessionId)))
-      return json === null ? null : parseSession(json)
-    }
-    async function load(sessionId: string): Promise<Session | null> {
-      const stored = await read(sessionId)
-      if (stored === null) return null
-      const { user, epoch } = stored
-      const currentEpoch = await fastify.withRedis((redis) => redis.get(epochKey(user.user_id)))
-      const cookie = { originalMaxAge: sessionTtlSeconds * 1_000 }
-      return { cookie, owner: { user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) } }
-    }
+  async function read(sessionId: string): Promise<StoredSession | null> {
+    const json = await redis.run((client) => client.get(sessionKey(sessionId)))
+    return json === null ? null : parseSession(json)
+  }
+  async function load(sessionId: string): Promise<Session | null> {
+    const stored = await read(sessionId)
+    if (stored === null) return null
+    const { user, epoch } = stored
+    const currentEpoch = await redis.run((client) => client.get(epochKey(user.user_id)))
+    const cookie = { originalMaxAge: sessionTtlSeconds * 1_000 }
+    return { cookie, owner: { user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) } }
+  }
 
-    const sessionStore: SessionStore = {
-      set(_sessionId, _session, done) {
-        done(new Error('only start() stores sessions: no route changes one'))
-      },
-      get(sessionId, done) {
-        load(sessionId).then((session) => done(null, session), done)
-      },
-      destroy(sessionId, done) {
-        destroy(sessionId).then(() => done(), done)
+  async function endBefore(userId: string, epoch: number): Promise<void> {
+    const sessionIds = await redis.run((client) =>
+      client.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
+    )
+    // Not those of this epoch or a later one, which may have started meanwhile.
+    const sessions = await Promise.all(sessionIds.map(read))
+    await destroyIndexed(
+      userId,
+      sessionIds.filter((_, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch)
+    )
+  }
+
+  const sessionStore: SessionStore = {
+    set(_sessionId, _session, done) {
+      done(new Error('only start() stores sessions: no route changes one'))
+    },
+    get(sessionId, done) {
+      load(sessionId).then((session) => done(null, session), done)
+    },
+    destroy(sessionId, done) {
+      destroy(sessionId).then(() => done(), done)
+    }
+  }
+
+  // A host application may have registered @fastify/cookie.
+  if (!fastify.hasRequestDecorator('cookies')) await fastify.register(fastifyCookie)
+
+  return {
+    options: {
+      secret: signer,
+      store: sessionStore,
+      cookieName,
+      cookie: { ...attributes, maxAge: sessionTtlSeconds * 1_000 },
+      // Each of these would add a round trip to requests that change nothing.
+      rolling: false,
+      saveUninitialized: false
+    },
+
+    // Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three
+    // times; and it would read the former session before the body is validated.
+    async start(request, reply, user, epoch) {
+      const formerId = signer.unsign(request.cookies[cookieName] ?? '').value
+      const sessionId = randomBytes(24).toString('base64url')
+      const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
+      const session = {
+        cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 },
+        ...user,
+        epoch
       }
-    }
-
-    // A host application may have registered @fastify/cookie.
-    if (!fastify.hasRequestDecorator('cookies')) await fastify.register(fastifyCookie)
-
-    fastify.decorate('sessions', {
-      options: {
-        secret: signer,
-        store: sessionStore,
-        cookieName,
-        cookie: { ...attributes, maxAge: sessionTtlSeconds * 1_000 },
-        // Each of these would add a round trip to requests that change nothing.
-        rolling: false,
-        saveUninitialized: false
-      },
-
-      // Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three
-      // times; and it would read the former session before the body is validated.
-      async start(request, reply, user, epoch) {
-        const formerId = signer.unsign(request.cookies[cookieName] ?? '').value
-        const sessionId = randomBytes(24).toString('base64url')
-        const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
-        const session = {
-          cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 },
-          ...user,
-          epoch
-        }
-        try {
-          // In one round trip, except in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
-          // here, or whoever ends the epoch finds the session in the index and destroys it.
-          const stored = fastify.withRedis((redis) =>
-            redis.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds)
-          )
-          if (fastify.isRedisCluster) await stored
-          const [, excessIds] = await Promise.all([
-            stored,
-            addToIndex(user.user_id, sessionId, epoch, formerId ?? ''),
-            formerId !== null && destroy(formerId)
-          ])
-          if (excessIds === null) {
-            await destroy(sessionId)
-            return 'outdated'
-          }
-          await destroyIndexed(user.user_id, excessIds)
-        } catch (err) {
-          request.log.error({ err }, 'a session could not be stored')
-          return 'failed'
-        }
-        reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
-        return 'started'
-      },
-
-      userOf({ session: { owner } }) {
-        return owner === undefined || owner.epoch < owner.currentEpoch ? undefined : owner.user
-      },
-
-      async end(request, reply) {
-        const { owner, sessionId } = request.session
-        if (owner !== undefined) {
-          await request.session.destroy()
-          await removeFromIndex(owner.user.user_id, [sessionId])
-        }
-        // Otherwise @fastify/session clears the cookie a second time.
-        request.cookies[cookieName] = undefined
-        reply.clearCookie(cookieName, cookieOptions)
-      },
-
-      async endBefore(userId, epoch) {
-        const sessionIds = await fastify.withRedis((redis) =>
-          redis.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
+      try {
+        // In one round trip, except in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
+        // here, or whoever ends the epoch finds the session in the index and destroys it.
+        const stored = redis.run((client) =>
+          client.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds)
         )
-        // Not those of this epoch or a later one, which may have started meanwhile.
-        const sessions = await Promise.all(sessionIds.map(read))
-        await destroyIndexed(
-          userId,
-          sessionIds.filter((_, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch)
-        )
-      },
-
-      async endEverywhere({ session: { owner } }) {
-        if (owner === undefined) return
-        const { user, epoch, currentEpoch } = owner
-        // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
-        if (epoch < currentEpoch) return this.endBefore(user.user_id, currentEpoch)
-        const newEpoch = await beginEpoch(user)
-        // Without a row the user has been deleted, and starts no session any more.
-        await this.endBefore(user.user_id, newEpoch ?? epoch + 1)
+        if (redis.isCluster) await stored
+        const [, excessIds] = await Promise.all([
+          stored,
+          addToIndex(user.user_id, sessionId, epoch, formerId ?? ''),
+          formerId !== null && destroy(formerId)
+        ])
+        if (excessIds === null) {
+          await destroy(sessionId)
+          return 'outdated'
+        }
+        await destroyIndexed(user.user_id, excessIds)
+      } catch (err) {
+        request.log.error({ err }, 'a session could not be stored')
+        return 'failed'
       }
-    } satisfies Sessions)
-  },
-  { fastify: '5.x', name: 'sessions', dependencies: ['redis'] }
-)
+      reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
+      return 'started'
+    },
+
+    userOf({ session: { owner } }) {
+      return owner === undefined || owner.epoch < owner.currentEpoch ? undefined : owner.user
+    },
+
+    async end(request, reply) {
+      const { owner, sessionId } = request.session
+      if (owner !== undefined) {
+        await request.session.destroy()
+        await removeFromIndex(owner.user.user_id, [sessionId])
+      }
+      // Otherwise @fastify/session clears the cookie a second time.
+      request.cookies[cookieName] = undefined
+      reply.clearCookie(cookieName, cookieOptions)
+    },
+
+    endBefore,
+
+    async endEverywhere({ session: { owner } }) {
+      if (owner === undefined) return
+      const { user, epoch, currentEpoch } = owner
+      // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
+      if (epoch < currentEpoch) return endBefore(user.user_id, currentEpoch)
+      const newEpoch = await beginEpoch(user)
+      // Without a row the user has been deleted, and starts no session any more.
+      await endBefore(user.user_id, newEpoch ?? epoch + 1)
+    }
+  }
+}
 
 /**
  * Parses a stored session. Only its user and its epoch count: other services write sessions, too, and @fastify/session would

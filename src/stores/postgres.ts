@@ -1,7 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import fastifyPostgres from '@fastify/postgres'
 import type { FastifyInstance } from 'fastify'
-import fp from 'fastify-plugin'
 import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
 import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
@@ -13,7 +12,7 @@ import { waitForStore } from './wait-for-store.js'
 /** A prepared statement: it is parsed and planned once for each connection. */
 export type NamedStatement = Required<Pick<QueryConfig, 'name' | 'text'>>
 
-interface Postgres {
+export interface Postgres {
   /**
    * Runs a prepared statement in one round trip on a pooled connection.
    *
@@ -29,12 +28,6 @@ interface Postgres {
   checkWritable(): Promise<void>
 }
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    postgres: Postgres
-  }
-}
-
 /** A name of its own, because a host application may have registered @fastify/postgres, too. */
 const poolName = 'mobileSignup'
 
@@ -46,117 +39,123 @@ const isReadOnly: NamedStatement = {
   text: `SELECT current_setting('transaction_read_only') = 'on' AS "isReadOnly"`
 }
 
-export const postgres = fp<{ config: Config; observer?: Observer | undefined }>(
-  async (fastify, { config: { databaseUrl, pgPooler, pgPoolMax, storeTimeoutMs }, observer }) => {
-    // A transaction pooler gives each statement another connection to Postgres. So it knows no prepared statement of ours, and
-    // it refuses `statement_timeout` as a startup parameter.
-    const hasPooler = pgPooler === 'transaction'
-    const connection = {
-      application_name: 'mobile-signup',
-      connectionTimeoutMillis: storeTimeoutMs,
-      query_timeout: storeTimeoutMs,
-      ...(!hasPooler && { statement_timeout: storeTimeoutMs }),
-      // Parsed once, because this reads the files of certificates. From a `connectionString`, node-postgres reads them for each
-      // connection. A file that cannot be read then ends the process when the pool connects again by itself.
-      ...parseIntoClientConfig(databaseUrl)
+/**
+ * Connects to Postgres with @fastify/postgres, whose pool ends with the application.
+ *
+ * @throws if Postgres does not answer within 10 s
+ */
+export async function openPostgres(
+  fastify: FastifyInstance,
+  { databaseUrl, pgPooler, pgPoolMax, storeTimeoutMs }: Config,
+  observer: Observer | undefined
+): Promise<Postgres> {
+  // A transaction pooler gives each statement another connection to Postgres. So it knows no prepared statement of ours, and
+  // it refuses `statement_timeout` as a startup parameter.
+  const hasPooler = pgPooler === 'transaction'
+  const connection = {
+    application_name: 'mobile-signup',
+    connectionTimeoutMillis: storeTimeoutMs,
+    query_timeout: storeTimeoutMs,
+    ...(!hasPooler && { statement_timeout: storeTimeoutMs }),
+    // Parsed once, because this reads the files of certificates. From a `connectionString`, node-postgres reads them for each
+    // connection. A file that cannot be read then ends the process when the pool connects again by itself.
+    ...parseIntoClientConfig(databaseUrl)
+  }
+  await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
+  const pool = poolOf(fastify)
+
+  const warn = sampledWarnings(fastify.log)
+  // An `error` event without a listener ends the process. The pool emits the errors of its idle connections. A
+  // connection in use emits its own.
+  pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
+  pool.on('connect', (client) => client.on('error', () => undefined))
+
+  /** @param check throws if the rows show that the connection must not be used again */
+  async function runOnPool<Row extends QueryResultRow>(
+    { name, text }: NamedStatement,
+    values: unknown[],
+    check?: (rows: Row[]) => void
+  ) {
+    // One deadline for the wait for a connection, which the pool bounds by the same timeout, and for the query.
+    const deadline = performance.now() + storeTimeoutMs
+    const client = await pool.connect()
+    try {
+      // `query_timeout` works for each query, but @types/pg lacks it there. 0 would mean the default, the whole timeout.
+      const query_timeout = Math.max(1, deadline - performance.now())
+      const query = { ...(!hasPooler && { name }), text, values, query_timeout }
+      const result = await client.query<Row>(query)
+      check?.(result.rows)
+      client.release()
+      return result
+    } catch (error) {
+      client.release(!isUsableAfter(error))
+      throw error
     }
-    await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
-    const pool = poolOf(fastify)
+  }
 
-    const warn = sampledWarnings(fastify.log)
-    // An `error` event without a listener ends the process. The pool emits the errors of its idle connections. A
-    // connection in use emits its own.
-    pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
-    pool.on('connect', (client) => client.on('error', () => undefined))
+  await waitForStore('Postgres', () => pool.query('SELECT 1'))
+  if (hasPooler && !(await hasStatementTimeout(pool, storeTimeoutMs))) {
+    fastify.log.warn(
+      'Postgres has no statement_timeout of at most STORE_TIMEOUT_MS: a refused request may still be committed later'
+    )
+  }
 
-    /** @param check throws if the rows show that the connection must not be used again */
-    async function runOnPool<Row extends QueryResultRow>(
-      { name, text }: NamedStatement,
-      values: unknown[],
-      check?: (rows: Row[]) => void
-    ) {
-      // One deadline for the wait for a connection, which the pool bounds by the same timeout, and for the query.
-      const deadline = performance.now() + storeTimeoutMs
-      const client = await pool.connect()
-      try {
-        // `query_timeout` works for each query, but @types/pg lacks it there. 0 would mean the default, the whole timeout.
-        const query_timeout = Math.max(1, deadline - performance.now())
-        const query = { ...(!hasPooler && { name }), text, values, query_timeout }
-        const result = await client.query<Row>(query)
-        check?.(result.rows)
-        client.release()
-        return result
-      } catch (error) {
-        client.release(!isUsableAfter(error))
-        throw error
+  // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
+  // SQL error) a separate connection probes Postgres. If the probe fails, too, statements fail at once until one succeeds.
+  /** Why the last probe failed. Undefined while Postgres answers. */
+  let probeError: unknown
+  let isProbing = false
+  let isClosed = false
+  fastify.addHook('onClose', async () => {
+    isClosed = true
+  })
+  async function probeUntilAvailable(): Promise<void> {
+    if (isProbing) return
+    isProbing = true
+    while (!isClosed) {
+      const wasAway = probeError !== undefined
+      probeError = await probe(connection)
+      if (probeError === undefined) {
+        if (wasAway) fastify.log.info('Postgres answers again')
+        break
       }
+      if (!wasAway) fastify.log.warn({ err: probeError }, 'Postgres does not answer')
+      await sleep(Math.random() * probeIntervalMaxMs, undefined, { ref: false })
     }
+    isProbing = false
+  }
 
-    await waitForStore('Postgres', () => pool.query('SELECT 1'))
-    if (hasPooler && !(await hasStatementTimeout(pool, storeTimeoutMs))) {
-      fastify.log.warn(
-        'Postgres has no statement_timeout of at most STORE_TIMEOUT_MS: a refused request may still be committed later'
-      )
+  function assertAvailable(): void {
+    if (probeError !== undefined) throw new StoreUnavailable('postgres', probeError)
+  }
+
+  const query = async <Row extends QueryResultRow>(
+    statement: NamedStatement,
+    values: unknown[],
+    check?: (rows: Row[]) => void
+  ) => {
+    assertAvailable()
+    try {
+      return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
+    } catch (error) {
+      if (!isOutage(error)) throw error
+      if (!(error instanceof pg.DatabaseError)) probeUntilAvailable()
+      warn(error, 'a round trip to Postgres failed')
+      throw new StoreUnavailable('postgres', error)
     }
+  }
 
-    // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
-    // SQL error) a separate connection probes Postgres. If the probe fails, too, statements fail at once until one succeeds.
-    /** Why the last probe failed. Undefined while Postgres answers. */
-    let probeError: unknown
-    let isProbing = false
-    let isClosed = false
-    fastify.addHook('onClose', async () => {
-      isClosed = true
-    })
-    async function probeUntilAvailable(): Promise<void> {
-      if (isProbing) return
-      isProbing = true
-      while (!isClosed) {
-        const wasAway = probeError !== undefined
-        probeError = await probe(connection)
-        if (probeError === undefined) {
-          if (wasAway) fastify.log.info('Postgres answers again')
-          break
-        }
-        if (!wasAway) fastify.log.warn({ err: probeError }, 'Postgres does not answer')
-        await sleep(Math.random() * probeIntervalMaxMs, undefined, { ref: false })
-      }
-      isProbing = false
+  return {
+    query,
+    assertAvailable,
+    connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: pool.waitingCount }),
+    async checkWritable() {
+      await query<{ isReadOnly: boolean }>(isReadOnly, [], ([row]) => {
+        if (row?.isReadOnly) throw new Error('Postgres is read-only')
+      })
     }
-
-    function assertAvailable(): void {
-      if (probeError !== undefined) throw new StoreUnavailable('postgres', probeError)
-    }
-
-    const query = async <Row extends QueryResultRow>(
-      statement: NamedStatement,
-      values: unknown[],
-      check?: (rows: Row[]) => void
-    ) => {
-      assertAvailable()
-      try {
-        return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
-      } catch (error) {
-        if (!isOutage(error)) throw error
-        if (!(error instanceof pg.DatabaseError)) probeUntilAvailable()
-        warn(error, 'a round trip to Postgres failed')
-        throw new StoreUnavailable('postgres', error)
-      }
-    }
-
-    fastify.decorate('postgres', {
-      query,
-      assertAvailable,
-      connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: pool.waitingCount }),
-      async checkWritable() {
-        await query<{ isReadOnly: boolean }>(isReadOnly, [], ([row]) => {
-          if (row?.isReadOnly) throw new Error('Postgres is read-only')
-        })
-      }
-    } satisfies Postgres)
-  },
-  { fastify: '5.x', name: 'postgres' }
-)
+  }
+}
 
 function poolOf(fastify: FastifyInstance): Pool {
   const pool = fastify.pg[poolName]?.pool

@@ -1,6 +1,6 @@
-import fp from 'fastify-plugin'
 import type { Result } from 'ioredis'
 import type { Observer } from '../telemetry/observer.js'
+import type { RedisStore } from './redis.js'
 
 /** The limits that refuse requests. */
 export const limitNames = [
@@ -32,7 +32,7 @@ export interface Limit {
   isPlainKey?: true
 }
 
-interface RateLimits {
+export interface RateLimits {
   /**
    * Consumes a unit of every limit, or of none if one is exhausted. In a Cluster the limits are consumed in the given order,
    * slot by slot.
@@ -47,12 +47,6 @@ interface RateLimits {
   refund(limits: readonly Limit[], unit: string): Promise<void>
   /** Refunds all units. */
   reset(limits: readonly Limit[]): Promise<void>
-}
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    rateLimits: RateLimits
-  }
 }
 
 declare module 'ioredis' {
@@ -109,65 +103,62 @@ end
 `
 
 /** Limits that all instances share, counted in Redis. */
-export const rateLimits = fp<{ observer?: Observer | undefined }>(
-  async (fastify, { observer }) => {
-    fastify.defineRedisScripts({ consumeLimits: { lua: consumeLimits }, refundLimits: { lua: refundLimits } })
+export function createRateLimits(redis: RedisStore, observer: Observer | undefined): RateLimits {
+  redis.defineScripts({ consumeLimits: { lua: consumeLimits }, refundLimits: { lua: refundLimits } })
 
-    // In a Cluster a script runs on one slot. There the limits of each slot are consumed in turn, and refunded if a later one
-    // is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
-    const slotOf = ({ key }: Limit) => (fastify.isRedisCluster ? (/\{(.+?)\}/.exec(key)?.[1] ?? key) : '')
-    function groupsOf(limits: readonly Limit[]): Limit[][] {
-      const slots = new Set(limits.map(slotOf))
-      return [...slots].map((slot) => limits.filter((limit) => slotOf(limit) === slot))
-    }
-    const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
-    const maxOf = ({ max, isPlainKey }: Limit) => (isPlainKey ? 0 : max)
+  // In a Cluster a script runs on one slot. There the limits of each slot are consumed in turn, and refunded if a later one
+  // is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
+  const slotOf = ({ key }: Limit) => (redis.isCluster ? (/\{(.+?)\}/.exec(key)?.[1] ?? key) : '')
+  function groupsOf(limits: readonly Limit[]): Limit[][] {
+    const slots = new Set(limits.map(slotOf))
+    return [...slots].map((slot) => limits.filter((limit) => slotOf(limit) === slot))
+  }
+  const keysOf = (limits: readonly Limit[]) => limits.map(({ key }) => key)
+  const maxOf = ({ max, isPlainKey }: Limit) => (isPlainKey ? 0 : max)
 
-    /**
-     * @param unit '' to look only
-     * @returns the ms until every limit of the group has room, and the limit with the longest wait
-     */
-    async function consumeGroup(group: readonly Limit[], unit: string) {
-      const bounds = group.flatMap((limit) => [maxOf(limit), limit.seconds * 1_000])
-      const [waitMs, longest] = await fastify.withRedis((redis) =>
-        redis.consumeLimits(group.length, ...keysOf(group), unit, ...bounds)
-      )
-      return { waitMs, limit: group[longest - 1] }
-    }
-    const refundGroup = (group: readonly Limit[], unit: string) =>
-      fastify.withRedis((redis) =>
-        redis.refundLimits(group.length, ...keysOf(group), unit, ...group.map((limit) => `${maxOf(limit)}`))
-      )
+  /**
+   * @param unit '' to look only
+   * @returns the ms until every limit of the group has room, and the limit with the longest wait
+   */
+  async function consumeGroup(group: readonly Limit[], unit: string) {
+    const bounds = group.flatMap((limit) => [maxOf(limit), limit.seconds * 1_000])
+    const [waitMs, longest] = await redis.run((client) =>
+      client.consumeLimits(group.length, ...keysOf(group), unit, ...bounds)
+    )
+    return { waitMs, limit: group[longest - 1] }
+  }
+  const refundGroup = (group: readonly Limit[], unit: string) =>
+    redis.run((client) =>
+      client.refundLimits(group.length, ...keysOf(group), unit, ...group.map((limit) => `${maxOf(limit)}`))
+    )
 
-    fastify.decorate('rateLimits', {
-      async consume(limits, unit) {
-        const consumed: Limit[][] = []
-        const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, unit)))
-        for (const group of groupsOf(limits)) {
-          const answer = await consumeGroup(group, unit).catch(async (error) => {
-            await refundConsumed()
-            throw error
-          })
-          if (answer.waitMs > 0) {
-            await refundConsumed()
-            if (answer.limit) observer?.onLimitReached(answer.limit.name)
-            return Math.ceil(answer.waitMs / 1_000)
-          }
-          consumed.push(group)
+  return {
+    async consume(limits, unit) {
+      const consumed: Limit[][] = []
+      const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, unit)))
+      for (const group of groupsOf(limits)) {
+        const answer = await consumeGroup(group, unit).catch(async (error) => {
+          await refundConsumed()
+          throw error
+        })
+        if (answer.waitMs > 0) {
+          await refundConsumed()
+          if (answer.limit) observer?.onLimitReached(answer.limit.name)
+          return Math.ceil(answer.waitMs / 1_000)
         }
-        return 0
-      },
-      async retryAfterSeconds(limits) {
-        const answers = await Promise.all(groupsOf(limits).map((group) => consumeGroup(group, '')))
-        return Math.ceil(Math.max(0, ...answers.map(({ waitMs }) => waitMs)) / 1_000)
-      },
-      async refund(limits, unit) {
-        await Promise.all(groupsOf(limits).map((group) => refundGroup(group, unit)))
-      },
-      async reset(limits) {
-        await Promise.all(keysOf(limits).map((key) => fastify.withRedis((redis) => redis.del(key))))
+        consumed.push(group)
       }
-    } satisfies RateLimits)
-  },
-  { fastify: '5.x', name: 'rate-limits', dependencies: ['redis'] }
-)
+      return 0
+    },
+    async retryAfterSeconds(limits) {
+      const answers = await Promise.all(groupsOf(limits).map((group) => consumeGroup(group, '')))
+      return Math.ceil(Math.max(0, ...answers.map(({ waitMs }) => waitMs)) / 1_000)
+    },
+    async refund(limits, unit) {
+      await Promise.all(groupsOf(limits).map((group) => refundGroup(group, unit)))
+    },
+    async reset(limits) {
+      await Promise.all(keysOf(limits).map((key) => redis.run((client) => client.del(key))))
+    }
+  }
+}

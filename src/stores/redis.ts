@@ -1,6 +1,6 @@
 import type { Socket } from 'node:net'
 import fastifyRedis from '@fastify/redis'
-import fp from 'fastify-plugin'
+import type { FastifyInstance } from 'fastify'
 import { Cluster, Redis, ReplyError } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { parseRedisUrl, type RedisTarget } from '../config/redis-url.js'
@@ -9,20 +9,18 @@ import { sampledWarnings } from '../telemetry/sampled-warnings.js'
 import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    /**
-     * Runs commands on Redis.
-     *
-     * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
-     * @throws {Error} the error of Redis or of `run` if it is a bug
-     */
-    withRedis<T>(run: (redis: Redis | Cluster) => Promise<T>): Promise<T>
-    /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
-    defineRedisScripts(scripts: Record<string, { lua: string; numberOfKeys?: number }>): void
-    /** Whether the keys are on several nodes. */
-    isRedisCluster: boolean
-  }
+export interface RedisStore {
+  /**
+   * Runs commands on Redis.
+   *
+   * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
+   * @throws {Error} the error of Redis or of `commands` if it is a bug
+   */
+  run<T>(commands: (client: Redis | Cluster) => Promise<T>): Promise<T>
+  /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
+  defineScripts(scripts: Record<string, { lua: string; numberOfKeys?: number }>): void
+  /** Whether the keys are on several nodes. */
+  readonly isCluster: boolean
 }
 
 /** A separate namespace, because an application that registers the `signUp` plugin may use @fastify/redis, too. */
@@ -34,51 +32,60 @@ const reconnectDelayMaxMs = 1_000
 /** How often a Cluster client asks for the nodes and their slots. So it detects a dead node even if no command is sent to it. */
 const slotsRefreshIntervalMs = 1_000
 
-export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
-  async (fastify, { config: { redisUrl, storeTimeoutMs, otlpEndpoint }, observer }) => {
-    // Automatic pipelines send commands of different requests together. A trace would show them all in one request.
-    const isTraced = otlpEndpoint !== undefined
-    const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, { enableAutoPipelining: !isTraced })
-    const warn = sampledWarnings(fastify.log)
-    let lastError: Error | undefined
-    const logError = (err: Error) => {
-      lastError = err
-      warn(err, 'the connection to Redis failed')
+/**
+ * Connects to Redis, and lends the client to @fastify/redis. It ends with the application.
+ *
+ * @throws if Redis does not answer within 10 s, or is older than 6.2
+ */
+export async function openRedis(
+  fastify: FastifyInstance,
+  { redisUrl, storeTimeoutMs, otlpEndpoint }: Config,
+  observer: Observer | undefined
+): Promise<RedisStore> {
+  // Automatic pipelines send commands of different requests together. A trace would show them all in one request.
+  const isTraced = otlpEndpoint !== undefined
+  const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, { enableAutoPipelining: !isTraced })
+  const warn = sampledWarnings(fastify.log)
+  let lastError: Error | undefined
+  const logError = (err: Error) => {
+    lastError = err
+    warn(err, 'the connection to Redis failed')
+  }
+  client.on('error', logError)
+  // Only a Cluster has this event.
+  client.on('node error', logError)
+  // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
+  fastify.addHook('onClose', () => {
+    client.disconnect()
+    // If ioredis 6.0.0 is closed while it refreshes the slots, it refreshes them for ever, and the process does not end.
+    if (client instanceof Cluster) client.refreshSlotsCache = () => undefined
+  })
+  await waitForStore('Redis', async () => {
+    if (client.status !== 'ready') throw lastError ?? new Error('not connected yet')
+    if (client instanceof Cluster) {
+      // A Cluster client connects to a node when the first command for it arrives, and refuses commands while it connects.
+      await Promise.all(client.nodes('master').map((node) => node.ping()))
+    } else {
+      // If ioredis cannot select the database of the URL, it only warns and uses database 0. Here it fails the start.
+      await client.select(client.options.db ?? 0)
     }
-    client.on('error', logError)
-    // Only a Cluster has this event.
-    client.on('node error', logError)
-    // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
-    fastify.addHook('onClose', () => {
-      client.disconnect()
-      // If ioredis 6.0.0 is closed while it refreshes the slots, it refreshes them for ever, and the process does not end.
-      if (client instanceof Cluster) client.refreshSlotsCache = () => undefined
-    })
-    await waitForStore('Redis', async () => {
-      if (client.status !== 'ready') throw lastError ?? new Error('not connected yet')
-      if (client instanceof Cluster) {
-        // A Cluster client connects to a node when the first command for it arrives, and refuses commands while it connects.
-        await Promise.all(client.nodes('master').map((node) => node.ping()))
-      } else {
-        // If ioredis cannot select the database of the URL, it only warns and uses database 0. Here it fails the start.
-        await client.select(client.options.db ?? 0)
-      }
-    })
-    const servers = client instanceof Cluster ? client.nodes('master') : [client]
-    await Promise.all(servers.map(assertVersion)).catch((error) => {
-      client.disconnect()
-      throw error
-    })
-    lastError = undefined
-    await fastify.register(fastifyRedis, { client, namespace })
+  })
+  const servers = client instanceof Cluster ? client.nodes('master') : [client]
+  await Promise.all(servers.map(assertVersion)).catch((error) => {
+    client.disconnect()
+    throw error
+  })
+  lastError = undefined
+  await fastify.register(fastifyRedis, { client, namespace })
 
-    fastify.decorate('isRedisCluster', client instanceof Cluster)
-    fastify.decorate('defineRedisScripts', (scripts) => {
+  return {
+    isCluster: client instanceof Cluster,
+    defineScripts(scripts) {
       for (const [name, script] of Object.entries(scripts)) client.defineCommand(name, script)
-    })
-    fastify.decorate('withRedis', async <T>(run: (redis: Redis | Cluster) => Promise<T>) => {
+    },
+    async run(commands) {
       try {
-        const result = await observeRoundTrip(observer, 'redis', run(client))
+        const result = await observeRoundTrip(observer, 'redis', commands(client))
         // After a command, not when it connects: a server that is no master accepts connections, too.
         if (lastError !== undefined) fastify.log.info('Redis answers again')
         lastError = undefined
@@ -88,10 +95,9 @@ export const redis = fp<{ config: Config; observer?: Observer | undefined }>(
         warn(error, 'a round trip to Redis failed')
         throw new StoreUnavailable('redis', error)
       }
-    })
-  },
-  { fastify: '5.x', name: 'redis' }
-)
+    }
+  }
+}
 
 /**
  * Connects with ioredis's queueing, retries and resending turned off. By default it queues commands while Redis is away and

@@ -16,7 +16,7 @@ type LoginRequest = FastifyRequest<{ Body: Static<typeof LoginBody> }>
 
 /** POST /sessions. An unknown mobile takes as long as a wrong password and gets the same answer. */
 export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const { inFlight, passwords, rateLimits, sessions, users } = fastify
+  const { inFlight, passwords, rateLimits, sessions, users } = fastify.mobileSignup
 
   fastify.route({
     method: 'POST',

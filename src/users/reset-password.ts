@@ -8,7 +8,7 @@ import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from '.
 
 /** PUT /users/password: a mobile, its code and a new password end all earlier sessions of the user, and start one. */
 export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const { codes, passwords, postgres, rateLimits, sessions, users } = fastify
+  const { codes, inFlight, passwords, postgres, rateLimits, sessions, users } = fastify.mobileSignup
 
   fastify.route({
     method: 'PUT',
@@ -25,7 +25,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       data: { password_reset: LoggedInData }
     },
     bodyLimit: bodyMaxBytes,
-    handler: (request: NewPasswordRequest, reply: FastifyReply) => fastify.inFlight.track(resetPassword(request, reply))
+    handler: (request: NewPasswordRequest, reply: FastifyReply) => inFlight.track(resetPassword(request, reply))
   })
 
   /** The steps of a sign-up (sign-up.ts). An UPDATE can be repeated, so only a repeat of a used code looks for the row first. */

@@ -9,7 +9,7 @@ import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from '.
 
 /** POST /users: a mobile, its code and a password become a user with a session. */
 export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const { codes, passwords, postgres, sessions, users } = fastify
+  const { codes, inFlight, passwords, postgres, sessions, users } = fastify.mobileSignup
 
   fastify.route({
     method: 'POST',
@@ -26,7 +26,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
       data: { registered: LoggedInData }
     },
     bodyLimit: bodyMaxBytes,
-    handler: (request: NewPasswordRequest, reply: FastifyReply) => fastify.inFlight.track(signUp(request, reply))
+    handler: (request: NewPasswordRequest, reply: FastifyReply) => inFlight.track(signUp(request, reply))
   })
 
   async function signUp(request: NewPasswordRequest, reply: FastifyReply) {

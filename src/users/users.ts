@@ -1,5 +1,4 @@
-import fp from 'fastify-plugin'
-import type { NamedStatement } from '../stores/postgres.js'
+import type { NamedStatement, Postgres } from '../stores/postgres.js'
 
 export interface User {
   /** A 64-bit integer in decimal. */
@@ -11,7 +10,7 @@ export interface User {
   sessionEpoch: number
 }
 
-interface Users {
+export interface Users {
   /**
    * Adds a user, whose name is the mobile at first, in one statement. Of simultaneous calls for one mobile exactly one adds
    * the row.
@@ -35,13 +34,7 @@ interface Users {
    *
    * @returns the epoch, or undefined if the user has been deleted
    */
-  beginSessionEpoch(mobile: string, userId: string): Promise<number | undefined>
-}
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    users: Users
-  }
+  beginSessionEpoch(user: { mobile: string; user_id: string }): Promise<number | undefined>
 }
 
 export const insertUser: NamedStatement = {
@@ -79,31 +72,28 @@ const beginSessionEpoch: NamedStatement = {
 }
 
 /** The users table. */
-export const users = fp(
-  async (fastify) => {
-    fastify.decorate('users', {
-      async insert(mobile, passwordHash) {
-        const { rows } = await fastify.postgres.query<{ id: string }>(insertUser, [mobile, passwordHash])
-        return rows[0]?.id
-      },
-      async find(mobile) {
-        const { rows } = await fastify.postgres.query<User>(findUser, [mobile])
-        return rows[0]
-      },
-      async setPassword(mobile, passwordHash) {
-        const values = [mobile, passwordHash]
-        const { rows } = await fastify.postgres.query<Omit<User, 'passwordHash'>>(setPassword, values)
-        return rows[0]
-      },
-      async replaceHash(mobile, formerHash, passwordHash) {
-        await fastify.postgres.query(replaceHash, [mobile, formerHash, passwordHash])
-      },
-      async beginSessionEpoch(mobile, userId) {
-        const values = [mobile, userId]
-        const { rows } = await fastify.postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, values)
-        return rows[0]?.sessionEpoch
-      }
-    } satisfies Users)
-  },
-  { fastify: '5.x', name: 'users', dependencies: ['postgres'] }
-)
+export function createUsers(postgres: Postgres): Users {
+  return {
+    async insert(mobile, passwordHash) {
+      const { rows } = await postgres.query<{ id: string }>(insertUser, [mobile, passwordHash])
+      return rows[0]?.id
+    },
+    async find(mobile) {
+      const { rows } = await postgres.query<User>(findUser, [mobile])
+      return rows[0]
+    },
+    async setPassword(mobile, passwordHash) {
+      const values = [mobile, passwordHash]
+      const { rows } = await postgres.query<Omit<User, 'passwordHash'>>(setPassword, values)
+      return rows[0]
+    },
+    async replaceHash(mobile, formerHash, passwordHash) {
+      await postgres.query(replaceHash, [mobile, formerHash, passwordHash])
+    },
+    async beginSessionEpoch({ mobile, user_id }) {
+      const values = [mobile, user_id]
+      const { rows } = await postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, values)
+      return rows[0]?.sessionEpoch
+    }
+  }
+}
