@@ -1,14 +1,10 @@
-/*
- * npm run calibrate: finds which argon2id setting this machine computes fastest: one of OWASP's, which are of equal strength,
- * or one of them with its memory rounded up to whole huge pages.
- */
+/* npm run calibrate: finds which of OWASP's argon2id settings, which are of equal strength, this machine computes fastest. */
+import './thread-pool.js'
 import { availableParallelism } from 'node:os'
-import { owaspArgon2id } from './config/config.js'
-import { HashPool } from './passwords/hash-pool.js'
-import { areHugePagesOff, hugePagesAdvice } from './passwords/huge-pages.js'
+import { hash } from '@node-rs/argon2'
+import { defaultPoolThreads, owaspArgon2id } from './config/config.js'
 
 const secondsEach = 1
-const hugePageKib = 2_048
 const cores = availableParallelism()
 
 /** CPU time of a sign-up besides its hash, in ms, if stores and clients share the cores: see docs/performance.md. */
@@ -25,23 +21,30 @@ interface Result {
 }
 
 const widths = [5, 8, 9, 10, 9, 7]
-printRow('KiB', 'passes', 'threads', 'hashes/s', 'ms/hash', 'MiB')
-const results: Result[] = []
-for (const [memoryKib, passes] of settings()) {
-  for (const threads of threadCounts()) {
-    const hashesPerSecond = await measure(memoryKib, passes, threads)
-    results.push({ memoryKib, passes, threads, hashesPerSecond })
-    const hashMs = (1_000 * threads) / hashesPerSecond
-    printRow(memoryKib, passes, threads, round(hashesPerSecond), round(hashMs), round((memoryKib * threads) / 1_024))
-  }
-}
 
-// With a thread for each core, which is the default.
-const fastest = results
-  .filter(({ threads }) => threads === cores)
-  .reduce((best, result) => (result.hashesPerSecond > best.hashesPerSecond ? result : best))
-const signUpsPerSecond = (1_000 * cores) / ((1_000 * cores) / fastest.hashesPerSecond + otherMs)
-process.stdout.write(`
+if (Number(process.env.UV_THREADPOOL_SIZE || defaultPoolThreads) < cores) {
+  process.stderr.write(`calibrate: set UV_THREADPOOL_SIZE=${cores + 4}, so that each core can hash\n`)
+  process.exitCode = 1
+} else await calibrate()
+
+async function calibrate(): Promise<void> {
+  printRow('KiB', 'passes', 'threads', 'hashes/s', 'ms/hash', 'MiB')
+  const results: Result[] = []
+  for (const [memoryKib, passes] of owaspArgon2id) {
+    for (const threads of threadCounts()) {
+      const hashesPerSecond = await measure(memoryKib, passes, threads)
+      results.push({ memoryKib, passes, threads, hashesPerSecond })
+      const hashMs = (1_000 * threads) / hashesPerSecond
+      printRow(memoryKib, passes, threads, round(hashesPerSecond), round(hashMs), round((memoryKib * threads) / 1_024))
+    }
+  }
+
+  // With a thread for each core, which is the default.
+  const fastest = results
+    .filter(({ threads }) => threads === cores)
+    .reduce((best, result) => (result.hashesPerSecond > best.hashesPerSecond ? result : best))
+  const signUpsPerSecond = (1_000 * cores) / ((1_000 * cores) / fastest.hashesPerSecond + otherMs)
+  process.stdout.write(`
 The fastest setting on this machine:
 
 HASH_MEMORY_KIB=${fastest.memoryKib}
@@ -50,22 +53,6 @@ HASH_PASSES=${fastest.passes}
 This machine completes about ${Math.round(signUpsPerSecond)} sign-ups/s. For S sign-ups/s you need N = S ÷ ${round(signUpsPerSecond / cores)} such cores,
 N × ${Math.ceil(fastest.memoryKib / 1_024)} MiB for the hashes, and ${instanceMib} MiB for each instance.
 `)
-if (await areHugePagesOff()) process.stdout.write(`\nNote: ${hugePagesAdvice}.\n`)
-
-/**
- * Returns OWASP's settings, and those with more memory. What is over a whole huge page takes a page fault for each 4 KiB, and
- * a virtual machine may need more time for these faults than for the whole huge page.
- */
-function settings(): (readonly [memoryKib: number, passes: number])[] {
-  return owaspArgon2id.flatMap(([kib, passes]) => {
-    const wholeKib = Math.ceil(kib / hugePageKib) * hugePageKib
-    return wholeKib === kib
-      ? [[kib, passes]]
-      : [
-          [kib, passes],
-          [wholeKib, passes]
-        ]
-  })
 }
 
 /** Returns 1, 2, 4 and so on below the number of cores, and that number. */
@@ -75,22 +62,18 @@ function threadCounts(): number[] {
   return [...counts, cores]
 }
 
-/** Returns the hashes/s of so many threads whose queue is never empty. */
+/** Returns the hashes/s of so many threads. */
 async function measure(memoryCost: number, timeCost: number, threads: number): Promise<number> {
-  const pool = new HashPool(threads, { memoryCost, timeCost, parallelism: 1 })
-  await pool.ready()
   let hashes = 0
   const startedAt = performance.now()
   async function hashRepeatedly(): Promise<void> {
     while (performance.now() - startedAt < secondsEach * 1_000) {
-      await pool.hash('a password')
+      await hash('a password', { memoryCost, timeCost, parallelism: 1 })
       hashes++
     }
   }
-  await Promise.all(Array.from({ length: 3 * threads }, hashRepeatedly))
-  const elapsedMs = performance.now() - startedAt
-  await pool.close()
-  return (hashes * 1_000) / elapsedMs
+  await Promise.all(Array.from({ length: threads }, hashRepeatedly))
+  return (hashes * 1_000) / (performance.now() - startedAt)
 }
 
 function printRow(...columns: (string | number)[]): void {

@@ -8,7 +8,7 @@ const usage = `usage:
   mobile-signup migrate     applies the pending migrations, and exits
       Needs DATABASE_URL.
   mobile-signup calibrate   finds the argon2id setting that this machine computes fastest, in about a minute
-      Needs an idle machine, and no variable.
+      Needs an idle machine.
   mobile-signup --help      prints this text
 docs/configuration.md describes all variables.
 `

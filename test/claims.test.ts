@@ -62,10 +62,10 @@ t.test('a repeat whose password could not be verified counts as no wrong passwor
   const { signUp } = client(app)
   const body = await signUpBody()
   t.equal((await signUp(body)).statusCode, 201)
-  const { verify } = app.passwords
-  app.passwords.verify = failToHash
+  const { verify } = app.mobileSignup.passwords
+  app.mobileSignup.passwords.verify = failToHash
   for (let n = 0; n < 2; n++) t.strictSame(statusAndErrno(await signUp(body)), [500, '4500'])
-  app.passwords.verify = verify
+  app.mobileSignup.passwords.verify = verify
   t.equal((await signUp(body)).headers['idempotent-replayed'], 'true')
 })
 
@@ -146,12 +146,12 @@ t.test('a repeat that finds no row on a former primary does not log its user out
   const { signUp, logIn, whoAmI } = client(app)
   const body = await signUpBody()
   const first = await signUp(body)
-  const { find, insert } = app.users
-  app.users.find = async () => undefined
+  const { find, insert } = app.mobileSignup.users
+  app.mobileSignup.users.find = async () => undefined
   // A former primary refuses writes.
-  app.users.insert = () => Promise.reject(new StoreUnavailable('postgres'))
+  app.mobileSignup.users.insert = () => Promise.reject(new StoreUnavailable('postgres'))
   t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
-  Object.assign(app.users, { find, insert })
+  Object.assign(app.mobileSignup.users, { find, insert })
   const retry = await signUp(body)
   t.match([retry.statusCode, retry.json()], [201, { data: { ...first.json().data, session: true } }])
   t.equal((await whoAmI(cookieOf(first))).statusCode, 200)
@@ -162,18 +162,18 @@ t.test('G4: a repeat whose user is deleted before its INSERT conflicts signs up'
   const app = await build(t)
   const { signUp } = client(app)
   const body = await signUpBody()
-  const { find, insert } = app.users
-  app.users.insert = async (mobile, passwordHash) => {
+  const { find, insert } = app.mobileSignup.users
+  app.mobileSignup.users.insert = async (mobile, passwordHash) => {
     await insert(mobile, passwordHash)
     throw new StoreUnavailable('postgres')
   }
   t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
   // The repeat looks on a replica without the row. Its INSERT conflicts, and then the user is deleted.
-  app.users.find = async () => undefined
-  app.users.insert = async () => undefined
+  app.mobileSignup.users.find = async () => undefined
+  app.mobileSignup.users.insert = async () => undefined
   t.strictSame(statusAndErrno(await signUp(body)), [503, '4500'])
   await deleteUser(body.mobile)
-  Object.assign(app.users, { find, insert })
+  Object.assign(app.mobileSignup.users, { find, insert })
   t.equal((await signUp(body)).statusCode, 201)
 })
 
@@ -364,8 +364,8 @@ t.test('G4: a newer code that the gateway refuses leaves the claim of a code tha
   const body = await signUpBody()
   t.equal((await failing.signUp(body)).statusCode, 500)
   const app = await build(t)
-  const { code } = await app.codes.issue(body.mobile, 'sign_up', { id: 'a message', network: '192.0.2.1' })
-  await app.codes.withdraw(body.mobile, code)
+  const { code } = await app.mobileSignup.codes.issue(body.mobile, 'sign_up', { id: 'a message', network: '192.0.2.1' })
+  await app.mobileSignup.codes.withdraw(body.mobile, code)
   t.equal((await signUp(body)).statusCode, 201)
 })
 

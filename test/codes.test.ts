@@ -1,16 +1,16 @@
 import { randomUUID } from 'node:crypto'
 import Fastify from 'fastify'
 import t, { type Test } from 'tap'
-import { type CodePurpose, codes as codesPlugin, type Hold } from '../dist/codes/codes.js'
+import { type CodePurpose, createCodes, type Hold } from '../dist/codes/codes.js'
 import type { Config } from '../dist/config/config.js'
 import { Refusal } from '../dist/outcomes.js'
-import { type LimitName, rateLimits } from '../dist/stores/rate-limits.js'
-import { redis as redisPlugin } from '../dist/stores/redis.js'
+import { createRateLimits, type LimitName } from '../dist/stores/rate-limits.js'
+import { openRedis } from '../dist/stores/redis.js'
 import { claimKey, leaseMsOf, startTestbed } from '../testkit/testbed.js'
 
 /*
- * The life of a code: what each of the four scripts leaves in Redis, and what the next one finds. These tests call the plugin
- * without a server. test/claims.test.ts sends requests.
+ * The life of a code: what each of the four scripts leaves in Redis, and what the next one finds. These tests call it without
+ * a server. test/claims.test.ts sends requests.
  */
 
 const { ageClaim, config, issueCode, newMobile, readClaim, redis } = await startTestbed(t)
@@ -30,10 +30,8 @@ const log = Fastify().log
 async function buildCodes(t: Test, config: Config) {
   const app = Fastify()
   t.teardown(() => app.close())
-  await app.register(redisPlugin, { config })
-  await app.register(rateLimits, { observer })
-  await app.register(codesPlugin, { config, observer })
-  return app.codes
+  const redis = await openRedis(app, config, undefined)
+  return createCodes(config, redis, createRateLimits(redis, undefined), observer)
 }
 
 const codes = await buildCodes(t, config())

@@ -43,9 +43,10 @@ t.test('an environment with only the stores gives the documented defaults', asyn
     smsHourlyMax: 5_000,
     smsWebhookUrl: undefined,
     smsWebhookSecret: undefined,
-    hashMemoryKib: 19_456,
-    hashPasses: 2,
-    hashThreads: availableParallelism(),
+    hashMemoryKib: 12_288,
+    hashPasses: 3,
+    hashThreads: Math.min(availableParallelism(), 4),
+    poolThreads: 4,
     hashMaxWaitMs: 2_000,
     pgPooler: 'none',
     pgPoolMax: 10,
@@ -91,6 +92,7 @@ t.test('every variable sets its field', async (t) => {
     HASH_MEMORY_KIB: '47104',
     HASH_PASSES: '1',
     HASH_THREADS: '5',
+    UV_THREADPOOL_SIZE: '9',
     HASH_MAX_WAIT_MS: '700',
     PG_POOL_MAX: '3',
     PG_POOLER: 'transaction',
@@ -132,6 +134,7 @@ t.test('every variable sets its field', async (t) => {
     hashMemoryKib: 47_104,
     hashPasses: 1,
     hashThreads: 5,
+    poolThreads: 9,
     hashMaxWaitMs: 700,
     pgPoolMax: 3,
     pgPooler: 'transaction',
@@ -217,7 +220,8 @@ t.test('an invalid value of any variable is a fault that names the variable', as
     ['SMS_WEBHOOK_URL', 'gateway', 'ftp://gateway', 'https://user:pass@gateway'],
     ['HASH_MEMORY_KIB', '7', '4194305'],
     ['HASH_PASSES', '0'],
-    ['HASH_THREADS', '0', '1025', 'all'],
+    ['HASH_THREADS', '0', '1021', 'all'],
+    ['UV_THREADPOOL_SIZE', '0', '1025', '-1', 'many'],
     ['HASH_MAX_WAIT_MS', '-1', '600001'],
     ['PG_POOL_MAX', '0'],
     ['PG_POOLER', 'session', 'true'],
@@ -229,6 +233,17 @@ t.test('an invalid value of any variable is a fault that names the variable', as
       t.match(faultsOf({ ...stores, [name]: value }), [new RegExp(`^${name}: .+; expected .+`)], `${name}=${value}`)
     }
   }
+})
+
+t.test('HASH_THREADS is at most the pool of libuv, and by default no more than the cores', async (t) => {
+  t.strictSame(faultsOf({ ...stores, HASH_THREADS: '8' }), [
+    "HASH_THREADS: 8 is more than libuv's pool of 4 threads can run; " +
+      'expected at most 4, or set UV_THREADPOOL_SIZE=12 in the environment of the process'
+  ])
+  t.strictSame(faultsOf({ ...stores, HASH_THREADS: '8', UV_THREADPOOL_SIZE: '8' }), [])
+  const withPool = (size: string) => loadConfig({ ...stores, UV_THREADPOOL_SIZE: size }).hashThreads
+  t.strictSame([withPool('1'), withPool('1024')], [1, availableParallelism()])
+  t.match(faultsOf({ ...stores, UV_THREADPOOL_SIZE: '' }), [/^UV_THREADPOOL_SIZE: /], 'libuv would take it for 1')
 })
 
 t.test('an empty variable counts as unset', async (t) => {

@@ -30,8 +30,8 @@ const sessionStatus = async (cookie: string) => (await api.whoAmI(cookie)).statu
 /** Builds a service that calls a function after each verification of a password, before it uses the result. */
 async function buildInterrupted(t: Test, afterVerification: () => Promise<unknown>) {
   const app = await build(t)
-  const { verify } = app.passwords
-  app.passwords.verify = async (...args) => {
+  const { verify } = app.mobileSignup.passwords
+  app.mobileSignup.passwords.verify = async (...args) => {
     const matches = await verify(...args)
     await afterVerification()
     return matches

@@ -159,11 +159,11 @@ t.test('G6: a sign-up whose hash would wait too long gets 503 4500 at once, and 
   const [first, second, third] = [await signUpBody(), await signUpBody(), await signUpBody()]
   // Both are admitted, because nothing waits yet.
   const admitted = [signUp(first), signUp(second)]
-  await until('one is hashed, and one waits', () => app.passwords.queueLength === 1)
+  await until('one is hashed, and one waits', () => app.mobileSignup.passwords.queueLength === 1)
   const refused = await signUp(third)
   t.strictSame([refused.statusCode, refused.json()], [503, { errno: '4500', errmsg: '服务繁忙，请稍后重试' }])
   t.match(refused.headers['retry-after'], /^[1-9]\d*$/)
-  t.equal(app.passwords.queueLength, 1, 'the answer does not wait for the queue')
+  t.equal(app.mobileSignup.passwords.queueLength, 1, 'the answer does not wait for the queue')
   t.equal(await redis.get(`sms_code_${third.mobile}`), third.sms_code)
   t.strictSame(errorsIn(lines), [])
 
@@ -179,13 +179,13 @@ t.test('G6: requests that wait for Redis count: the next is refused while the qu
   const third = await signUpBody()
   const writes = await holdRedisWrites(t)
   const admitted = bodies.map((body) => signUp(body))
-  await until('both are admitted', () => app.passwords.expectedWaitMs > 0)
+  await until('both are admitted', () => app.mobileSignup.passwords.expectedWaitMs > 0)
   t.strictSame(statusAndErrno(await signUp(third)), [503, '4500'])
   t.strictSame(statusAndErrno(await logIn(third)), [503, '4500'])
-  t.equal(app.passwords.queueLength, 0)
+  t.equal(app.mobileSignup.passwords.queueLength, 0)
   await writes.release()
   for (const reply of admitted) t.equal((await reply).statusCode, 201)
-  t.equal(app.passwords.expectedWaitMs, 0)
+  t.equal(app.mobileSignup.passwords.expectedWaitMs, 0)
   t.equal((await signUp(third)).statusCode, 201)
 })
 
@@ -201,13 +201,13 @@ t.test('G6: so does one whose answer is never sent, because its connection dies 
   const app = await build(t, { HASH_MAX_WAIT_MS: '600000' })
   await app.listen({ port: 0, host: '127.0.0.1' })
   const hashes = holdHashes(t)
-  const admits = t.capture(app.passwords, 'admit', app.passwords.admit)
+  const admits = t.capture(app.mobileSignup.passwords, 'admit', app.mobileSignup.passwords.admit)
   const wrong = { ...(await signUpBody()), sms_code: 'wrong' }
   const socket = pipeline(app, await signUpBody(), wrong, wrong, wrong)
   let admitted = 0
   await until('all are admitted, and only the first is hashed', () => {
     admitted += admits().length
-    return admitted === 4 && app.passwords.expectedWaitMs === 0
+    return admitted === 4 && app.mobileSignup.passwords.expectedWaitMs === 0
   })
   socket.destroy()
   hashes.release()
@@ -218,10 +218,10 @@ t.test('a client that disconnects while its hash waits is counted as that, and i
   const app = await build(t, { METRICS_PORT: '0' }, { logStream: { write: (line) => lines.push(line) } })
   await app.listen({ port: 0, host: '127.0.0.1' })
   const hashes = holdHashes(t)
-  const occupied = app.passwords.hash('a password')
+  const occupied = app.mobileSignup.passwords.hash('a password')
   const body = await signUpBody()
   const socket = pipeline(app, body)
-  await until('its hash waits', () => app.passwords.queueLength === 1)
+  await until('its hash waits', () => app.mobileSignup.passwords.queueLength === 1)
   socket.destroy()
   const outcomes = () => lines.flatMap((line) => JSON.parse(line).outcome ?? [])
   await until('it is logged', () => outcomes().length > 0)
@@ -229,7 +229,7 @@ t.test('a client that disconnects while its hash waits is counted as that, and i
   t.strictSame(errorsIn(lines), [])
   const metrics = await (await fetch(app.metricsUrl ?? '')).text()
   t.match(metrics, /_count\{method="POST",route="\/api\/v1\.0\/users",outcome="client_disconnected"\} 1\n/)
-  t.equal(app.passwords.queueLength, 0)
+  t.equal(app.mobileSignup.passwords.queueLength, 0)
   hashes.release()
   await occupied
   t.strictSame(await userRows(body.mobile), [], 'nothing is written')
@@ -244,9 +244,9 @@ t.test('a shutdown finishes the sign-up that is hashed, also when its client has
   const sockets = [pipeline(app, hashed)]
   await until('the first is admitted', async () => (await redis.exists(`sms_code_${hashed.mobile}`)) === 0)
   sockets.push(pipeline(app, waiting))
-  await until('the second waits', () => app.passwords.queueLength === 1)
+  await until('the second waits', () => app.mobileSignup.passwords.queueLength === 1)
   for (const socket of sockets) socket.destroy()
-  await until('it has left', () => app.passwords.queueLength === 0)
+  await until('it has left', () => app.mobileSignup.passwords.queueLength === 0)
   const closed = app.close()
   hashes.release()
   await closed
@@ -256,7 +256,7 @@ t.test('a shutdown finishes the sign-up that is hashed, also when its client has
 })
 
 t.test('passwords count in NFKC; that of an unknown user is verified, too, and never matches', async (t) => {
-  const { passwords } = await build(t)
+  const { passwords } = (await build(t)).mobileSignup
   const phc = await passwords.hash('ｐａｓｓｗｏｒｄ ﬁne')
   t.match(phc, /^\$argon2id\$v=19\$m=64,t=1,p=1\$/)
   t.ok(await verify(phc, 'password fine'))

@@ -57,7 +57,7 @@ async function findBugs(): Promise<void> {
   for (const [name, { scenario: scenarioName, lua, change }] of Object.entries(bugs)) {
     const scenario = scenarios[scenarioName]
     const system = await startSystem(stores, scenario, lua)
-    change?.(system.app)
+    change?.(system.app.mobileSignup)
     let found: string | undefined
     for (let deviations = 0; deviations <= deviationsMax && found === undefined; deviations++) {
       const { violation } = await search(system, scenario, deviations)

@@ -144,7 +144,7 @@ t.test('a wrong code, and a store that is away, are no errors: the store logs wh
 
 t.test('the cause of a 500 is logged once at level error, with the id of the request', async (t) => {
   const { app, lines } = await buildWithLog(t)
-  app.users.insert = () => Promise.reject(new Error('a bug'))
+  app.mobileSignup.users.insert = () => Promise.reject(new Error('a bug'))
   const reply = await client(app).signUp(await signUpBody(), { headers: { 'x-request-id': 'r1' } })
   t.equal(reply.statusCode, 500)
   t.match(lines, [

@@ -1,5 +1,6 @@
 import { hash, verify } from '@node-rs/argon2'
 import t from 'tap'
+import { QueueFull } from '../dist/passwords/hash-queue.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { patient, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
@@ -136,51 +137,10 @@ t.test('429: a /48 has 20 failures for a mobile in ten minutes', async (t) => {
   t.equal(await fail(20), 429)
 })
 
-t.test(
-  '503 4500: a login joins the hash queue only if its wait is within HASH_MAX_WAIT_MS at that moment',
-  async (t) => {
-    const slow = { HASH_THREADS: '1', HASH_MEMORY_KIB: '65536', HASH_MAX_WAIT_MS: '300' }
-    // Not through a pooler: its timeout is short, and these statements wait for a lock.
-    const app = await build(t, {
-      ...slow,
-      PG_POOL_MAX: '1',
-      DATABASE_URL: stores.databaseUrl,
-      PG_POOLER: 'none',
-      ...patient
-    })
-    // All logins pass the first check, because their users are read after all of them have arrived.
-    const connection = await postgres.connect()
-    await connection.query('BEGIN; LOCK TABLE users IN ACCESS EXCLUSIVE MODE')
-    const mobiles = Array.from({ length: 50 }, newMobile)
-    const replies = mobiles.map((mobile, n) =>
-      client(app).logIn({ mobile, password: 'wrong' }, { from: `198.18.1.${n}` })
-    )
-    await until('all logins have consumed their limits', async () => {
-      return (await redis.exists(...mobiles.map((mobile) => `login_failures:{${mobile}}`))) === 50
-    })
-    let longestWaitMs = 0
-    const { verify } = app.passwords
-    app.passwords.verify = (...args) => {
-      longestWaitMs = Math.max(longestWaitMs, app.passwords.expectedWaitMs)
-      return verify(...args)
-    }
-    await connection.query('COMMIT')
-    connection.release()
-    const statuses = (await Promise.all(replies)).map(statusAndErrno)
-    const refused = statuses.filter(([status, errno]) => status === 503 && errno === '4500')
-    const verified = statuses.filter(([status]) => status === 401)
-    t.equal(refused.length + verified.length, 50)
-    t.ok(refused.length > 0, `${refused.length} are refused`)
-    t.ok(longestWaitMs <= 300, `none joins at a wait of more than 300 ms, but at ${longestWaitMs} ms`)
-    const counted = await redis.exists(...mobiles.map((mobile) => `login_failures:{${mobile}}`))
-    t.equal(counted, verified.length, 'a refused login is no failed one')
-  }
-)
-
 t.test('503 4500: under overload a login is refused by admission, before its limits are touched', async (t) => {
   const app = await build(t, { HASH_THREADS: '1', HASH_MAX_WAIT_MS: '0' })
-  // The thread has two of these jobs in hand, so this queue is much longer than the login takes.
-  const hashes = Array.from({ length: 500 }, () => app.passwords.hash('a password'))
+  // This queue is much longer than the refusal takes.
+  const hashes = Array.from({ length: 500 }, () => app.mobileSignup.passwords.hash('a password'))
   const mobile = newMobile()
   const reply = await client(app).logIn({ mobile, password: 'a password' })
   t.strictSame(statusAndErrno(reply), [503, '4500'])
@@ -190,13 +150,11 @@ t.test('503 4500: under overload a login is refused by admission, before its lim
 
 t.test('503 4500: Retry-After of a login is the time until the hash queue may be short enough', async (t) => {
   const app = await build(t)
-  const { mobile, password } = await registerUser()
-  // Too long when the login arrives, and when it would join.
-  for (const delays of [[7], [0, 7]]) {
-    app.passwords.admissionDelaySeconds = () => delays.shift() ?? 0
-    const reply = await client(app).logIn({ mobile, password })
-    t.strictSame([...statusAndErrno(reply), reply.headers['retry-after']], [503, '4500', '7'])
+  app.mobileSignup.passwords.admit = () => {
+    throw new QueueFull(7)
   }
+  const reply = await client(app).logIn({ mobile: newMobile(), password: 'a password' })
+  t.strictSame([...statusAndErrno(reply), reply.headers['retry-after']], [503, '4500', '7'])
 })
 
 t.test('503 4001: a login that fails because of Postgres is not counted as a failure', async (t) => {
@@ -251,16 +209,23 @@ t.test('a login replaces a hash that has outdated parameters, but never a newer 
 t.test('a login keeps a hash that has the present parameters, or if the hash queue is too long', async (t) => {
   const { mobile, password } = await registerUser()
   const [before] = await userRows(mobile)
-  const appWithTwoPasses = await build(t, { HASH_PASSES: '2' })
-  // The login is admitted twice, and its rehash is not.
-  const delays = [0, 0, 1]
-  appWithTwoPasses.passwords.admissionDelaySeconds = () => delays.shift() ?? 0
+  const lines: string[] = []
+  const appWithTwoPasses = await build(t, { HASH_PASSES: '2' }, { logStream: { write: (line) => lines.push(line) } })
+  // The login is admitted, and its rehash is not.
+  appWithTwoPasses.mobileSignup.passwords.admit = (client) => {
+    if (client === undefined) throw new QueueFull(1)
+  }
   for (const app of [await build(t), appWithTwoPasses]) {
     t.equal((await client(app).logIn({ mobile, password })).statusCode, 201)
     // The shutdown waits for rehashes.
     await app.close()
     t.strictSame(await userRows(mobile), [before])
   }
+  t.strictSame(
+    lines.filter((line) => JSON.parse(line).level > 30),
+    [],
+    'it is no error'
+  )
 })
 
 t.test('DELETE /session?everywhere=true ends all sessions of the user and no others', async (t) => {

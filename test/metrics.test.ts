@@ -137,7 +137,7 @@ t.test('failed round trips to a store are counted', async (t) => {
 t.test('gauges show the hash queue and the Postgres pool at the time of the scrape', async (t) => {
   // Each of these hashes takes about 20 ms, so that the queue is not empty before the scrape.
   const hashing = await build(t, { METRICS_PORT: '0', HASH_THREADS: '1', HASH_PASSES: '1000' })
-  const hashes = Array.from({ length: 50 }, () => hashing.passwords.hash('correct horse'))
+  const hashes = Array.from({ length: 50 }, () => hashing.mobileSignup.passwords.hash('correct horse'))
   const queued = await scrape(hashing)
   t.ok(Number(sampleOf(queued, 'mobile_signup_hash_queue_length')) > 0)
   t.ok(Number(sampleOf(queued, 'mobile_signup_hash_expected_wait_seconds')) > 0)

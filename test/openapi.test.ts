@@ -5,6 +5,7 @@ import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
 import { freePort } from '../dev/embedded-stores.js'
 import { type OutcomeName, outcomeNames, outcomes } from '../dist/outcomes.js'
+import { QueueFull } from '../dist/passwords/hash-queue.js'
 import { client } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 
@@ -156,13 +157,15 @@ t.test('the reply of every outcome on every route matches its description', asyn
   check(whoAmI, 'bad_request', await sendWithoutHost(t, withoutGateway, '/api/v1.0/session'))
 
   // Failures.
-  const { admissionDelaySeconds, hash } = app.passwords
-  app.passwords.admissionDelaySeconds = () => 1
+  const { admit, hash } = app.mobileSignup.passwords
+  app.mobileSignup.passwords.admit = () => {
+    throw new QueueFull(1)
+  }
   for (const [operation, send] of operationsWithBody) check(operation, 'busy', await send(await signUpBody()))
-  app.passwords.admissionDelaySeconds = admissionDelaySeconds
-  app.passwords.hash = () => Promise.reject(new Error('no memory'))
+  app.mobileSignup.passwords.admit = admit
+  app.mobileSignup.passwords.hash = () => Promise.reject(new Error('no memory'))
   check(signUp, 'internal_error', await api.signUp(await signUpBody()))
-  app.passwords.hash = hash
+  app.mobileSignup.passwords.hash = hash
   await Promise.all(proxies.map((proxy) => proxy.apply('refuse')))
   for (const [operation, send] of operationsWithBody) {
     check(operation, 'storage_unavailable', await send(await signUpBody()))

@@ -189,7 +189,7 @@ for (const { name, isOutage, message, cause, cure } of failures) {
 }
 
 t.test('each SQLSTATE is an outage or a bug', async (t) => {
-  const { query } = (await build(t)).postgres
+  const { query } = (await build(t)).mobileSignup.postgres
   const outages = ['08006', '08P01', '25006', '40001', '40P01', '53100', '53200', '53300', '57014', '57P01', '57P03']
   const bugs = ['0A000', '22003', '23505', '25001', '26000', '42501', '42703', '42P01', '58030', 'P0001', 'XX000']
   for (const state of [...outages, ...bugs]) {
@@ -202,7 +202,7 @@ t.test('each SQLSTATE is an outage or a bug', async (t) => {
 })
 
 t.test('each reply of Redis is an outage or a bug, also in the middle of a script error', async (t) => {
-  const { withRedis } = await build(t)
+  const { run } = (await build(t)).mobileSignup.redis
   const bugs = [
     'CROSSSLOT Keys in request do not hash to the same slot',
     'ERR value is not an integer or out of range',
@@ -227,10 +227,10 @@ t.test('each reply of Redis is an outage or a bug, also in the middle of a scrip
   ]
   for (const reply of [...bugs, ...outages]) {
     for (const message of [reply, `ERR Error running script (call to f_0): @user_script:1: -${reply}`]) {
-      await until('Redis is connected', () => withRedis(answers))
+      await until('Redis is connected', () => run(answers))
       const expected = outages.includes(reply) ? { code: 'STORE_UNAVAILABLE', cause: { message } } : { message }
       await t.rejects(
-        withRedis((redis) => redis.eval('return redis.error_reply(ARGV[1])', 0, message)),
+        run((client) => client.eval('return redis.error_reply(ARGV[1])', 0, message)),
         expected,
         message
       )
@@ -239,13 +239,13 @@ t.test('each reply of Redis is an outage or a bug, also in the middle of a scrip
 })
 
 t.test('a value that no store takes is a bug', async (t) => {
-  const { postgres, withRedis } = await build(t)
+  const { postgres, redis } = (await build(t)).mobileSignup
   const circular: Record<string, unknown> = {}
   circular.self = circular
   const statement = { name: randomUUID(), text: 'SELECT $1::jsonb' }
   await t.rejects(postgres.query(statement, [circular]), { name: 'TypeError' })
   await t.rejects(
-    withRedis(() => {
+    redis.run(() => {
       throw new TypeError('of the test')
     }),
     { name: 'TypeError' }

@@ -1,13 +1,13 @@
 import assert from 'node:assert/strict'
 import { randomInt } from 'node:crypto'
 import fc from 'fast-check'
-import Fastify, { type FastifyInstance } from 'fastify'
+import Fastify from 'fastify'
 import t, { type Test } from 'tap'
-import { codes, type Hold } from '../dist/codes/codes.js'
+import { type Codes, createCodes, type Hold } from '../dist/codes/codes.js'
 import { ConfigError, type Environment, loadConfig } from '../dist/config/config.js'
 import { type OutcomeName, outcomes, Refusal } from '../dist/outcomes.js'
-import { rateLimits } from '../dist/stores/rate-limits.js'
-import { redis as redisPlugin } from '../dist/stores/redis.js'
+import { createRateLimits } from '../dist/stores/rate-limits.js'
+import { openRedis } from '../dist/stores/redis.js'
 import { client } from '../testkit/client.js'
 import { claimKey, startTestbed } from '../testkit/testbed.js'
 
@@ -99,7 +99,7 @@ const integerBounds = {
   PASSWORD_MIN: [1, 128],
   HASH_MEMORY_KIB: [8, 4_194_304],
   HASH_PASSES: [1, 1_000],
-  HASH_THREADS: [1, 1_024],
+  HASH_THREADS: [1, 1_020],
   HASH_MAX_WAIT_MS: [0, 600_000],
   PG_POOL_MAX: [1, 1_000],
   STORE_TIMEOUT_MS: [1, 60_000],
@@ -108,7 +108,11 @@ const integerBounds = {
 
 t.test('integer variables are accepted within their bounds, and else named in an error without secrets', async () => {
   const camel = (name: string) => name.toLowerCase().replace(/_(.)/g, (_, letter: string) => letter.toUpperCase())
-  const urls = { DATABASE_URL: 'postgresql://u:pass-word@host/db', REDIS_URL: 'redis://:pass-word@host/1' }
+  const others = {
+    DATABASE_URL: 'postgresql://u:pass-word@host/db',
+    REDIS_URL: 'redis://:pass-word@host/1',
+    UV_THREADPOOL_SIZE: '1024'
+  }
   const text = fc.oneof(
     fc.string({ maxLength: 8 }),
     fc.integer().map(String),
@@ -130,7 +134,7 @@ t.test('integer variables are accepted within their bounds, and else named in an
   fc.assert(
     fc.property(environment, (env) => {
       try {
-        const loaded = new Map(Object.entries(loadConfig({ ...urls, ...env })))
+        const loaded = new Map(Object.entries(loadConfig({ ...others, ...env })))
         assert.deepEqual([], expectedFaults(env))
         for (const [name, value] of Object.entries(env)) {
           if (value !== '') assert.equal(loaded.get(camel(name)), Number(value))
@@ -222,20 +226,12 @@ const step: fc.Arbitrary<Step> = fc.oneof(
 const sequenceOfSteps = fc.array(step, { minLength: 10, maxLength: 30, size: 'max' })
 
 /** Returns the codes of a mobile, as an instance of the service sees them. */
-async function buildCodes(t: Test): Promise<FastifyInstance['codes']> {
+async function buildCodes(t: Test): Promise<Codes> {
   const app = Fastify()
   t.after(() => app.close())
-  const options = {
-    config: config({
-      SMS_CODE_ATTEMPTS: '1000',
-      SMS_GUESS_DAILY_MAX: '0',
-      HASH_MAX_WAIT_MS: '600000'
-    })
-  }
-  await app.register(redisPlugin, options)
-  await app.register(rateLimits, {})
-  await app.register(codes, options)
-  return app.codes
+  const unlimited = config({ SMS_CODE_ATTEMPTS: '1000', SMS_GUESS_DAILY_MAX: '0', HASH_MAX_WAIT_MS: '600000' })
+  const redis = await openRedis(app, unlimited, undefined)
+  return createCodes(unlimited, redis, createRateLimits(redis, undefined), undefined)
 }
 
 t.test(

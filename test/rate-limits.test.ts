@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import Fastify from 'fastify'
 import t from 'tap'
-import { type Limit, type LimitName, rateLimits as rateLimitsPlugin } from '../dist/stores/rate-limits.js'
-import { redis as redisPlugin } from '../dist/stores/redis.js'
+import { createRateLimits, type Limit, type LimitName } from '../dist/stores/rate-limits.js'
+import { openRedis } from '../dist/stores/redis.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 /*
@@ -23,9 +23,8 @@ const observer = {
 
 const app = Fastify()
 t.teardown(() => app.close())
-await app.register(redisPlugin, { config: config(), observer })
-await app.register(rateLimitsPlugin, { observer })
-const { rateLimits } = app
+const store = await openRedis(app, config(), observer)
+const rateLimits = createRateLimits(store, observer)
 
 /** How much time may pass between two steps of a test, on a busy machine. */
 const slackSeconds = 30
@@ -149,10 +148,8 @@ t.test(
   'in a Cluster the limits of each slot are consumed in turn, and given back if a later one is exhausted',
   async (t) => {
     // One Redis in place of a Cluster. test/redis-topologies.test.ts has a real one.
-    app.isRedisCluster = true
-    t.teardown(() => {
-      app.isRedisCluster = false
-    })
+    const rateLimits = createRateLimits({ ...store, isCluster: true }, observer)
+    const consume = (limits: readonly Limit[]) => rateLimits.consume(limits, randomUUID())
     const tag = randomUUID()
     const onSlot = (n: number) => newLimit(2, 300, 'login_mobile', `limit:{${tag}}:${n}`)
     const [before, first, after, second] = [newLimit(2, 300), onSlot(1), newLimit(2, 300), onSlot(2)]

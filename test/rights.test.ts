@@ -47,10 +47,10 @@ t.test('the rights of docs/operating.md suffice for every route, for retries and
   const body = { ...(await signUpBody({ mobile })), sms_code: code }
   await redis.set(`sms_code_${mobile}`, code, 'EX', 300)
   t.equal((await api.signUp({ ...body, sms_code: 'wrong' })).statusCode, 422)
-  const { hash } = app.passwords
-  app.passwords.hash = () => Promise.reject(new Error('no memory'))
+  const { hash } = app.mobileSignup.passwords
+  app.mobileSignup.passwords.hash = () => Promise.reject(new Error('no memory'))
   t.equal((await api.signUp(body)).statusCode, 500)
-  app.passwords.hash = hash
+  app.mobileSignup.passwords.hash = hash
   t.equal((await api.signUp(body)).statusCode, 201)
   t.equal((await api.signUp(body)).headers['idempotent-replayed'], 'true')
   await postgres.query('DELETE FROM users WHERE mobile = $1', [mobile])

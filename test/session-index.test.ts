@@ -72,7 +72,7 @@ t.test('a user has at most 100 sessions: one more ends the oldest', async (t) =>
 
 t.test('a session of an epoch that has ended does not start', async (t) => {
   const { login, userId, index } = await registerUser()
-  await app.sessions.endBefore(userId, 1)
+  await app.mobileSignup.sessions.endBefore(userId, 1)
   t.equal((await api.logIn(login)).statusCode, 401)
   t.equal(await redis.exists(index), 0)
 })
@@ -81,7 +81,7 @@ t.test('a new epoch deletes the sessions of the index, and lasts for two days', 
   const { login, userId, cookie, index } = await registerUser()
   const cookies = [cookie]
   for (let n = 0; n < 3; n++) cookies.push(cookieOf(await api.logIn(login)))
-  await app.sessions.endBefore(userId, 1)
+  await app.mobileSignup.sessions.endBefore(userId, 1)
   for (const cookie of cookies) t.equal(await redis.exists(sessionKeyOf(cookie)), 0)
   t.equal(await redis.exists(index), 0)
   const epochKey = `{${index}}:epoch`
@@ -89,14 +89,14 @@ t.test('a new epoch deletes the sessions of the index, and lasts for two days', 
   const ttlSeconds = await redis.ttl(epochKey)
   t.ok(ttlSeconds > 172_700 && ttlSeconds <= 172_800, 'longer than a session')
 
-  await app.sessions.endBefore(userId, 5)
-  await app.sessions.endBefore(userId, 3)
+  await app.mobileSignup.sessions.endBefore(userId, 5)
+  await app.mobileSignup.sessions.endBefore(userId, 3)
   t.equal(await redis.get(epochKey), '5', 'an epoch never falls')
 })
 
 t.test('the first epoch that ends ends also a session that is in no index', async (t) => {
   const { userId, cookie, index } = await registerUser()
   await redis.del(index)
-  await app.sessions.endBefore(userId, 1)
+  await app.mobileSignup.sessions.endBefore(userId, 1)
   t.equal((await api.whoAmI(cookie)).statusCode, 401)
 })

@@ -436,7 +436,9 @@ t.test('each of the six digits of a code is uniformly distributed', async (t) =>
   const app = await build(t, unlimitedSms)
   const codeCount = 5_000
   const mobiles = Array.from({ length: codeCount }, (_, index) => `1390000${1_000 + index}`)
-  await Promise.all(mobiles.map((mobile) => app.codes.issue(mobile, undefined, { id: mobile, network: '192.0.2.1' })))
+  await Promise.all(
+    mobiles.map((mobile) => app.mobileSignup.codes.issue(mobile, undefined, { id: mobile, network: '192.0.2.1' }))
+  )
   const codes = await redis.mget(mobiles.map((mobile) => `sms_code_${mobile}`))
   t.ok(codes.every((code) => code !== null && /^\d{6}$/.test(code)))
 

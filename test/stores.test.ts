@@ -19,8 +19,8 @@ const reconnectPauseMaxMs = 1_000
 
 /** Whether requests are refused without a round trip to the store. */
 const isKnownToFail = {
-  REDIS_URL: (app: FastifyInstance) => app.withRedis(async ({ status }) => status !== 'ready'),
-  DATABASE_URL: async ({ postgres }: FastifyInstance) => {
+  REDIS_URL: (app: FastifyInstance) => app.mobileSignup.redis.run(async ({ status }) => status !== 'ready'),
+  DATABASE_URL: async ({ mobileSignup: { postgres } }: FastifyInstance) => {
     try {
       postgres.assertAvailable()
       return false
@@ -37,7 +37,9 @@ for (const store of ['REDIS_URL', 'DATABASE_URL'] as const) {
       const app = await build(t, { [store]: proxy.url, STORE_TIMEOUT_MS: `${storeTimeoutMs}` })
       const { signUp } = client(app)
       const reconnectPausesMs: number[] = []
-      await app.withRedis(async (redis) => redis.on('reconnecting', (pauseMs) => reconnectPausesMs.push(pauseMs)))
+      await app.mobileSignup.redis.run(async (redis) =>
+        redis.on('reconnecting', (pauseMs) => reconnectPausesMs.push(pauseMs))
+      )
       const before = await signUpBody()
       t.equal((await retried(() => signUp(before))).statusCode, 201)
 
@@ -95,14 +97,14 @@ t.test('a round trip has one deadline: a query whose connection becomes free lat
   const ended: string[] = []
   const record = (name: string, query: Promise<unknown>) =>
     query.catch(({ cause }) => cause.message).then((message) => ended.push(`${name}: ${message}`))
-  const first = app.postgres.query(lock('first', 1), [])
+  const first = app.mobileSignup.postgres.query(lock('first', 1), [])
   await waiting(1)
   // It begins while the only connection is busy.
   const startedAt = performance.now()
-  const late = record('late', app.postgres.query(lock('second', 2), []))
+  const late = record('late', app.mobileSignup.postgres.query(lock('second', 2), []))
   await until('timers of now end clearly later', () => performance.now() - startedAt > 100)
   // It begins later, with a free connection. So it ends later, unless the other one gets another whole timeout.
-  const reference = record('reference', other.postgres.query(lock('second', 2), []))
+  const reference = record('reference', other.mobileSignup.postgres.query(lock('second', 2), []))
   await waiting(2)
   await holder.query('SELECT pg_advisory_unlock(1)')
   await first
@@ -133,7 +135,7 @@ t.test('while Redis is away no command is queued, and afterwards none is sent ag
 })
 
 /** Returns the id of the connection of an application to Redis. */
-const redisConnectionId = (app: FastifyInstance) => app.withRedis((redis) => redis.call('CLIENT', 'ID'))
+const redisConnectionId = (app: FastifyInstance) => app.mobileSignup.redis.run((redis) => redis.call('CLIENT', 'ID'))
 
 const untilRedisHasClosed = (connectionId: unknown) =>
   until(`Redis has closed connection ${connectionId}`, async () => {
@@ -160,7 +162,7 @@ t.test('a Redis connection is also dropped if it has answered another command me
   const writes = await holdRedisWrites(t)
   // WAIT is answered after 300 ms, and SET not before the release.
   const answers: number[] = []
-  const commands = app.withRedis((redis) =>
+  const commands = app.mobileSignup.redis.run((redis) =>
     Promise.all([redis.wait(1, 300).then((replicas) => answers.push(replicas)), redis.set('held', '')])
   )
   await t.rejects(commands, { code: 'STORE_UNAVAILABLE', cause: { message: 'Command timed out' } })
@@ -170,7 +172,7 @@ t.test('a Redis connection is also dropped if it has answered another command me
 })
 
 /** Returns the process id of Postgres behind the only connection of an application. */
-async function backendOf({ postgres }: FastifyInstance): Promise<number | undefined> {
+async function backendOf({ mobileSignup: { postgres } }: FastifyInstance): Promise<number | undefined> {
   const backendId = { name: 'backend_id', text: 'SELECT pg_backend_pid() AS id' }
   return (await postgres.query<{ id: number }>(backendId, [])).rows[0]?.id
 }
@@ -178,11 +180,11 @@ async function backendOf({ postgres }: FastifyInstance): Promise<number | undefi
 t.test('an SQL error does not cost the connection, also if Postgres has cancelled the statement', async (t) => {
   const app = await build(t, { PG_POOL_MAX: '1' })
   const backend = await backendOf(app)
-  await t.rejects(app.postgres.query({ name: 'fails', text: 'SELECT 1 / 0' }, []), {
+  await t.rejects(app.mobileSignup.postgres.query({ name: 'fails', text: 'SELECT 1 / 0' }, []), {
     message: 'division by zero'
   })
-  await app.postgres.query({ name: 'timeout', text: 'SET statement_timeout = 1' }, [])
-  await t.rejects(app.postgres.query({ name: 'sleeps', text: 'SELECT pg_sleep(60)' }, []), {
+  await app.mobileSignup.postgres.query({ name: 'timeout', text: 'SET statement_timeout = 1' }, [])
+  await t.rejects(app.mobileSignup.postgres.query({ name: 'sleeps', text: 'SELECT pg_sleep(60)' }, []), {
     cause: { message: 'canceling statement due to statement timeout' }
   })
   t.equal(await backendOf(app), backend)
@@ -191,10 +193,10 @@ t.test('an SQL error does not cost the connection, also if Postgres has cancelle
 t.test('a prepared statement that fails for ever costs the connection, which forgets it', async (t) => {
   const app = await build(t, { PG_POOL_MAX: '1' })
   await postgres.query('CREATE TABLE changed (n integer)')
-  const select = () => app.postgres.query({ name: 'select_changed', text: 'SELECT n FROM changed' }, [])
+  const select = () => app.mobileSignup.postgres.query({ name: 'select_changed', text: 'SELECT n FROM changed' }, [])
   await select()
   for (const change of ['ALTER TABLE changed ALTER n TYPE bigint', 'DEALLOCATE ALL']) {
-    if (change === 'DEALLOCATE ALL') await app.postgres.query({ name: 'deallocate', text: change }, [])
+    if (change === 'DEALLOCATE ALL') await app.mobileSignup.postgres.query({ name: 'deallocate', text: change }, [])
     else await postgres.query(change)
     await t.rejects(select(), { message: /cached plan|does not exist/ }, change)
     await select()
@@ -209,17 +211,17 @@ t.test(
     const { signUp } = client(app)
 
     const first = await backendOf(app)
-    await app.postgres.query(setReadOnly, [])
+    await app.mobileSignup.postgres.query(setReadOnly, [])
     const body = await signUpBody()
     t.strictSame(statusAndErrno(await signUp(body)), [503, '4001'])
     t.equal((await signUp(body)).statusCode, 201, 'the next connection is used')
     const second = await backendOf(app)
     t.not(second, first)
 
-    await app.postgres.query(setReadOnly, [])
-    await t.rejects(app.postgres.checkWritable(), { cause: { message: 'Postgres is read-only' } })
+    await app.mobileSignup.postgres.query(setReadOnly, [])
+    await t.rejects(app.mobileSignup.postgres.checkWritable(), { cause: { message: 'Postgres is read-only' } })
     t.not(await backendOf(app), second)
-    await app.postgres.checkWritable()
+    await app.mobileSignup.postgres.checkWritable()
   }
 )
 

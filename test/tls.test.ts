@@ -130,7 +130,7 @@ t.test('the file of a CA is read once, so new connections need it no more', asyn
     `SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'mobile-signup'`
   )
   await until('Postgres answers on a new connection', () =>
-    app.postgres.checkWritable().then(
+    app.mobileSignup.postgres.checkWritable().then(
       () => true,
       () => false
     )

@@ -4,7 +4,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 
 /** The defaults of HASH_MEMORY_KIB and HASH_PASSES. */
-export const defaultParameters = { memoryKib: 19_456, passes: 2 }
+export const defaultParameters = { memoryKib: 12_288, passes: 3 }
 
 export interface BareHashesOptions {
   seconds: number

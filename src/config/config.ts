@@ -178,17 +178,11 @@ export function readVariables(read: Read, production: boolean) {
     hashMemoryKib: read(
       'HASH_MEMORY_KIB',
       integer(8, 4_194_304),
-      19_456,
+      12_288,
       "Memory of one argon2id hash, in KiB. Production refuses settings weaker than [OWASP's list](https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html)."
     ),
-    hashPasses: read('HASH_PASSES', integer(1, 1_000), 2, 'Passes of argon2id over that memory.'),
-    hashThreads: read(
-      'HASH_THREADS',
-      integer(1, 1_024),
-      availableParallelism(),
-      'Threads that hash passwords.',
-      'number of cores'
-    ),
+    hashPasses: read('HASH_PASSES', integer(1, 1_000), 3, 'Passes of argon2id over that memory.'),
+    ...readThreads(read),
     hashMaxWaitMs: read(
       'HASH_MAX_WAIT_MS',
       integer(0, 600_000),
@@ -246,6 +240,28 @@ export function readVariables(read: Read, production: boolean) {
       'Whether a start applies pending migrations. It cannot with a pooler, so the default is then `false`.'
     )
   }
+}
+
+/** The size of libuv's thread pool, unless the environment sets it. */
+export const defaultPoolThreads = 4
+
+/** Reads how many threads libuv's pool has, and how many of them may hash at a time. */
+function readThreads(read: Read) {
+  const poolThreads = read(
+    'UV_THREADPOOL_SIZE',
+    integer(1, 1_024),
+    defaultPoolThreads,
+    "Threads of libuv's pool, which hash passwords and look up names. At least `HASH_THREADS`, better four more. Before Node.js 24.3, and in a host application, only the environment of the process can change it.",
+    `\`HASH_THREADS\` + 4; before Node.js 24.3: ${defaultPoolThreads}`
+  )
+  const hashThreads = read(
+    'HASH_THREADS',
+    integer(1, 1_020),
+    Math.min(availableParallelism(), poolThreads),
+    'Passwords that are hashed at a time.',
+    'number of cores, at most `UV_THREADPOOL_SIZE`'
+  )
+  return { poolThreads, hashThreads }
 }
 
 const databaseUrlParser = url('postgres:', 'postgresql:')
@@ -308,6 +324,7 @@ export function loadConfig(env: Environment): Config {
   const migrate = variables.migrate && !(hasPooler && !env.MIGRATE)
   const config: Config = { ...variables, migrate, production }
   faults.push(...storeFaults(env, production))
+  faults.push(...threadFaults(env, config))
   if (hasPooler && migrate) faults.push('MIGRATE: is true; expected false with PG_POOLER=transaction')
   if (production) faults.push(...productionFaults(env, config))
   if (faults.length > 0) throw new ConfigError(faults)
@@ -319,6 +336,15 @@ function* storeFaults(env: Environment, production: boolean) {
   if (unset.length === 0) return
   const alternative = production ? '' : ', or neither and `npm start` in a checkout, which brings its own stores'
   yield `${unset.join(', ')}: unset; expected the URLs of your Postgres and your Redis${alternative}`
+}
+
+function* threadFaults(env: Environment, { hashThreads, poolThreads }: Config) {
+  // libuv takes an empty variable for 1.
+  if (env.UV_THREADPOOL_SIZE === '') yield 'UV_THREADPOOL_SIZE: is empty; expected a number, or no variable'
+  if (hashThreads > poolThreads) {
+    yield `HASH_THREADS: ${hashThreads} is more than libuv's pool of ${poolThreads} threads can run; ` +
+      `expected at most ${poolThreads}, or set UV_THREADPOOL_SIZE=${hashThreads + 4} in the environment of the process`
+  }
 }
 
 function* productionFaults(env: Environment, config: Config) {

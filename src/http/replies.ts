@@ -12,8 +12,8 @@ declare module 'fastify' {
   interface FastifyReply {
     /** Sends an outcome as `{errno, errmsg, data?}`, in the language that the client prefers. */
     outcome(name: OutcomeName, details?: OutcomeDetails): FastifyReply
-    /** The outcome that was sent, for the log and the metrics. */
-    outcomeName: OutcomeName | undefined
+    /** The outcome that was sent, for the log and the metrics, or that nobody was there to receive one. */
+    outcomeName: OutcomeName | 'client_disconnected' | undefined
   }
 }
 
@@ -51,6 +51,7 @@ export const replies = fp<{ config: Config }>(
       if (retryAfterSeconds !== undefined) this.header('retry-after', retryAfterSeconds)
       const { errno } = outcome
       const errmsg = messageOf(name, languageOf(this.request), config)
+      if (this.raw.destroyed) queueMicrotask(() => endWithoutClient(this))
       return this.send(details.data === undefined ? { errno, errmsg } : { errno, errmsg, data: details.data })
     })
 
@@ -63,19 +64,33 @@ export const replies = fp<{ config: Config }>(
       }
       const name = outcomeOf(error)
       if (name === 'internal_error') request.log.error({ err: error }, name)
-      return reply.outcome(name, { retryAfterSeconds: error.retryAfterSeconds })
+      reply.outcome(name, { retryAfterSeconds: error.retryAfterSeconds })
+      // Nobody receives the answer.
+      if (error.code === 'CLIENT_DISCONNECTED') reply.outcomeName = 'client_disconnected'
+      return reply
     })
   },
   { fastify: '5.x', name: 'replies' }
 )
 
-/** The outcomes of errors from below `http/` and from Fastify, by their codes. None of them is a bug, so none is logged here. */
+/** The outcomes of errors from below and from Fastify, by their codes. None of them is a bug, so none is logged here. */
 const outcomesByErrorCode: Partial<Record<string, OutcomeName>> = {
   STORE_UNAVAILABLE: 'storage_unavailable',
+  QUEUE_FULL: 'busy',
+  CLIENT_DISCONNECTED: 'busy',
   FST_ERR_CTP_BODY_TOO_LARGE: 'body_too_large',
   FST_ERR_CTP_INVALID_MEDIA_TYPE: 'unsupported_content_type'
 }
 
 function outcomeOf({ code, statusCode = 500 }: FastifyError): OutcomeName {
   return outcomesByErrorCode[code] ?? (statusCode < 500 ? 'malformed_parameter' : 'internal_error')
+}
+
+/**
+ * Lets Fastify log and count a request whose client has disconnected. Fastify waits until the response has finished or failed,
+ * and without a client it does neither.
+ */
+function endWithoutClient({ raw }: FastifyReply): void {
+  // An 'error' without a listener would end the process.
+  if (raw.listenerCount('error') > 0) raw.emit('error')
 }

@@ -10,7 +10,7 @@ import { bodyMaxBytes } from './schemas.js'
 /** How long a request may take to arrive. A gateway sends its few KiB at once. */
 const requestTimeoutMs = 10_000
 
-/** Longer than a start waits for both stores (`stores/wait-for-store.ts`) and for the hash threads. */
+/** Longer than a start waits for both stores (`stores/wait-for-store.ts`) and for the first hash. */
 const pluginTimeoutMs = 60_000
 
 /**

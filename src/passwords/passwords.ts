@@ -1,25 +1,25 @@
 import { randomUUID } from 'node:crypto'
 import type { Writable } from 'node:stream'
-import fp from 'fastify-plugin'
+import { hash, verify } from '@node-rs/argon2'
+import type { FastifyInstance } from 'fastify'
 import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
-import { EventCoalescing } from './event-coalescing.js'
-import { HashPool, longestRestartPauseMs } from './hash-pool.js'
-import { areHugePagesOff, hugePagesAdvice } from './huge-pages.js'
+import { HashQueue } from './hash-queue.js'
 
-interface Passwords {
+export interface Passwords {
   /**
-   * Admission, to be checked before a code is touched. It reserves nothing: requests that are refused later, for example
-   * for a wrong code, never take the place of others.
+   * Admission, to be checked before any store is touched.
    *
-   * @returns 0 if the expected wait for a thread is within `HASH_MAX_WAIT_MS`, else the seconds until it may be
+   * @param client counts as queued until it joins the queue by `hash` or `verify`, or is answered: the `raw` of a reply.
+   * Without a client it only checks.
+   * @throws {QueueFull} if the expected wait for a thread is over `HASH_MAX_WAIT_MS`
    */
-  admissionDelaySeconds(): number
+  admit(client?: Writable): void
   /**
    * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one
    * password (NIST SP 800-63B, section 3.1.1.2).
    *
-   * @param client removes the job from the queue if it closes before a thread has the job in hand: the `raw` of a reply
+   * @param client removes the job from the queue if it closes before the job has started: the `raw` of a reply
    * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
    * @throws {ClientDisconnected}
    */
@@ -34,67 +34,50 @@ interface Passwords {
   readonly queueLength: number
   /** How long a new password would wait for a thread. */
   readonly expectedWaitMs: number
-  /** False while no thread can start. */
-  readonly isAvailable: boolean
   /** Whether a PHC string has other parameters than the configured ones. */
   isOutdated(phc: string): boolean
 }
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    passwords: Passwords
+/** @throws if no password can be hashed with the configured parameters */
+export async function createPasswords(
+  fastify: FastifyInstance,
+  { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }: Config,
+  observer: Observer | undefined
+): Promise<Passwords> {
+  // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
+  const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
+  const queue = new HashQueue(hashThreads, hashMaxWaitMs)
+  fastify.addHook('onClose', () => queue.close())
+  // An answered request needs no place. Not at 'close' of the response: on Node.js 20 a pipelined response whose connection
+  // has died before its turn never emits it, and would keep its place for ever.
+  fastify.addHook('onSend', (_request, reply, _payload, done) => {
+    queue.release(reply.raw)
+    done()
+  })
+
+  /**
+   * A hash of a random password. A login of an unknown user verifies it, so that it takes as long as any other. It is also
+   * the first job, by which the queue knows how long one takes.
+   */
+  const decoyPhc = await queue.run(() => hash(randomUUID(), parameters))
+  // The hash of the start is not observed.
+  queue.onJob = observer?.onHash.bind(observer)
+  /** `$argon2id$v=19$m=…,t=…,p=1$`: what all hashes with the configured parameters begin with. */
+  const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
+
+  return {
+    admit: (client) => queue.admit(client),
+    hash: (password, client) => queue.run(() => hash(password.normalize('NFKC'), parameters), client),
+    async verify(phc, password, client) {
+      const matches = await queue.run(() => verify(phc ?? decoyPhc, password.normalize('NFKC')), client)
+      return matches && phc !== undefined
+    },
+    get queueLength() {
+      return queue.queueLength
+    },
+    get expectedWaitMs() {
+      return queue.expectedWaitMs
+    },
+    isOutdated: (phc) => !phc.startsWith(phcPrefix)
   }
 }
-
-interface PasswordsOptions {
-  config: Config
-  observer?: Observer | undefined
-  /** Whether the event loop may sleep while hashes are queued. Everything else that runs in this process waits, too. */
-  coalesceEvents?: boolean
-}
-
-export const passwords = fp<PasswordsOptions>(
-  async (fastify, { config, observer, coalesceEvents }) => {
-    const { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs, storeTimeoutMs } = config
-    // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
-    const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
-    const pool = new HashPool(hashThreads, parameters)
-    pool.onThreadError = (err) => fastify.log.error({ err }, 'a hash thread failed')
-    fastify.addHook('onClose', () => pool.close())
-    await pool.ready()
-    if (await areHugePagesOff()) fastify.log.warn(hugePagesAdvice)
-    /** A hash of a random password. A login of an unknown user verifies it, so that it takes as long as any other. */
-    const decoyPhc = await pool.hash(randomUUID())
-    // Hashes of the start are not observed.
-    pool.onJob = observer?.onHash.bind(observer)
-    if (coalesceEvents) {
-      const coalescing = new EventCoalescing(() => pool.slackMs, storeTimeoutMs)
-      pool.onBacklog = () => coalescing.start()
-    }
-    /** `$argon2id$v=19$m=…,t=…,p=1$`: what all hashes with the configured parameters begin with. */
-    const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
-
-    fastify.decorate('passwords', {
-      admissionDelaySeconds() {
-        const delayMs = pool.isAvailable ? Math.max(0, pool.expectedWaitMs - hashMaxWaitMs) : longestRestartPauseMs
-        return Math.ceil(delayMs / 1_000)
-      },
-      hash: (password, client) => pool.hash(password.normalize('NFKC'), client),
-      async verify(phc, password, client) {
-        const matches = await pool.verify(phc ?? decoyPhc, password.normalize('NFKC'), client)
-        return matches && phc !== undefined
-      },
-      get isAvailable() {
-        return pool.isAvailable
-      },
-      get queueLength() {
-        return pool.queueLength
-      },
-      get expectedWaitMs() {
-        return pool.expectedWaitMs
-      },
-      isOutdated: (phc) => !phc.startsWith(phcPrefix)
-    } satisfies Passwords)
-  },
-  { fastify: '5.x', name: 'passwords' }
-)

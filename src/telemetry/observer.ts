@@ -1,6 +1,6 @@
 export type StoreName = 'postgres' | 'redis'
 
-/** Receives the events of the stores, the hash threads, the codes and the limits. */
+/** Receives the events of the stores, the hash queue, the codes and the limits. */
 export interface Observer {
   /** A round trip to a store has ended, successfully or not. */
   onRoundTrip(store: StoreName, durationMs: number, hasFailed: boolean): void

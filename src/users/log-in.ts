@@ -3,7 +3,7 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import { type Config, passwordMax } from '../config/config.js'
 import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
-import { Refusal } from '../outcomes.js'
+import { QueueFull } from '../passwords/hash-queue.js'
 import { passwordField } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import type { Limit } from '../stores/rate-limits.js'
@@ -42,8 +42,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     if ([...password].length > passwordMax) return reply.outcome('password_length')
 
     // Refuse before any store is touched, if the hash queue is too long.
-    const busySeconds = passwords.admissionDelaySeconds()
-    if (busySeconds > 0) return reply.outcome('busy', { retryAfterSeconds: busySeconds })
+    passwords.admit(reply.raw)
 
     // Every try counts before the password is verified, so parallel guesses cannot slip through.
     const { resetOnSuccess, refundOnSuccess } = loginLimits(config, mobile, request.ip)
@@ -83,16 +82,9 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     return reply.outcome('logged_in', { data: { ...sessionUser, session: true } })
   }
 
-  /**
-   * Returns the user if the password is theirs.
-   *
-   * @throws {Refusal} `busy` if the hash queue is too long now. The check before the stores were asked is not enough: a burst
-   * of logins passes it before the first of them joins the queue.
-   */
+  /** Returns the user if the password is theirs. */
   async function findVerifiedUser(mobile: string, password: string, reply: FastifyReply): Promise<User | undefined> {
     const user = await users.find(mobile)
-    const retryAfterSeconds = passwords.admissionDelaySeconds()
-    if (retryAfterSeconds > 0) throw new Refusal('busy', undefined, { retryAfterSeconds })
     const matches = await passwords.verify(user?.passwordHash, password, reply.raw)
     return matches ? user : undefined
   }
@@ -100,10 +92,10 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
   /** Replaces a hash that has outdated parameters, unless it has been replaced since, or the hash queue is too long. */
   async function rehash({ passwordHash }: User, { body: { mobile, password }, log }: LoginRequest): Promise<void> {
     try {
-      if (passwords.admissionDelaySeconds() > 0) return
+      passwords.admit()
       await users.replaceHash(mobile, passwordHash, await passwords.hash(password))
     } catch (err) {
-      log.error({ err }, 'an outdated hash could not be replaced')
+      if (!(err instanceof QueueFull)) log.error({ err }, 'an outdated hash could not be replaced')
     }
   }
 }

@@ -36,8 +36,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
     if (fault !== undefined) return reply.outcome(fault)
 
     postgres.assertAvailable()
-    const retryAfterSeconds = passwords.admissionDelaySeconds()
-    if (retryAfterSeconds > 0) return reply.outcome('busy', { retryAfterSeconds })
+    passwords.admit(reply.raw)
 
     const hold = await codes.hold(request, 'password')
     // A mobile without a user is answered as a wrong code, so that the answer does not tell who is registered.

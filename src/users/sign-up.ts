@@ -38,8 +38,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
 
     // 2. Admit. Refuse before the code is touched, if Postgres is down or the hash queue is too long.
     postgres.assertAvailable()
-    const retryAfterSeconds = passwords.admissionDelaySeconds()
-    if (retryAfterSeconds > 0) return reply.outcome('busy', { retryAfterSeconds })
+    passwords.admit(reply.raw)
 
     // 3. Hold the code.
     const hold = await codes.hold(request, 'sign_up')

@@ -1,4 +1,4 @@
-import type { FastifyInstance } from 'fastify'
+import type { MobileSignup } from '../../dist/app.js'
 import type { scenarios } from './scenarios.js'
 import type { LuaChange } from './system.js'
 
@@ -7,7 +7,7 @@ interface Bug {
   /** The one that shows it with the fewest deviations. To search all would take minutes. */
   scenario: keyof typeof scenarios
   lua?: LuaChange
-  change?(app: FastifyInstance): void
+  change?(service: MobileSignup): void
 }
 
 export const bugs: Record<string, Bug> = {
@@ -26,12 +26,12 @@ export const bugs: Record<string, Bug> = {
   'the code is taken in one step, and its claim written in another': {
     scenario: 'one client that retries',
     lua: ['holdCode', `redis.call('SET', KEYS[2],`, `redis.call('SET', KEYS[2] .. ':next',`],
-    change({ codes, withRedis }) {
+    change({ codes, redis }) {
       const { hold } = codes
       codes.hold = async (request, purpose) => {
         const held = await hold(request, purpose)
         const claim = `{sms_code_${held.mobile}}:claim`
-        await withRedis((redis) => redis.rename(`${claim}:next`, claim))
+        await redis.run((client) => client.rename(`${claim}:next`, claim))
         return held
       }
     }

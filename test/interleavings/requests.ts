@@ -2,7 +2,8 @@ import { AsyncLocalStorage } from 'node:async_hooks'
 import { setImmediate as endOfPass } from 'node:timers/promises'
 import { hashSync, verifySync } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
-import { Refusal } from '../../dist/outcomes.js'
+import type { RedisStore } from '../../dist/stores/redis.js'
+import { StoreUnavailable } from '../../dist/stores/store-unavailable.js'
 import type { Reply } from '../../testkit/client.js'
 import type { Attempt, Client } from './history.js'
 
@@ -39,12 +40,12 @@ export interface Step {
 export const cheapHash = (password: string) => hashSync(password, { memoryCost: 8, timeCost: 1 })
 
 /** The error that the service makes of a round trip without an answer. */
-const timeout = () => new Refusal('storage_unavailable', new Error('Command timed out'))
+const timeout = () => new StoreUnavailable('redis', new Error('Command timed out'))
 
 /** The passes of the event loop after which a request that does not wait for a step has ended. */
 const passes = 6
 
-type RedisClient = Parameters<Parameters<FastifyInstance['withRedis']>[0]>[0]
+type RedisClient = Parameters<Parameters<RedisStore['run']>[0]>[0]
 
 /** Stops the requests of an application before each step. The caller decides when a step goes on, and how it ends. */
 export class Requests {
@@ -53,9 +54,10 @@ export class Requests {
   private events = 0
 
   constructor(app: FastifyInstance, redis: RedisClient) {
-    const { withRedis, postgres, passwords } = app
+    const { redis: store, postgres, passwords } = app.mobileSignup
+    const { run: withRedis } = store
     const { query } = postgres
-    app.withRedis = (run) => this.stop(this.nameOf(run, redis), () => withRedis(run))
+    store.run = (run) => this.stop(this.nameOf(run, redis), () => withRedis(run))
     Object.assign(postgres, {
       query: (...args: Parameters<typeof query>) => {
         const { name } = args[0]

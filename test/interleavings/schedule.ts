@@ -177,10 +177,10 @@ export class Run {
     if (code !== undefined) await stores.redis.set(key, code, 'EX', codeLifeSeconds)
     if (event === 'the code expires') await stores.redis.del(key)
     if (event === 'a code is issued') {
-      code = (await app.codes.issue(mobile, undefined, { id: randomUUID(), network: '192.0.2.9' })).code
+      code = (await app.mobileSignup.codes.issue(mobile, undefined, { id: randomUUID(), network: '192.0.2.9' })).code
       this.issuedCode = code
     }
-    if (event === 'that code is withdrawn') await app.codes.withdraw(mobile, this.issuedCode)
+    if (event === 'that code is withdrawn') await app.mobileSignup.codes.withdraw(mobile, this.issuedCode)
     entries.push({ kind: 'code', code })
   }
 

@@ -34,7 +34,7 @@ export async function startSystem(stores: PrivateStores, { guesses }: Scenario, 
   const insert = 'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)'
   return {
     app,
-    requests: new Requests(app, await app.withRedis((client) => Promise.resolve(client))),
+    requests: new Requests(app, await app.mobileSignup.redis.run((client) => Promise.resolve(client))),
     stores,
     resetClock: () => redis.del(offsetKey),
     passLease: () => redis.incrby(offsetKey, passSeconds),
@@ -49,7 +49,7 @@ function redefineScripts(app: FastifyInstance, changes: readonly LuaChange[]): v
     if (!lua[script].includes(text)) throw new Error(`the script ${script} does not contain ${text}`)
     lua[script] = lua[script].replace(text, () => replacement)
   }
-  app.defineRedisScripts({
+  app.mobileSignup.redis.defineScripts({
     holdCode: { numberOfKeys: 4, lua: lua.holdCode },
     releaseCode: { numberOfKeys: 2, lua: lua.releaseCode }
   })
