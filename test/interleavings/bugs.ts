@@ -1,4 +1,4 @@
-import type { MobileSignup } from '../../dist/app.js'
+import type { FastifyInstance } from 'fastify'
 import type { scenarios } from './scenarios.js'
 import type { LuaChange } from './system.js'
 
@@ -7,7 +7,7 @@ interface Bug {
   /** The one that shows it with the fewest deviations. To search all would take minutes. */
   scenario: keyof typeof scenarios
   lua?: LuaChange
-  change?(service: MobileSignup): void
+  change?(service: FastifyInstance['mobileSignup']): void
 }
 
 export const bugs: Record<string, Bug> = {
