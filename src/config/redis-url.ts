@@ -27,7 +27,8 @@ export function parseRedisUrl(text: string): RedisTarget {
   if (scheme === undefined) throw new Error('the value has another scheme')
   const addresses = text.split(',').map((address, index) => parseAddress(address, scheme, index === 0))
   const [first, last] = [addresses[0], addresses.at(-1)]
-  const topology = sentinel ? 'sentinel' : addresses.length > 1 ? 'cluster' : 'single'
+  const ofServers = addresses.length > 1 ? 'cluster' : 'single'
+  const topology = sentinel ? 'sentinel' : ofServers
 
   const allButLast = addresses.slice(0, -1)
   if (allButLast.some(({ pathname }) => pathname !== '')) throw new Error('the value has a path before the last host')

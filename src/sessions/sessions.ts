@@ -26,14 +26,11 @@ export interface Sessions {
    * destroyed.
    *
    * @param epoch the session epoch that Postgres had together with the proof of the login, for example the password hash
-   * @returns `outdated` if the epoch has ended, `failed` if the session could not be stored; then no cookie is sent
+   * @returns false if the epoch has ended; then no cookie is sent
    */
-  start(
-    request: FastifyRequest,
-    reply: FastifyReply,
-    user: SessionUser,
-    epoch: number
-  ): Promise<'started' | 'outdated' | 'failed'>
+  start(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean>
+  /** Like {@link start}, for a request that succeeds without a session, too: an error is logged, and the result false. */
+  tryStart(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean>
   /** Returns the user of the request's session. Only in the scope of `loadSession`. */
   userOf(request: FastifyRequest): SessionUser | undefined
   /** Logs out: destroys the request's session and clears the cookie. Only in the scope of `loadSession`. */
@@ -171,6 +168,37 @@ export async function createSessions(
     return { cookie, owner: { user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) } }
   }
 
+  // Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three
+  // times; and it would read the former session before the body is validated.
+  const start: Sessions['start'] = async (request, reply, user, epoch) => {
+    const formerId = signer.unsign(request.cookies[cookieName] ?? '').value
+    const sessionId = randomBytes(24).toString('base64url')
+    const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
+    const session = {
+      cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 },
+      ...user,
+      epoch
+    }
+    // In one round trip, except in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
+    // here, or whoever ends the epoch finds the session in the index and destroys it.
+    const stored = redis.run((client) =>
+      client.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds)
+    )
+    if (redis.isCluster) await stored
+    const [, excessIds] = await Promise.all([
+      stored,
+      addToIndex(user.user_id, sessionId, epoch, formerId ?? ''),
+      formerId !== null && destroy(formerId)
+    ])
+    if (excessIds === null) {
+      await destroy(sessionId)
+      return false
+    }
+    await destroyIndexed(user.user_id, excessIds)
+    reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
+    return true
+  }
+
   async function endBefore(userId: string, epoch: number): Promise<void> {
     const sessionIds = await redis.run((client) =>
       client.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
@@ -209,40 +237,13 @@ export async function createSessions(
       saveUninitialized: false
     },
 
-    // Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three
-    // times; and it would read the former session before the body is validated.
-    async start(request, reply, user, epoch) {
-      const formerId = signer.unsign(request.cookies[cookieName] ?? '').value
-      const sessionId = randomBytes(24).toString('base64url')
-      const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
-      const session = {
-        cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 },
-        ...user,
-        epoch
-      }
-      try {
-        // In one round trip, except in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
-        // here, or whoever ends the epoch finds the session in the index and destroys it.
-        const stored = redis.run((client) =>
-          client.set(sessionKey(sessionId), JSON.stringify(session), 'EX', sessionTtlSeconds)
-        )
-        if (redis.isCluster) await stored
-        const [, excessIds] = await Promise.all([
-          stored,
-          addToIndex(user.user_id, sessionId, epoch, formerId ?? ''),
-          formerId !== null && destroy(formerId)
-        ])
-        if (excessIds === null) {
-          await destroy(sessionId)
-          return 'outdated'
-        }
-        await destroyIndexed(user.user_id, excessIds)
-      } catch (err) {
+    start,
+
+    tryStart(request, ...args) {
+      return start(request, ...args).catch((err) => {
         request.log.error({ err }, 'a session could not be stored')
-        return 'failed'
-      }
-      reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
-      return 'started'
+        return false
+      })
     },
 
     userOf({ session: { owner } }) {

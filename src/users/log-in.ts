@@ -66,16 +66,14 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
 
     // A success is refunded, and resets the count of the mobile from this network, which is the owner's.
     const sessionUser = { user_id: user.id, name: user.name, mobile }
-    const [session] = await Promise.all([
+    const [isLoggedIn] = await Promise.all([
       sessions.start(request, reply, sessionUser, user.sessionEpoch),
       refund(refundOnSuccess),
       rateLimits.reset(resetOnSuccess).catch(logUnrefunded)
     ])
-    // A login without a session is useless.
-    if (session === 'failed') return reply.outcome('storage_unavailable')
     // The password was reset, or the user logged out everywhere, after this login had read the row. Or Postgres has lost that in
     // a failover; then only a new reset helps, because this may be the former password.
-    if (session === 'outdated') return reply.outcome('wrong_login')
+    if (!isLoggedIn) return reply.outcome('wrong_login')
 
     // Not awaited: it does not delay the answer. A shutdown waits for it.
     if (passwords.isOutdated(user.passwordHash)) inFlight.track(rehash(user, request))

@@ -67,9 +67,9 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
         codes.release(hold, 'used', user.id)
       ])
       const sessionUser = { user_id: user.id, name: user.name, mobile }
-      const session = await sessions.start(request, reply, sessionUser, user.sessionEpoch)
+      const session = await sessions.tryStart(request, reply, sessionUser, user.sessionEpoch)
       if (found !== undefined) reply.header('idempotent-replayed', 'true')
-      return reply.outcome('password_reset', { data: { ...sessionUser, session: session === 'started' } })
+      return reply.outcome('password_reset', { data: { ...sessionUser, session } })
     } catch (error) {
       await codes.release(hold, 'unused')
       throw error

@@ -90,10 +90,10 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
     async function succeed({ id, name, sessionEpoch }: { id: string; name: string; sessionEpoch: number }) {
       const user = { user_id: id, name, mobile }
       const [session] = await Promise.all([
-        sessions.start(request, reply, user, sessionEpoch),
+        sessions.tryStart(request, reply, user, sessionEpoch),
         codes.release(hold, 'used', id)
       ])
-      return reply.outcome('registered', { data: { ...user, session: session === 'started' } })
+      return reply.outcome('registered', { data: { ...user, session } })
     }
   }
 
