@@ -8,10 +8,23 @@ import type { Server } from './system-under-test.js'
 
 const signUpPath = '/api/v1.0/users'
 
+/** What a connection knows of its last journey. */
+export interface Journey {
+  mobile?: string
+  ticket?: string
+}
+
+/** A POST that each connection sends in turn with the others. */
+export interface LoadRequest {
+  path: string
+  body(context: Journey): string
+  onReply?(body: string, context: Journey): void
+}
+
 /** The number of connections for P1 to P4 and P6: enough that no hash thread is ever idle. */
 export const saturatingConnections = 32
 
-/** Well above HASH_MAX_WAIT_MS plus three store timeouts. */
+/** Well above a lease. */
 const replyTimeoutMs = 10_000
 
 /** The start of a closed loop, which is not counted: connections open and queues fill. */
@@ -25,6 +38,8 @@ export interface Reply {
 
 export interface ClosedLoopResult {
   perSecond: number
+  /** For how long replies were counted. */
+  seconds: number
   /** CPU time of the server for each reply, in milliseconds. */
   cpuMs: number
   /** The part of `cpuMs` that the event loop has taken. */
@@ -36,29 +51,31 @@ export interface ClosedLoopResult {
  * Sends requests on a number of connections. Each connection sends its next request when it has received the reply. Time
  * and replies are counted here, because autocannon rounds its duration to whole seconds.
  *
- * @param options.bodies are sent in order, and from the start again when all were sent
+ * @param options.bodies of sign-ups. They are sent in order, and from the start again when all were sent.
  */
 export async function closedLoop(
   server: Server,
-  options: { connections?: number; seconds: number; bodies: readonly string[]; path?: string }
+  options: { seconds: number } & ({ bodies: readonly string[] } | { requests: readonly LoadRequest[] })
 ): Promise<ClosedLoopResult> {
-  const { connections = saturatingConnections, seconds, bodies, path = signUpPath } = options
   let sent = 0
+  const requests =
+    'requests' in options
+      ? options.requests
+      : [{ path: signUpPath, body: () => options.bodies[sent++ % options.bodies.length] ?? '' }]
   let replies: Reply[] = []
   const load = autocannon(
     {
       url: server.url,
-      connections,
+      connections: saturatingConnections,
       // Longer than any measurement; `stop` ends it.
       duration: 3_600,
-      requests: [
-        {
-          method: 'POST',
-          path,
-          headers: { 'content-type': 'application/json' },
-          setupRequest: (request) => ({ ...request, body: bodies[sent++ % bodies.length] ?? '' })
-        }
-      ]
+      requests: requests.map(({ path, body, onReply }: LoadRequest) => ({
+        method: 'POST',
+        path,
+        headers: { 'content-type': 'application/json' },
+        setupRequest: (request, context) => ({ ...request, body: body(context) }),
+        ...(onReply && { onResponse: (_status, reply, context) => onReply(reply, context) })
+      }))
     },
     () => undefined
   )
@@ -68,10 +85,12 @@ export async function closedLoop(
   replies = []
   const { process: service } = server
   const [startedAt, cpuMsBefore, eventLoopMsBefore] = [performance.now(), service.cpuMs(), service.mainThreadMs()]
-  await sleep(seconds * 1_000)
+  await sleep(options.seconds * 1_000)
   const counted = replies
+  const seconds = (performance.now() - startedAt) / 1_000
   const result = {
-    perSecond: (counted.length * 1_000) / (performance.now() - startedAt),
+    perSecond: counted.length / seconds,
+    seconds,
     cpuMs: (service.cpuMs() - cpuMsBefore) / counted.length,
     eventLoopMs: (service.mainThreadMs() - eventLoopMsBefore) / counted.length,
     replies: counted

@@ -23,6 +23,7 @@ const latencyDecades = 4
 interface Curve {
   name: string
   colour: string
+  points: readonly LoadPoint[]
   value(point: LoadPoint): number
   isDashed?: boolean
 }
@@ -35,14 +36,19 @@ interface Panel {
   scale(value: number): number
 }
 
-/** Returns an SVG with two panels over the offered load: goodput above, latency below. */
-export function drawOverloadChart(points: readonly LoadPoint[]): string {
+/**
+ * Returns an SVG with two panels over the offered load: goodput above, latency below.
+ *
+ * @param plainPoints of the plain handler
+ */
+export function drawOverloadChart(points: readonly LoadPoint[], plainPoints: readonly LoadPoint[]): string {
   const maxRate = Math.ceil(Math.max(...points.map(({ offered }) => offered)) / 100) * 100
   const goodput: Panel = {
     title: 'Sign-ups/s over the offered load (in parts of the capacity)',
     curves: [
-      { name: 'completed', colour: '#1a7f37', value: ({ goodput }) => goodput },
-      { name: 'offered', colour: '#888', value: ({ offered }) => offered, isDashed: true }
+      { name: 'completed', colour: '#1a7f37', points, value: ({ goodput }) => goodput },
+      { name: 'by the plain handler', colour: '#9a6700', points: plainPoints, value: ({ goodput }) => goodput },
+      { name: 'offered', colour: '#888', points, value: ({ offered }) => offered, isDashed: true }
     ],
     ticks: [0, maxRate / 2, maxRate],
     scale: (rate) => rate / maxRate
@@ -50,22 +56,23 @@ export function drawOverloadChart(points: readonly LoadPoint[]): string {
   const latency: Panel = {
     title: 'Latency in milliseconds',
     curves: [
-      { name: 'sign-ups, p50', colour: '#1a7f37', value: ({ doneP50Ms }) => doneP50Ms },
-      { name: 'sign-ups, p99', colour: '#7ac98d', value: ({ doneP99Ms }) => doneP99Ms },
-      { name: 'refusals, p50', colour: '#cf222e', value: ({ refusedP50Ms }) => refusedP50Ms },
-      { name: 'refusals, p99', colour: '#f0989d', value: ({ refusedP99Ms }) => refusedP99Ms }
+      { name: 'sign-ups, p50', colour: '#1a7f37', points, value: ({ doneP50Ms }) => doneP50Ms },
+      { name: 'sign-ups, p99', colour: '#7ac98d', points, value: ({ doneP99Ms }) => doneP99Ms },
+      { name: 'refusals, p99', colour: '#cf222e', points, value: ({ refusedP99Ms }) => refusedP99Ms },
+      { name: 'plain handler, p50', colour: '#9a6700', points: plainPoints, value: ({ doneP50Ms }) => doneP50Ms }
     ],
     ticks: [1, 10, 100, 1_000, 10_000],
     scale: (ms) => Math.log10(Math.max(ms, 1)) / latencyDecades
   }
   return (
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${2 * panelHeight}" font-family="sans-serif" font-size="12">` +
-    `<rect width="100%" height="100%" fill="#fff"/>${drawPanel(goodput, points, 0)}${drawPanel(latency, points, panelHeight)}</svg>\n`
+    `<rect width="100%" height="100%" fill="#fff"/>${drawPanel(goodput, 0)}${drawPanel(latency, panelHeight)}</svg>\n`
   )
 }
 
-function drawPanel({ title, curves, ticks, scale }: Panel, points: readonly LoadPoint[], offset: number): string {
-  const maxLoad = Math.max(...points.map(({ load }) => load))
+function drawPanel({ title, curves, ticks, scale }: Panel, offset: number): string {
+  const loadValues = (curves[0]?.points ?? []).map(({ load }) => load)
+  const maxLoad = Math.max(...loadValues)
   const x = (load: number) => left + (load / maxLoad) * (width - left - right)
   const y = (value: number) => panelHeight - bottom - scale(value) * plotHeight
 
@@ -74,10 +81,10 @@ function drawPanel({ title, curves, ticks, scale }: Panel, points: readonly Load
       `<path d="M${left} ${y(tick)}H${width - right}" stroke="#ddd"/>` +
       `<text x="${left - 8}" y="${y(tick) + 4}" text-anchor="end">${tick}</text>`
   )
-  const loads = points.map(
-    ({ load }) => `<text x="${x(load)}" y="${panelHeight - bottom + 18}" text-anchor="middle">${load}</text>`
+  const loads = loadValues.map(
+    (load) => `<text x="${x(load)}" y="${panelHeight - bottom + 18}" text-anchor="middle">${load}</text>`
   )
-  const lines = curves.map(({ name, colour, value, isDashed = false }, index) => {
+  const lines = curves.map(({ name, colour, points, value, isDashed = false }, index) => {
     const positions = points
       .filter((point) => Number.isFinite(value(point)))
       .map((point) => ({ cx: x(point.load).toFixed(1), cy: y(value(point)).toFixed(1) }))

@@ -13,10 +13,10 @@ let nextMobile = 13_000_000_000 + randomInt(5_000_000_000)
 
 const firstUnissuedMobile = 19_900_000_000
 
-/** The password of every sign-up and login that succeeds. */
-export const password = 'a bench password'
+const password = 'a bench password'
 
-const signUpBody = (mobile: string) => JSON.stringify({ mobile, sms_code: code, password, password2: password })
+export const signUpBody = (mobile: string, fields: object = {}) =>
+  JSON.stringify({ mobile, sms_code: code, password, password2: password, ...fields })
 
 export function newMobiles(count: number): string[] {
   return Array.from({ length: count }, () => `${nextMobile++}`)
@@ -32,7 +32,7 @@ export async function issueSignUps(redis: Redis, count: number): Promise<string[
     }
     await pipeline.exec()
   }
-  return mobiles.map(signUpBody)
+  return mobiles.map((mobile) => signUpBody(mobile))
 }
 
 /** Returns valid sign-ups for which no code was issued: the service refuses them as a wrong code. */

@@ -1,6 +1,9 @@
+import { availableParallelism } from 'node:os'
 import { fileURLToPath } from 'node:url'
+import { freePort } from '../dev/embedded-stores.js'
 import { type PrivateStores, startStores } from '../testkit/private-stores.js'
 import { ServerProcess } from '../testkit/server-process.js'
+import { until } from '../testkit/until.js'
 
 /** A server that listens, and its process. */
 export interface Server {
@@ -8,7 +11,7 @@ export interface Server {
   readonly process: ServerProcess
 }
 
-/** What a benchmark measures: servers in processes of their own, on private stores. */
+/** What a benchmark measures: servers in processes of their own, on private stores. Neither logs below `warn`. */
 export class SystemUnderTest {
   private readonly processes: ServerProcess[] = []
 
@@ -25,14 +28,14 @@ export class SystemUnderTest {
    * @param env changes the default configuration
    */
   startService(env: Record<string, string> = {}): Promise<Server> {
-    return this.waitForUrl(ServerProcess.start(undefined, { env: { ...this.stores.environment, ...env } }))
+    return this.startServer([], { LOG_LEVEL: 'warn', ...env })
   }
 
-  /** Starts a server of `yardsticks/`. It prints its URL when it listens. */
-  startYardstick(file: string): Promise<Server> {
-    const path = fileURLToPath(new URL(`./yardsticks/${file}`, import.meta.url))
-    const args = ['--import', import.meta.resolve('tsx/esm'), path]
-    return this.waitForUrl(ServerProcess.start(args, { env: this.stores.environment, announcement: /^(http:\S+)\n/ }))
+  /** Starts the plain handler. libuv's pool has as many threads as there are cores, which is its best. */
+  startPlainHandler(): Promise<Server> {
+    const file = fileURLToPath(new URL('./plain-handler.ts', import.meta.url))
+    const args = ['--import', import.meta.resolve('tsx/esm'), file]
+    return this.startServer(args, { UV_THREADPOOL_SIZE: `${availableParallelism()}` })
   }
 
   async storeVersions(): Promise<{ postgres: string; redis: string }> {
@@ -53,8 +56,19 @@ export class SystemUnderTest {
     await this.stores.stop()
   }
 
-  private async waitForUrl(process: ServerProcess): Promise<Server> {
+  /** @param args of `node`; none for the built service */
+  private async startServer(args: string[], variables: Record<string, string>): Promise<Server> {
+    const port = await freePort()
+    const env = { ...this.stores.environment, ...variables, PORT: `${port}` }
+    const process = ServerProcess.start(args.length > 0 ? args : undefined, { env })
     this.processes.push(process)
-    return { url: await process.url(), process }
+    const url = `http://127.0.0.1:${port}`
+    await until('the server listens', () =>
+      fetch(url).then(
+        () => true,
+        () => false
+      )
+    )
+    return { url, process }
   }
 }

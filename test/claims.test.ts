@@ -82,17 +82,6 @@ t.test('of many simultaneous repeats with wrong passwords, two are verified', as
   t.equal(replies.filter(({ statusCode }) => statusCode === 422).length, 18)
 })
 
-t.test('a repeat gets 409 if the mobile has a new user', async (t) => {
-  const body = await signUpBody()
-  t.equal((await signUp(body)).statusCode, 201)
-  await deleteUser(body.mobile)
-  await postgres.query('INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)', [
-    body.mobile,
-    await hash(body.password)
-  ])
-  t.strictSame(statusAndErrno(await signUp(body)), [409, '4003'])
-})
-
 t.test(
   'G5: the repeat of a conflict is a conflict again, whatever its password, and does not touch Postgres',
   async (t) => {

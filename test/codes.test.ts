@@ -201,7 +201,7 @@ t.test('a released code is held again at once, and the claim tells what earlier 
   t.strictSame(learnt(await hold(mobile, code)), { mayHaveWritten: true, usedBy: '7' })
 
   const inVain = await holdIssued()
-  await codes.release(inVain.held, 'used', '')
+  await codes.release(inVain.held, 'used_in_vain')
   for (let n = 0; n < 2; n++) t.equal((await hold(inVain.mobile, inVain.code)).usedBy, '', 'nobody holds it')
   t.equal((await readClaim(inVain.mobile)).until, 0)
 })
@@ -279,7 +279,7 @@ t.test('a code is used once: it forgets the wrong codes, and refunds each messag
 
   const inVain = await holdIssued()
   await refusalOf(inVain.mobile, 'wrong')
-  await codes.release(inVain.held, 'used', '')
+  await codes.release(inVain.held, 'used_in_vain')
   t.equal(await redis.exists(guessesKey(inVain.mobile)), 1, 'a code that is used in vain forgets nothing')
 })
 

@@ -3,13 +3,18 @@ import type { Server } from 'node:http'
 import type { Test } from 'tap'
 import { freePort } from '../dev/embedded-stores.js'
 
-/** Lets a server of a test listen on loopback, and closes it after the test. @returns its URL, without a slash at the end */
-export async function listen(t: Test, server: Server): Promise<string> {
+/** Lets a server listen on loopback. @returns its URL, without a slash at the end */
+export async function listenOnLoopback(server: Server): Promise<string> {
   const port = await freePort()
   await once(server.listen(port, '127.0.0.1'), 'listening')
+  return `http://127.0.0.1:${port}`
+}
+
+/** Lets a server of a test listen on loopback, and closes it after the test. @returns its URL, without a slash at the end */
+export function listen(t: Test, server: Server): Promise<string> {
   t.teardown(() => {
     server.closeAllConnections()
     server.close()
   })
-  return `http://127.0.0.1:${port}`
+  return listenOnLoopback(server)
 }

@@ -33,7 +33,7 @@ export interface Hold {
 }
 
 /** How a request ends that holds a code: see {@link scripts.releaseCode}. */
-type Release = 'unused' | 'may_have_written' | 'used' | 'wrong_password'
+type Release = 'unused' | 'may_have_written' | 'used' | 'used_in_vain' | 'wrong_password'
 
 /** A message with a code: the id of its units in the limits on unused codes, and the network that asked for it. */
 export interface Send {
@@ -63,7 +63,7 @@ export interface Codes {
   /**
    * Ends a hold. Never rejects: if Redis does not answer, the lease ends the hold.
    *
-   * @param usedBy the id of the user for whom the code is `used`, or '' if it is used in vain
+   * @param usedBy only with `used`: the id of the user
    * @returns whether the request has certainly held the code until now. If not, another request may have used it.
    */
   release(hold: Hold, how: Release, usedBy?: string): Promise<boolean>

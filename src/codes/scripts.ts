@@ -107,7 +107,8 @@ return { 'held', may_have_written and 1 or 0, claim.used_by or false }
  * KEYS: the claim, the guesses. ARGV: the id of the request, the shortest life of the claim in ms, and one of
  * - `unused`: nothing was written
  * - `may_have_written`: the result of the write is unknown
- * - `used`, the id of the user or '': a user's success also forgets the wrong codes
+ * - `used`, and the id of the user: a success also forgets the wrong codes
+ * - `used_in_vain`
  * - `wrong_password`: the row exists, and has another password. Two of them delete the claim, so that nobody can try passwords
  *   with one code.
  *
@@ -120,6 +121,7 @@ if claim.holder ~= ARGV[1] then return nil end
 local sends = ''
 claim.holder, claim['until'] = nil, 0
 if ARGV[3] == 'may_have_written' then claim.may_have_written = true end
+if ARGV[3] == 'used_in_vain' then claim.used_by = '' end
 if ARGV[3] == 'used' then
   if claim.sends then sends = cjson.encode(claim.sends) end
   claim.used_by, claim.may_have_written, claim.sends = ARGV[4], nil, nil
@@ -130,7 +132,7 @@ if claim.wrong_passwords == 2 then
   return ''
 end
 redis.call('SET', KEYS[1], cjson.encode(claim), 'PX', math.max(redis.call('PTTL', KEYS[1]), ARGV[2]))
-if ARGV[3] == 'used' and ARGV[4] ~= '' then redis.call('DEL', KEYS[2]) end
+if ARGV[3] == 'used' then redis.call('DEL', KEYS[2]) end
 return sends
 `
 

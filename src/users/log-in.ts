@@ -8,7 +8,7 @@ import { passwordField } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import type { Limit } from '../stores/rate-limits.js'
 import { loginLimits } from './login-limits.js'
-import type { User } from './users.js'
+import { findVerifiedUser, type User } from './users.js'
 
 const LoginBody = Type.Object({ mobile: mobileField, password: passwordField })
 
@@ -56,7 +56,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
 
     let user: User | undefined
     try {
-      user = await findVerifiedUser(mobile, password, reply)
+      user = await findVerifiedUser(fastify.mobileSignup, mobile, password, reply.raw)
     } catch (error) {
       // A failure of the service is no failed login.
       await refund(limits)
@@ -78,13 +78,6 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     // Not awaited: it does not delay the answer. A shutdown waits for it.
     if (passwords.isOutdated(user.passwordHash)) inFlight.track(rehash(user, request))
     return reply.outcome('logged_in', { data: { ...sessionUser, session: true } })
-  }
-
-  /** Returns the user if the password is theirs. */
-  async function findVerifiedUser(mobile: string, password: string, reply: FastifyReply): Promise<User | undefined> {
-    const user = await users.find(mobile)
-    const matches = await passwords.verify(user?.passwordHash, password, reply.raw)
-    return matches ? user : undefined
   }
 
   /** Replaces a hash that has outdated parameters, unless it has been replaced since, or the hash queue is too long. */

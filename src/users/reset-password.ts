@@ -5,6 +5,7 @@ import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import { loginLimits } from './login-limits.js'
 import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from './schemas.js'
+import { findVerifiedUser } from './users.js'
 
 /** PUT /users/password: a mobile, its code and a new password end all earlier sessions of the user, and start one. */
 export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
@@ -28,7 +29,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
     handler: (request: NewPasswordRequest, reply: FastifyReply) => inFlight.track(resetPassword(request, reply))
   })
 
-  /** The steps of a sign-up (sign-up.ts). An UPDATE can be repeated, so only a repeat of a used code looks for the row first. */
+  /** The steps of a sign-up (sign-up.ts). An UPDATE can be repeated, so only the repeat of a used code looks for the row instead. */
   async function resetPassword(request: NewPasswordRequest, reply: FastifyReply) {
     const { mobile, password } = request.body
 
@@ -43,18 +44,13 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
     if (hold.usedBy === '') return reply.outcome('wrong_code')
 
     try {
-      const found = hold.usedBy === undefined ? undefined : await users.find(mobile)
-      if (hold.usedBy !== undefined) {
-        // A used code writes nothing again, not even without a row: a former primary may lack one that exists.
-        const isSameUser = found?.id === hold.usedBy
-        if (!isSameUser || !(await passwords.verify(found?.passwordHash, password, reply.raw))) {
-          await codes.release(hold, 'wrong_password')
-          return reply.outcome('wrong_code')
-        }
-      }
-      const user = found ?? (await users.setPassword(mobile, await passwords.hash(password, reply.raw)))
+      // A used code writes nothing again, not even without a row: a former primary may lack one that exists.
+      const isRepeat = hold.usedBy !== undefined
+      const user = isRepeat
+        ? await findVerifiedUser(fastify.mobileSignup, mobile, password, reply.raw)
+        : await users.setPassword(mobile, await passwords.hash(password, reply.raw))
       if (user === undefined) {
-        await codes.release(hold, 'used', '')
+        await codes.release(hold, isRepeat ? 'wrong_password' : 'used_in_vain')
         return reply.outcome('wrong_code')
       }
 
@@ -68,7 +64,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       ])
       const sessionUser = { user_id: user.id, name: user.name, mobile }
       const session = await sessions.tryStart(request, reply, sessionUser, user.sessionEpoch)
-      if (found !== undefined) reply.header('idempotent-replayed', 'true')
+      if (isRepeat) reply.header('idempotent-replayed', 'true')
       return reply.outcome('password_reset', { data: { ...sessionUser, session } })
     } catch (error) {
       await codes.release(hold, 'unused')

@@ -64,7 +64,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
         }
         // The mobile has a user. This code created it only if another request has held the code, before or after this one. A repeat
         // may have found no row because a former primary answered.
-        const isOnlyHolder = !isRepeat && (await codes.release(hold, 'used', ''))
+        const isOnlyHolder = !isRepeat && (await codes.release(hold, 'used_in_vain'))
         if (isOnlyHolder) return reply.outcome('mobile_registered')
         user = await users.find(mobile)
         // Deleted since the INSERT, or lost in a failover.
@@ -72,8 +72,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
       }
 
       // An earlier request with this code has probably created the user. The same request has the same password.
-      const isAnotherUser = hold.usedBy !== undefined && !hold.mayHaveWritten && hold.usedBy !== user.id
-      if (isAnotherUser || !(await passwords.verify(user.passwordHash, password, reply.raw))) {
+      if (!(await passwords.verify(user.passwordHash, password, reply.raw))) {
         await codes.release(hold, 'wrong_password')
         return reply.outcome('mobile_registered')
       }

@@ -1,3 +1,5 @@
+import type { Writable } from 'node:stream'
+import type { Passwords } from '../passwords/passwords.js'
 import type { NamedStatement, Postgres } from '../stores/postgres.js'
 
 export interface User {
@@ -96,4 +98,20 @@ export function createUsers(postgres: Postgres): Users {
       return rows[0]?.sessionEpoch
     }
   }
+}
+
+/**
+ * Returns the user of a mobile if the password is theirs. An unknown mobile takes as long as a wrong password.
+ *
+ * @param client see {@link Passwords.verify}
+ */
+export async function findVerifiedUser(
+  { users, passwords }: { users: Users; passwords: Passwords },
+  mobile: string,
+  password: string,
+  client: Writable
+): Promise<User | undefined> {
+  const user = await users.find(mobile)
+  const matches = await passwords.verify(user?.passwordHash, password, client)
+  return matches ? user : undefined
 }

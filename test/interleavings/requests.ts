@@ -152,7 +152,7 @@ export class Requests {
 
 /** Returns for example `holdCode`, `release used` or `set session`. */
 function stepName(command: string, args: readonly unknown[]): string {
-  const [key, , , , how, userId] = args
-  if (command === 'releaseCode') return how === 'used' && userId === '' ? 'release used in vain' : `release ${how}`
+  const [key, , , , how] = args
+  if (command === 'releaseCode') return `release ${how}`
   return String(key).startsWith('session:') ? `${command} session` : command
 }
