@@ -374,7 +374,7 @@ t.test(
     const broken = newMobile()
     // The script fails at a value of another type. Redis itself still works, so only the service can stop the message.
     await redis.set(`sms_codes:mobile:${broken}`, 'a text')
-    t.strictSame(statusAndErrno(await client(connected).sendCode(broken)), [503, '4001'])
+    t.strictSame(statusAndErrno(await client(connected).sendCode(broken)), [500, '4500'])
     t.equal(webhook.received.length, 0)
   }
 )

@@ -66,6 +66,13 @@ for (const store of ['REDIS_URL', 'DATABASE_URL'] as const) {
   }
 }
 
+t.test('a second error of a socket to Redis, as TLS may emit, does not end the process', async (t) => {
+  const { redis } = (await build(t)).mobileSignup
+  const socket = await redis.run(async (client) => ('stream' in client ? client.stream : undefined))
+  for (const message of ['the first', 'the second']) t.doesNotThrow(() => socket?.emit('error', new Error(message)))
+  t.equal(socket?.listenerCount('error'), 1)
+})
+
 t.test('a statement that waits for a lock does not make other requests fail', async (t) => {
   const { signUp } = client(await build(t, { STORE_TIMEOUT_MS: `${storeTimeoutMs}` }))
   const [blocked, free] = [await signUpBody(), await signUpBody()]

@@ -142,7 +142,10 @@ function connect(
       // Keeps the host names: TLS checks the certificate against the name.
       dnsLookup: (address, callback) => callback(null, address)
     })
-    cluster.on('+node', (node: Redis) => dropWhenUnusable(node, onNoMaster))
+    cluster.on('+node', (node: Redis) => {
+      dropWhenUnusable(node, onNoMaster)
+      hearSocketErrors(node)
+    })
     return cluster
   }
   const options = { ...redisOptions, enableOfflineQueue: false, enableAutoPipelining, retryStrategy }
@@ -159,6 +162,7 @@ function connect(
           sentinelRetryStrategy: retryStrategy
         })
   dropWhenUnusable(client, onNoMaster)
+  hearSocketErrors(client)
   return client
 }
 
@@ -220,4 +224,18 @@ function dropWhenUnusable(connection: Redis, onNoMaster: () => void): void {
     )
     return sendCommand(command, stream)
   }
+}
+
+/**
+ * Hears every error of the sockets of a connection. ioredis hears one of each socket. TLS may emit a second one, for example an alert
+ * after the certificate was refused, and an error that nobody hears ends the process.
+ */
+function hearSocketErrors(connection: Redis): void {
+  let socket: Socket | undefined
+  Object.defineProperty(connection, 'stream', {
+    get: () => socket,
+    set(next: Socket | undefined) {
+      socket = next?.on('error', () => undefined)
+    }
+  })
 }
