@@ -2,7 +2,7 @@ import Fastify, { type FastifyInstance, type FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { DestinationStream } from 'pino'
 import { type Codes, createCodes } from './codes/codes.js'
-import { codeRoutes } from './codes/routes.js'
+import { sendCodeRoute } from './codes/send-code.js'
 import { createSms, type Sms } from './codes/sms.js'
 import type { Config } from './config/config.js'
 import { badRequests } from './http/bad-requests.js'
@@ -81,12 +81,12 @@ const capabilities = fp<SignUpOptions & { observer?: Observer | undefined }>(
     const postgres = await openPostgres(fastify, config, observer)
     const redis = await openRedis(fastify, config, observer)
     const rateLimits = createRateLimits(redis, observer)
-    const codes = createCodes(config, redis, rateLimits, observer)
+    const inFlight = new InFlight()
+    const codes = createCodes(config, redis, rateLimits, inFlight, observer)
     const passwords = await createPasswords(fastify, config, observer)
     const users = createUsers(postgres)
     const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
     const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
-    const inFlight = new InFlight()
     // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
     fastify.addHook('onClose', () => inFlight.drain())
     fastify.decorate('mobileSignup', { postgres, redis, rateLimits, codes, passwords, users, sessions, sms, inFlight })
@@ -100,7 +100,7 @@ const routes: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) =>
   await fastify.register(logInRoute, { config })
   await fastify.register(sessionRoutes)
   const { sms } = fastify.mobileSignup
-  if (sms) await fastify.register(codeRoutes, { config, sms })
+  if (sms) await fastify.register(sendCodeRoute, { config, sms })
 }
 
 /**

@@ -2,6 +2,7 @@ import { randomInt, randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger } from 'fastify'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
+import type { InFlight } from '../http/in-flight.js'
 import { Refusal } from '../outcomes.js'
 import type { RateLimits } from '../stores/rate-limits.js'
 import type { RedisStore } from '../stores/redis.js'
@@ -27,7 +28,7 @@ export interface Hold {
   readonly holder: string
   /** Whether an earlier request with the code may have written to Postgres. */
   readonly mayHaveWritten: boolean
-  /** The id of the user for whom an earlier request has used the code; '' if in vain, and then this request does not hold it. */
+  /** The id of the user for whom an earlier request has used the code. */
   readonly usedBy: string | undefined
   readonly log: FastifyBaseLogger
 }
@@ -56,17 +57,19 @@ export interface Codes {
   /**
    * Presents the code of a request, and holds it if it is right.
    *
+   * @returns `used_in_vain` if an earlier request has used the code so; then this one does not hold it
    * @throws {Refusal} `wrong_code`; `busy` if another request holds the code; `too_many_requests` if the guesser has no wrong
    * codes left
    */
-  hold(request: CodeRequest, purpose: CodePurpose): Promise<Hold>
+  hold(request: CodeRequest, purpose: CodePurpose): Promise<Hold | 'used_in_vain'>
   /**
-   * Ends a hold. Never rejects: if Redis does not answer, the lease ends the hold.
+   * Ends a hold.
    *
    * @param usedBy only with `used`: the id of the user
-   * @returns whether the request has certainly held the code until now. If not, another request may have used it.
+   * @returns whether the request has held the code until now; if not, another request may have used it. Undefined if Redis does not
+   * answer: then the lease may have to end the hold.
    */
-  release(hold: Hold, how: Release, usedBy?: string): Promise<boolean>
+  release(hold: Hold, how: Release, usedBy?: string): Promise<boolean | undefined>
 }
 
 declare module 'ioredis' {
@@ -96,13 +99,14 @@ const guessesKey = (mobile: string) => `{${codeKey(mobile)}}:guesses`
 /** How long a request can be repeated at least (G5). */
 const repeatMs = 300_000
 
-/** The round trips of the longest request, a sign-up whose code was taken over: hold, find, INSERT, find, release. */
+/** The round trips of a sign-up whose code was taken over: hold, find, INSERT, find, release. */
 const roundTripsMax = 5
 
 export function createCodes(
   config: Config,
   redis: RedisStore,
   rateLimits: RateLimits,
+  inFlight: InFlight,
   observer: Observer | undefined
 ): Codes {
   const { sessionSecrets, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } = config
@@ -114,7 +118,8 @@ export function createCodes(
   })
   const tickets = new Tickets(sessionSecrets)
 
-  // A slower request outlives its lease. Then two requests hold the code, and the unique mobile in Postgres decides.
+  // A request can be slower, because HASH_MAX_WAIT_MS is an estimate. Then two requests hold the code, and the unique mobile in
+  // Postgres decides.
   const leaseMs = hashMaxWaitMs + roundTripsMax * storeTimeoutMs
   // A retry after the lease must still find the claim.
   const claimTtlMs = Math.max(repeatMs, 2 * leaseMs)
@@ -164,7 +169,7 @@ export function createCodes(
           return { mobile, holder, log, mayHaveWritten: mayHaveWritten === 1, usedBy: usedBy ?? undefined }
         }
         case 'used_in_vain':
-          return { mobile, holder, log, mayHaveWritten: false, usedBy: '' }
+          return 'used_in_vain'
         case 'spent': {
           const [, waitMs, budget] = result
           const spent = budgets[budget - 1]
@@ -180,11 +185,12 @@ export function createCodes(
         const sends = await redis.run((client) =>
           client.releaseCode(claimKey(mobile), guessesKey(mobile), holder, claimTtlMs, how, usedBy)
         )
-        if (sends) await refundSends(mobile, JSON.parse(sends), log)
+        // Not awaited: it does not delay the answer.
+        if (sends) inFlight.track(refundSends(mobile, JSON.parse(sends), log))
         return sends !== null
       } catch (err) {
         log.error({ err }, 'a code could not be released')
-        return false
+        return undefined
       }
     }
   }

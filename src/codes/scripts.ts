@@ -21,8 +21,8 @@
  *     sends             those of its issue, until it is used
  * - The guesses, a hash. Each field is a budget of wrong codes: their number, and the start of the window in ms since 1970.
  *
- * A full Redis refuses the first write of a script if it needs memory. So such a write comes first: a script then changes
- * everything or nothing.
+ * A full Redis refuses a command that needs memory only until the script has written. So the first write of each script is one that
+ * Redis can refuse: then the script changes everything or nothing.
  */
 
 /** Defines `now`, in ms since 1970. */
@@ -45,57 +45,61 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
  * - `{'wrong'}`: absent, expired, for another purpose, or wrong
  */
 export const holdCode = `${readClock}
--- Nobody learns anything about the code without a wrong code left, not even with the right one.
+local code_key, claim_key, issue_key, guesses_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local presented, purpose, holder, lease, shortest_life = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+
+-- Check the limits first: when they are spent, even the right code gets 429.
 local budgets, wait, spent = {}, 0, 0
 for n = 6, #ARGV, 3 do
   local field, max, window = ARGV[n], tonumber(ARGV[n + 1]), tonumber(ARGV[n + 2])
-  local count, since = string.match(redis.call('HGET', KEYS[4], field) or '', '(%d+) (%d+)')
+  local count, since = string.match(redis.call('HGET', guesses_key, field) or '', '(%d+) (%d+)')
   if not count or now - since >= window then count, since = 0, now end
   table.insert(budgets, { field = field, count = tonumber(count), since = since })
-  local rest = since + window - now
-  if tonumber(count) >= max and rest > wait then wait, spent = rest, #budgets end
+  local remaining = since + window - now
+  if tonumber(count) >= max and remaining > wait then wait, spent = remaining, #budgets end
 end
 if wait > 0 then return { 'spent', wait, spent } end
 
-local code = redis.call('GET', KEYS[1])
-local issue = cjson.decode(redis.call('GET', KEYS[3]) or '{}')
--- A code of another service was asked for everything.
+local code = redis.call('GET', code_key)
+local issue = cjson.decode(redis.call('GET', issue_key) or '{}')
+-- A code without an issue comes from another service, and serves every purpose.
 if issue.code ~= code then issue = { purposes = { any = true } } end
-local fits = code == ARGV[1] and (issue.purposes.any or issue.purposes[ARGV[2]])
+local is_present = code == presented and (issue.purposes.any or issue.purposes[purpose])
 
-local stored = redis.call('GET', KEYS[2])
+local stored = redis.call('GET', claim_key)
 local claim = stored and cjson.decode(stored) or {}
-local is_repeat = claim.code == ARGV[1] and claim.purpose == ARGV[2]
+local is_repeat = claim.code == presented and claim.purpose == purpose
 -- A request holds 123456, sends its INSERT, and dies. Nobody has released the code, so the next request must look for the row.
-local may_have_written = is_repeat and (claim.may_have_written or claim['until'] > 0)
+local was_never_released = is_repeat and claim['until'] > 0
+local may_have_written = is_repeat and (claim.may_have_written or was_never_released)
 
-if not fits and not is_repeat then
+if not is_present and not is_repeat then
   if code or stored then
     for _, budget in ipairs(budgets) do
-      redis.call('HSET', KEYS[4], budget.field, budget.count + 1 .. ' ' .. budget.since)
+      redis.call('HSET', guesses_key, budget.field, budget.count + 1 .. ' ' .. budget.since)
     end
-    redis.call('PEXPIRE', KEYS[4], 86400000)
+    redis.call('PEXPIRE', guesses_key, 86400000)
   end
   return { 'wrong' }
 end
-if fits then
+if is_present then
   -- It replaces the claim of an older code. But another service may have sent the same code again: then the claim still counts.
   may_have_written = may_have_written or is_repeat and claim.used_by
-  claim = { code = ARGV[1], purpose = ARGV[2], sends = issue.sends }
+  claim = { code = presented, purpose = purpose, sends = issue.sends }
 elseif claim.used_by == '' then
   return { 'used_in_vain' }
 elseif claim['until'] > now then
   return { 'in_progress' }
 end
 
-local life = redis.call('PTTL', fits and KEYS[1] or KEYS[2])
+local ttl = redis.call('PTTL', is_present and code_key or claim_key)
 -- A code without a TTL, of another service, can be repeated for a day.
-if life < 0 then life = 86400000 end
-claim.holder, claim['until'], claim.may_have_written = ARGV[3], now + ARGV[4], may_have_written and true or nil
-redis.call('SET', KEYS[2], cjson.encode(claim), 'PX', math.max(life, ARGV[5]))
-if fits then
-  redis.call('GETDEL', KEYS[1])
-  redis.call('DEL', KEYS[3])
+if ttl < 0 then ttl = 86400000 end
+claim.holder, claim['until'], claim.may_have_written = holder, now + lease, may_have_written and true or nil
+redis.call('SET', claim_key, cjson.encode(claim), 'PX', math.max(ttl, shortest_life))
+if is_present then
+  redis.call('GETDEL', code_key)
+  redis.call('DEL', issue_key)
 end
 return { 'held', may_have_written and 1 or 0, claim.used_by or false }
 `
@@ -105,7 +109,7 @@ return { 'held', may_have_written and 1 or 0, claim.used_by or false }
  * because a newer code of the mobile was presented, changes nothing.
  *
  * KEYS: the claim, the guesses. ARGV: the id of the request, the shortest life of the claim in ms, and one of
- * - `unused`: nothing was written
+ * - `unused`: the next request may start again. An UPDATE can be repeated, so a reset says so after any failure.
  * - `may_have_written`: the result of the write is unknown
  * - `used`, and the id of the user: a success also forgets the wrong codes
  * - `used_in_vain`
@@ -115,24 +119,28 @@ return { 'held', may_have_written and 1 or 0, claim.used_by or false }
  * Returns nil if the request had lost the code, otherwise the sends of a code that is used for the first time, as JSON, or ''.
  */
 export const releaseCode = `
-local stored = redis.call('GET', KEYS[1])
+local claim_key, guesses_key = KEYS[1], KEYS[2]
+local holder, shortest_life, how, user_id = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local stored = redis.call('GET', claim_key)
 local claim = stored and cjson.decode(stored) or {}
-if claim.holder ~= ARGV[1] then return nil end
+if claim.holder ~= holder then return nil end
 local sends = ''
 claim.holder, claim['until'] = nil, 0
-if ARGV[3] == 'may_have_written' then claim.may_have_written = true end
-if ARGV[3] == 'used_in_vain' then claim.used_by = '' end
-if ARGV[3] == 'used' then
+if how == 'may_have_written' then claim.may_have_written = true
+elseif how == 'used_in_vain' then claim.used_by = ''
+elseif how == 'used' then
   if claim.sends then sends = cjson.encode(claim.sends) end
-  claim.used_by, claim.may_have_written, claim.sends = ARGV[4], nil, nil
+  claim.used_by, claim.may_have_written, claim.sends = user_id, nil, nil
+elseif how == 'wrong_password' then
+  claim.wrong_passwords = (claim.wrong_passwords or 0) + 1
+  if claim.wrong_passwords == 2 then
+    redis.call('DEL', claim_key)
+    return ''
+  end
 end
-if ARGV[3] == 'wrong_password' then claim.wrong_passwords = (claim.wrong_passwords or 0) + 1 end
-if claim.wrong_passwords == 2 then
-  redis.call('DEL', KEYS[1])
-  return ''
-end
-redis.call('SET', KEYS[1], cjson.encode(claim), 'PX', math.max(redis.call('PTTL', KEYS[1]), ARGV[2]))
-if ARGV[3] == 'used' then redis.call('DEL', KEYS[2]) end
+redis.call('SET', claim_key, cjson.encode(claim), 'PX', math.max(redis.call('PTTL', claim_key), shortest_life))
+if how == 'used' then redis.call('DEL', guesses_key) end
 return sends
 `
 
@@ -144,16 +152,20 @@ return sends
  * in ms from which the present code is sent again. Returns the code and its TTL in ms.
  */
 export const issueCode = `
-local code, ttl = redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])
-local issue = cjson.decode(redis.call('GET', KEYS[2]) or '{}')
-if not code or issue.code ~= code or ttl < tonumber(ARGV[6]) then
-  code, ttl = ARGV[1], tonumber(ARGV[2])
+local code_key, issue_key = KEYS[1], KEYS[2]
+local new_code, life, purpose, id, network, shortest_ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+
+local code, ttl = redis.call('GET', code_key), redis.call('PTTL', code_key)
+local issue = cjson.decode(redis.call('GET', issue_key) or '{}')
+local is_new = not code or issue.code ~= code or ttl < tonumber(shortest_ttl)
+if is_new then
+  code, ttl = new_code, tonumber(life)
   issue = { code = code, purposes = {}, sends = {} }
 end
-issue.purposes[ARGV[3]] = true
-table.insert(issue.sends, { id = ARGV[4], network = ARGV[5] })
-redis.call('SET', KEYS[2], cjson.encode(issue), 'PX', ttl)
-redis.call('SET', KEYS[1], code, 'PX', ttl)
+issue.purposes[purpose] = true
+table.insert(issue.sends, { id = id, network = network })
+redis.call('SET', issue_key, cjson.encode(issue), 'PX', ttl)
+if is_new then redis.call('SET', code_key, code, 'PX', ttl) end
 return { code, ttl }
 `
 

@@ -91,9 +91,10 @@ declare module 'ioredis' {
 const indexSession = `
 if tonumber(redis.call('GET', KEYS[2]) or 0) > tonumber(ARGV[2]) then return nil end
 local now = redis.call('TIME')[1]
+-- The first write is one that a full Redis refuses.
+redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 redis.call('ZREM', KEYS[1], ARGV[5])
-redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 local excess = redis.call('ZCARD', KEYS[1]) - ARGV[4]
 return excess > 0 and redis.call('ZRANGE', KEYS[1], 0, excess - 1) or {}

@@ -66,28 +66,37 @@ declare module 'ioredis' {
 const consumeLimits = `
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local unit = ARGV[1]
 local longest, wait = 0, 0
 for n, key in ipairs(KEYS) do
   local max, window = tonumber(ARGV[2 * n]), tonumber(ARGV[2 * n + 1])
-  local rest = 0
+  local remaining = 0
   if max == 0 then
-    rest = redis.call('PTTL', key)
-    -- Another service wrote it without a TTL.
-    if rest == -1 then rest = window end
+    remaining = redis.call('PTTL', key)
+    if remaining == -1 then
+      -- Another service wrote it without a TTL.
+      redis.call('PEXPIRE', key, window)
+      remaining = window
+    end
   else
-    redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
-    local excess = redis.call('ZCARD', key) - max
-    -- Room comes when the units above the maximum, and one more, have left.
-    if excess >= 0 then rest = redis.call('ZRANGE', key, excess, excess, 'WITHSCORES')[2] + window - now end
+    -- With n units over the maximum, there is room when the n + 1 oldest have expired.
+    local expired = redis.call('ZCOUNT', key, '-inf', now - window)
+    local excess = redis.call('ZCARD', key) - expired - max
+    if excess >= 0 then
+      local rank = expired + excess
+      remaining = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')[2] + window - now
+    end
   end
-  if rest > wait then longest, wait = n, rest end
+  if remaining > wait then longest, wait = n, remaining end
 end
-if wait > 0 or ARGV[1] == '' then return { wait, longest } end
+if wait > 0 or unit == '' then return { wait, longest } end
 for n, key in ipairs(KEYS) do
   local max, window = tonumber(ARGV[2 * n]), tonumber(ARGV[2 * n + 1])
-  if max == 0 then redis.call('SET', key, ARGV[1], 'PX', window)
+  if max == 0 then redis.call('SET', key, unit, 'PX', window)
   else
-    redis.call('ZADD', key, now, ARGV[1])
+    -- The first write is one that a full Redis refuses.
+    redis.call('ZADD', key, now, unit)
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
     redis.call('PEXPIRE', key, window)
   end
 end

@@ -101,7 +101,7 @@ export async function openRedis(
 
 /**
  * Connects with ioredis's queueing, retries and resending turned off. By default it queues commands while Redis is away and
- * resends unanswered ones. A sign-up must fail fast instead, and the claim of a code must never run twice.
+ * resends unanswered ones. A sign-up must fail fast instead, and the hold of a code must never run twice.
  */
 function connect(
   target: RedisTarget,

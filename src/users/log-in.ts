@@ -48,14 +48,14 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     const { resetOnSuccess, refundOnSuccess } = loginLimits(config, mobile, request.ip)
     const limits = [...resetOnSuccess, ...refundOnSuccess]
     const unit = randomUUID()
-    const retryAfterSeconds = await rateLimits.consume(limits, unit)
-    if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
     // If it fails, the try counts as a failure until the window ends.
     const logUnrefunded = (err: unknown) => request.log.error({ err }, 'a login could not be refunded')
     const refund = (refunded: Limit[]) => rateLimits.refund(refunded, unit).catch(logUnrefunded)
 
     let user: User | undefined
     try {
+      const retryAfterSeconds = await rateLimits.consume(limits, unit)
+      if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
       user = await findVerifiedUser(fastify.mobileSignup, mobile, password, reply.raw)
     } catch (error) {
       // A failure of the service is no failed login.

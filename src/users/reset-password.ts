@@ -29,7 +29,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
     handler: (request: NewPasswordRequest, reply: FastifyReply) => inFlight.track(resetPassword(request, reply))
   })
 
-  /** The steps of a sign-up (sign-up.ts). An UPDATE can be repeated, so only the repeat of a used code looks for the row instead. */
+  /** The steps of a sign-up (sign-up.ts). An UPDATE can be repeated, so only a used code verifies the password instead. */
   async function resetPassword(request: NewPasswordRequest, reply: FastifyReply) {
     const { mobile, password } = request.body
 
@@ -41,7 +41,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
 
     const hold = await codes.hold(request, 'password')
     // A mobile without a user is answered as a wrong code, so that the answer does not tell who is registered.
-    if (hold.usedBy === '') return reply.outcome('wrong_code')
+    if (hold === 'used_in_vain') return reply.outcome('wrong_code')
 
     try {
       // A used code writes nothing again, not even without a row: a former primary may lack one that exists.

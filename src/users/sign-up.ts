@@ -1,4 +1,5 @@
 import type { FastifyPluginAsync, FastifyReply } from 'fastify'
+import type { Hold } from '../codes/codes.js'
 import type { Config } from '../config/config.js'
 import { bodyMaxBytes, repliesWith } from '../http/schemas.js'
 import { Refusal } from '../outcomes.js'
@@ -6,6 +7,7 @@ import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import { firstSessionEpoch } from '../sessions/sessions.js'
 import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from './schemas.js'
+import type { User } from './users.js'
 
 /** POST /users: a mobile, its code and a password become a user with a session. */
 export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
@@ -42,11 +44,11 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
 
     // 3. Hold the code.
     const hold = await codes.hold(request, 'sign_up')
-    if (hold.usedBy === '') return reply.outcome('mobile_registered')
+    if (hold === 'used_in_vain') return reply.outcome('mobile_registered')
 
     // If this instance dies from here on, nobody releases the code. After the lease, the same request holds it again, and looks
     // for the row first.
-    let mayHaveWritten = false
+    let isInsertSent = false
     try {
       // 4. A repeat looks first. Postgres may also have lost the row of a used code; then the sign-up starts again.
       const isRepeat = hold.mayHaveWritten || hold.usedBy !== undefined
@@ -56,44 +58,54 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
         const passwordHash = await passwords.hash(password, reply.raw)
 
         // 6. Insert. From here on the row may be committed, even if the answer of Postgres is lost.
-        mayHaveWritten = true
+        isInsertSent = true
         const userId = await users.insert(mobile, passwordHash)
         if (userId !== undefined) {
           if (hold.usedBy !== undefined) await endSessionsOfLostUser(request, hold.usedBy)
-          return await succeed({ id: userId, name: mobile, sessionEpoch: firstSessionEpoch })
+          return await succeed(request, reply, hold, { id: userId, name: mobile, sessionEpoch: firstSessionEpoch })
         }
-        // The mobile has a user. This code created it only if another request has held the code, before or after this one. A repeat
-        // may have found no row because a former primary answered.
-        const isOnlyHolder = !isRepeat && (await codes.release(hold, 'used_in_vain'))
-        if (isOnlyHolder) return reply.outcome('mobile_registered')
+        // If nobody else has held the code, the mobile was registered before. Otherwise another request may have inserted the row
+        // while this one was slow, or while a former primary answered that there is none.
+        if (!isRepeat) {
+          const isOnlyHolder = await codes.release(hold, 'used_in_vain')
+          if (isOnlyHolder) return reply.outcome('mobile_registered')
+          // The repeat of this request will know.
+          if (isOnlyHolder === undefined) throw new Refusal('storage_unavailable')
+        }
         user = await users.find(mobile)
         // Deleted since the INSERT, or lost in a failover.
         if (user === undefined) throw new Refusal('busy')
       }
 
-      // An earlier request with this code has probably created the user. The same request has the same password.
+      // An earlier request with this code may have inserted the row. The same request has the same password.
       if (!(await passwords.verify(user.passwordHash, password, reply.raw))) {
         await codes.release(hold, 'wrong_password')
         return reply.outcome('mobile_registered')
       }
       reply.header('idempotent-replayed', 'true')
-      return await succeed(user)
+      return await succeed(request, reply, hold, user)
     } catch (error) {
-      await codes.release(hold, mayHaveWritten ? 'may_have_written' : 'unused')
+      await codes.release(hold, isInsertSent ? 'may_have_written' : 'unused')
       throw error
     }
+  }
 
-    // 7. and 8. Start a session and release the code, in one round trip, and reply. Without a session the request still succeeds:
-    // the row is committed, and the client can log in. If the code is not released, the lease releases it, and a repeat finds the
-    // row.
-    async function succeed({ id, name, sessionEpoch }: { id: string; name: string; sessionEpoch: number }) {
-      const user = { user_id: id, name, mobile }
-      const [session] = await Promise.all([
-        sessions.tryStart(request, reply, user, sessionEpoch),
-        codes.release(hold, 'used', id)
-      ])
-      return reply.outcome('registered', { data: { ...user, session } })
-    }
+  /**
+   * 7. and 8. Starts a session and releases the code, in one round trip, and replies. Without a session the request still succeeds:
+   * the row is committed, and the client can log in. If the code cannot be released, the lease ends, and a repeat finds the row.
+   */
+  async function succeed(
+    request: NewPasswordRequest,
+    reply: FastifyReply,
+    hold: Hold,
+    { id, name, sessionEpoch }: Pick<User, 'id' | 'name' | 'sessionEpoch'>
+  ) {
+    const user = { user_id: id, name, mobile: hold.mobile }
+    const [session] = await Promise.all([
+      sessions.tryStart(request, reply, user, sessionEpoch),
+      codes.release(hold, 'used', id)
+    ])
+    return reply.outcome('registered', { data: { ...user, session } })
   }
 
   /**

@@ -13,7 +13,7 @@ interface Bug {
 export const bugs: Record<string, Bug> = {
   'a request releases a code that another one holds': {
     scenario: 'two slow requests with two passwords',
-    lua: ['releaseCode', 'if claim.holder ~= ARGV[1] then return nil end', '']
+    lua: ['releaseCode', 'if claim.holder ~= holder then return nil end', '']
   },
   'the lease is compared the wrong way': {
     scenario: 'one client that retries',
@@ -21,16 +21,16 @@ export const bugs: Record<string, Bug> = {
   },
   'a request that takes over the code of a dead one does not look for its row': {
     scenario: 'one client that retries',
-    lua: ['holdCode', `(claim.may_have_written or claim['until'] > 0)`, 'claim.may_have_written']
+    lua: ['holdCode', '(claim.may_have_written or was_never_released)', 'claim.may_have_written']
   },
   'the code is taken in one step, and its claim written in another': {
     scenario: 'one client that retries',
-    lua: ['holdCode', `redis.call('SET', KEYS[2],`, `redis.call('SET', KEYS[2] .. ':next',`],
+    lua: ['holdCode', `redis.call('SET', claim_key,`, `redis.call('SET', claim_key .. ':next',`],
     change({ codes, redis }) {
       const { hold } = codes
       codes.hold = async (request, purpose) => {
         const held = await hold(request, purpose)
-        const claim = `{sms_code_${held.mobile}}:claim`
+        const claim = `{sms_code_${request.body.mobile}}:claim`
         await redis.run((client) => client.rename(`${claim}:next`, claim))
         return held
       }
@@ -69,7 +69,10 @@ export const bugs: Record<string, Bug> = {
     scenario: 'two resets',
     change({ codes }) {
       const { hold } = codes
-      codes.hold = async (request, purpose) => ({ ...(await hold(request, purpose)), usedBy: undefined })
+      codes.hold = async (request, purpose) => {
+        const held = await hold(request, purpose)
+        return held === 'used_in_vain' ? held : { ...held, usedBy: undefined }
+      }
     }
   },
   'an INSERT without an answer counts as written': {

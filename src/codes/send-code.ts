@@ -33,7 +33,7 @@ const CodeSentData = Type.Object({
 type SendCodeRequest = FastifyRequest<{ Body: Static<typeof SendCodeBody> }>
 
 /** POST /sms_codes. It never looks at the users, so it cannot tell who is registered. */
-export const codeRoutes: FastifyPluginAsync<{ config: Config; sms: Sms }> = async (fastify, { config, sms }) => {
+export const sendCodeRoute: FastifyPluginAsync<{ config: Config; sms: Sms }> = async (fastify, { config, sms }) => {
   const { codes, inFlight, rateLimits } = fastify.mobileSignup
 
   fastify.route({
