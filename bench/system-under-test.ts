@@ -31,11 +31,11 @@ export class SystemUnderTest {
     return this.startServer([], { LOG_LEVEL: 'warn', ...env })
   }
 
-  /** Starts the plain handler. libuv's pool has as many threads as there are cores, which is its best. */
+  /** Starts the plain handler. */
   startPlainHandler(): Promise<Server> {
     const file = fileURLToPath(new URL('./plain-handler.ts', import.meta.url))
     const args = ['--import', import.meta.resolve('tsx/esm'), file]
-    return this.startServer(args, { UV_THREADPOOL_SIZE: `${availableParallelism()}` })
+    return this.startServer(args, {})
   }
 
   async storeVersions(): Promise<{ postgres: string; redis: string }> {
@@ -59,7 +59,9 @@ export class SystemUnderTest {
   /** @param args of `node`; none for the built service */
   private async startServer(args: string[], variables: Record<string, string>): Promise<Server> {
     const port = await freePort()
-    const env = { ...this.stores.environment, ...variables, PORT: `${port}` }
+    // As many threads as cores, which is the best for both. From Node.js 24.3 on, the service does it by itself.
+    const UV_THREADPOOL_SIZE = `${availableParallelism()}`
+    const env = { ...this.stores.environment, UV_THREADPOOL_SIZE, ...variables, PORT: `${port}` }
     const process = ServerProcess.start(args.length > 0 ? args : undefined, { env })
     this.processes.push(process)
     const url = `http://127.0.0.1:${port}`

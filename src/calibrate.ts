@@ -23,7 +23,7 @@ interface Result {
 const widths = [5, 8, 9, 10, 9, 7]
 
 if (Number(process.env.UV_THREADPOOL_SIZE || defaultPoolThreads) < cores) {
-  process.stderr.write(`calibrate: set UV_THREADPOOL_SIZE=${cores + 4}, so that each core can hash\n`)
+  process.stderr.write(`calibrate: set UV_THREADPOOL_SIZE=${cores}, so that each core can hash\n`)
   process.exitCode = 1
 } else await calibrate()
 

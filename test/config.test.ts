@@ -238,7 +238,7 @@ t.test('an invalid value of any variable is a fault that names the variable', as
 t.test('HASH_THREADS is at most the pool of libuv, and by default no more than the cores', async (t) => {
   t.strictSame(faultsOf({ ...stores, HASH_THREADS: '8' }), [
     "HASH_THREADS: 8 is more than libuv's pool of 4 threads can run; " +
-      'expected at most 4, or set UV_THREADPOOL_SIZE=12 in the environment of the process'
+      'expected at most 4, or set UV_THREADPOOL_SIZE=8 in the environment of the process'
   ])
   t.strictSame(faultsOf({ ...stores, HASH_THREADS: '8', UV_THREADPOOL_SIZE: '8' }), [])
   const withPool = (size: string) => loadConfig({ ...stores, UV_THREADPOOL_SIZE: size }).hashThreads

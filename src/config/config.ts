@@ -251,12 +251,12 @@ function readThreads(read: Read) {
     'UV_THREADPOOL_SIZE',
     integer(1, 1_024),
     defaultPoolThreads,
-    "Threads of libuv's pool, which hash passwords and look up names. At least `HASH_THREADS`, better four more. Before Node.js 24.3, and in a host application, only the environment of the process can change it.",
-    `\`HASH_THREADS\` + 4; before Node.js 24.3: ${defaultPoolThreads}`
+    "Threads of libuv's pool. Best as many as `HASH_THREADS`. Before Node.js 24.3, and in a host application, only the environment of the process can change it.",
+    `\`HASH_THREADS\`; before Node.js 24.3: ${defaultPoolThreads}`
   )
   const hashThreads = read(
     'HASH_THREADS',
-    integer(1, 1_020),
+    integer(1, 1_024),
     Math.min(availableParallelism(), poolThreads),
     'Passwords that are hashed at a time.',
     'number of cores, at most `UV_THREADPOOL_SIZE`'
@@ -343,7 +343,7 @@ function* threadFaults(env: Environment, { hashThreads, poolThreads }: Config) {
   if (env.UV_THREADPOOL_SIZE === '') yield 'UV_THREADPOOL_SIZE: is empty; expected a number, or no variable'
   if (hashThreads > poolThreads) {
     yield `HASH_THREADS: ${hashThreads} is more than libuv's pool of ${poolThreads} threads can run; ` +
-      `expected at most ${poolThreads}, or set UV_THREADPOOL_SIZE=${hashThreads + 4} in the environment of the process`
+      `expected at most ${poolThreads}, or set UV_THREADPOOL_SIZE=${hashThreads} in the environment of the process`
   }
 }
 

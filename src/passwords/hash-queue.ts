@@ -24,8 +24,8 @@ export class ClientDisconnected extends Error {
 }
 
 /**
- * A queue in front of libuv's thread pool, first come, first served. Only as many jobs are handed over as run, so a name
- * look-up, which needs a thread of the same pool, waits for one hash at most.
+ * A queue in front of libuv's thread pool, first come, first served. A job that the pool has cannot leave it any more, so
+ * the pool gets few at a time.
  */
 export class HashQueue {
   /** Functions that start the waiting jobs, in order of arrival. A set, because a job can leave from any position. */
@@ -37,19 +37,19 @@ export class HashQueue {
   private averageJobMs = 0
   private isClosed = false
 
-  /** Called after each job with the time that it has waited, and its time in the thread. */
+  /** Called after each job with the time that it has waited, and its time in the pool. */
   onJob: ((waitMs: number, durationMs: number) => void) | undefined
 
   /**
-   * @param threads how many jobs run at a time
+   * @param poolJobs how many jobs libuv's pool has at a time
    * @param maxWaitMs the longest expected wait with which a request is admitted
    */
   constructor(
-    private readonly threads: number,
+    private readonly poolJobs: number,
     private readonly maxWaitMs: number
   ) {}
 
-  /** The number of jobs that wait for a thread. */
+  /** The number of jobs that wait for their turn. */
   get queueLength(): number {
     return this.waiting.size
   }
@@ -60,7 +60,7 @@ export class HashQueue {
    */
   get expectedWaitMs(): number {
     const jobCount = this.runningCount + this.waiting.size + this.admitted.size
-    return (Math.max(0, jobCount - this.threads) * this.averageJobMs) / this.threads
+    return (Math.max(0, jobCount - this.poolJobs) * this.averageJobMs) / this.poolJobs
   }
 
   /**
@@ -92,7 +92,7 @@ export class HashQueue {
     if (this.isClosed) throw new QueueFull(1)
     if (client?.closed) throw new ClientDisconnected()
     const joinedAt = performance.now()
-    await this.takeThread(client)
+    await this.takeTurn(client)
     const startedAt = performance.now()
     try {
       const result = await job()
@@ -101,19 +101,19 @@ export class HashQueue {
       this.onJob?.(startedAt - joinedAt, durationMs)
       return result
     } finally {
-      this.passThreadOn()
+      this.passTurnOn()
     }
   }
 
   /** Resolves when all jobs have ended. Later ones are refused. */
   async close(): Promise<void> {
     this.isClosed = true
-    await Promise.all(Array.from({ length: this.threads }, () => this.takeThread()))
+    await Promise.all(Array.from({ length: this.poolJobs }, () => this.takeTurn()))
   }
 
   /** Resolves when it is the caller's turn. */
-  private takeThread(client?: Writable): Promise<void> {
-    if (this.runningCount < this.threads) {
+  private takeTurn(client?: Writable): Promise<void> {
+    if (this.runningCount < this.poolJobs) {
       this.runningCount++
       return Promise.resolve()
     }
@@ -125,7 +125,7 @@ export class HashQueue {
     })
   }
 
-  private passThreadOn(): void {
+  private passTurnOn(): void {
     const [start] = this.waiting
     if (start === undefined) this.runningCount--
     else {

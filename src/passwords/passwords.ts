@@ -41,12 +41,15 @@ export interface Passwords {
 /** @throws if no password can be hashed with the configured parameters */
 export async function createPasswords(
   fastify: FastifyInstance,
-  { hashMemoryKib, hashPasses, hashThreads, hashMaxWaitMs }: Config,
+  { hashMemoryKib, hashPasses, hashThreads, poolThreads, hashMaxWaitMs }: Config,
   observer: Observer | undefined
 ): Promise<Passwords> {
   // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
   const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
-  const queue = new HashQueue(hashThreads, hashMaxWaitMs)
+  // If libuv's pool has a thread for each hash and no other, it gets one job more than it has threads, so that no thread
+  // sleeps between two hashes until the event loop gives it the next. In a larger pool, that job would run at once.
+  const spareJobs = poolThreads === hashThreads ? 1 : 0
+  const queue = new HashQueue(hashThreads + spareJobs, hashMaxWaitMs)
   fastify.addHook('onClose', () => queue.close())
   // An answered request needs no place. Not at 'close' of the response: on Node.js 20 a pipelined response whose connection
   // has died before its turn never emits it, and would keep its place for ever.

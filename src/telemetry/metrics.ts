@@ -43,13 +43,13 @@ export class Metrics implements Observer {
   })
   private readonly hashWaits = new Histogram({
     name: 'mobile_signup_hash_wait_seconds',
-    help: 'Time in the hash queue, until a thread starts',
+    help: "Time in the hash queue, until libuv's pool gets the job",
     buckets,
     registers: this.registers
   })
   private readonly hashes = new Histogram({
     name: 'mobile_signup_hash_duration_seconds',
-    help: 'Time of a hash or a verification in its thread',
+    help: "Time of a hash or a verification in libuv's pool",
     buckets,
     registers: this.registers
   })

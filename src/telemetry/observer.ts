@@ -4,7 +4,7 @@ export type StoreName = 'postgres' | 'redis'
 export interface Observer {
   /** A round trip to a store has ended, successfully or not. */
   onRoundTrip(store: StoreName, durationMs: number, hasFailed: boolean): void
-  /** A thread has finished a hash or a verification. `waitMs` is its time in the queue. */
+  /** A hash or a verification has ended. `waitMs` is its time in the queue, `durationMs` that in libuv's pool. */
   onHash(waitMs: number, durationMs: number): void
   /** The SMS gateway has accepted a code, or may have. */
   onCodeSent(): void
