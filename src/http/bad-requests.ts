@@ -75,9 +75,10 @@ export const badRequests = fp<{ config: Config }>(
       await fastify.shutdown.untilAnswered(socket)
       refuseSocket(socket, 400, body, fastify.log)
     })
-    fastify.addHook('onRequest', async (request, reply) => {
+    fastify.addHook('onRequest', (request, reply, done) => {
       // RFC 9112, section 3.2. Node's own check is off (`requireHostHeader`).
-      if (request.headers.host === undefined && request.raw.httpVersion === '1.1') return reply.outcome('bad_request')
+      if (request.headers.host === undefined && request.raw.httpVersion === '1.1') reply.outcome('bad_request')
+      else done()
     })
     fastify.setNotFoundHandler((_request, reply) => reply.outcome('no_such_route'))
   },

@@ -73,8 +73,9 @@ export const shutdown = fp(
       server.once('close', () => clearInterval(interval))
     })
 
-    fastify.addHook('onRequest', async (_request, reply) => {
-      if (isClosing) return reply.outcome('busy')
+    fastify.addHook('onRequest', (_request, reply, done) => {
+      if (isClosing) reply.outcome('busy')
+      else done()
     })
   },
   { fastify: '5.x', name: 'shutdown', dependencies: ['replies'] }

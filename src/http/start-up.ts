@@ -13,8 +13,9 @@ declare module 'fastify' {
 export const startUp = fp(
   async (fastify) => {
     fastify.decorate('startUp', { isComplete: true })
-    fastify.addHook('onRequest', async (request, reply) => {
-      if (!fastify.startUp.isComplete && !request.routeOptions.config.isProbe) return reply.outcome('busy')
+    fastify.addHook('onRequest', (request, reply, done) => {
+      if (fastify.startUp.isComplete || request.routeOptions.config.isProbe) done()
+      else reply.outcome('busy')
     })
   },
   { fastify: '5.x', name: 'start-up', dependencies: ['replies'] }
