@@ -39,12 +39,10 @@ const slotsRefreshIntervalMs = 1_000
  */
 export async function openRedis(
   fastify: FastifyInstance,
-  { redisUrl, storeTimeoutMs, otlpEndpoint }: Config,
+  { redisUrl, storeTimeoutMs }: Config,
   observer: Observer | undefined
 ): Promise<RedisStore> {
-  // Automatic pipelines send commands of different requests together. A trace would show them all in one request.
-  const isTraced = otlpEndpoint !== undefined
-  const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs, { enableAutoPipelining: !isTraced })
+  const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs)
   const warn = sampledWarnings(fastify.log)
   let lastError: Error | undefined
   const logError = (err: Error) => {
@@ -103,11 +101,7 @@ export async function openRedis(
  * Connects with ioredis's queueing, retries and resending turned off. By default it queues commands while Redis is away and
  * resends unanswered ones. A sign-up must fail fast instead, and the hold of a code must never run twice.
  */
-function connect(
-  target: RedisTarget,
-  storeTimeoutMs: number,
-  { enableAutoPipelining }: { enableAutoPipelining: boolean }
-): Redis | Cluster {
+function connect(target: RedisTarget, storeTimeoutMs: number): Redis | Cluster {
   let isNoMaster = false
   const onNoMaster = () => {
     isNoMaster = true
@@ -127,7 +121,6 @@ function connect(
     autoResendUnfulfilledCommands: false
   }
   if (target.topology === 'cluster') {
-    // Without automatic pipelines: they choose the node by the second argument of EVALSHA, which is not a key.
     const cluster = new Cluster([...target.nodes], {
       redisOptions,
       enableOfflineQueue: false,
@@ -148,7 +141,7 @@ function connect(
     })
     return cluster
   }
-  const options = { ...redisOptions, enableOfflineQueue: false, enableAutoPipelining, retryStrategy }
+  const options = { ...redisOptions, enableOfflineQueue: false, retryStrategy }
   const client =
     target.masterName === undefined
       ? new Redis({ ...options, ...target.nodes[0] })
