@@ -1,4 +1,4 @@
-import { randomBytes } from 'node:crypto'
+import { randomUUID } from 'node:crypto'
 import fastifyCookie, { type CookieSerializeOptions, Signer } from '@fastify/cookie'
 import type fastifySession from '@fastify/session'
 import type { SessionStore } from '@fastify/session'
@@ -173,7 +173,8 @@ export async function createSessions(
   // times; and it would read the former session before the body is validated.
   const start: Sessions['start'] = async (request, reply, user, epoch) => {
     const formerId = signer.unsign(request.cookies[cookieName] ?? '').value
-    const sessionId = randomBytes(24).toString('base64url')
+    // 244 random bits. Node.js makes UUIDs from random bytes in stock; randomBytes() took a tenth of the event loop's JavaScript.
+    const sessionId = `${randomUUID()}${randomUUID()}`
     const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
     const session = {
       cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 },
