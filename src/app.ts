@@ -9,6 +9,7 @@ import { badRequests } from './http/bad-requests.js'
 import { forwardedFor } from './http/forwarded-for.js'
 import { healthRoutes, StoreChecks } from './http/health.js'
 import { InFlight } from './http/in-flight.js'
+import { requireAddress } from './http/network.js'
 import { openapi } from './http/openapi.js'
 import { replies } from './http/replies.js'
 import { replyHeaders } from './http/reply-headers.js'
@@ -95,6 +96,7 @@ const capabilities = fp<SignUpOptions & { observer?: Observer | undefined }>(
 )
 
 const routes: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) => {
+  fastify.addHook('onRequest', requireAddress)
   await fastify.register(signUpRoute, { config })
   await fastify.register(resetPasswordRoute, { config })
   await fastify.register(logInRoute, { config })

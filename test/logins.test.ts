@@ -121,21 +121,14 @@ t.test(
     t.strictSame([await fail('192.0.2.50'), await fail('192.0.2.50')], [401, 429])
     t.equal(await succeed('192.0.2.50'), 429)
     t.equal(await succeed('192.0.2.51'), 201)
-    for (let n = 0; n < 12; n++) t.equal(await fail(`2001:db8:0:${n}::1`), 401)
-    t.equal(await fail('2001:db8:0:99::1'), 429, 'a /48 has four times the number')
+    const ofSite = Array.from({ length: 192 }, (_, n) => fail(`2001:db8:0:${n}::1`))
+    t.ok((await Promise.all(ofSite)).every((status) => status === 401))
+    t.equal(await fail('2001:db8:0:999::1'), 429, 'a /48 has 64 times the number')
 
     const unlimited = client(await build(t, { LOGIN_IP_HOURLY_MAX: '0' }))
     t.equal((await unlimited.logIn({ mobile, password }, { from: '192.0.2.50' })).statusCode, 201)
   }
 )
-
-t.test('429: a /48 has 20 failures for a mobile in ten minutes', async (t) => {
-  const mobile = newMobile()
-  const fail = async (subnet: number) =>
-    (await api.logIn({ mobile, password: 'wrong' }, { from: `2001:db8:77:${subnet}::1` })).statusCode
-  for (let n = 0; n < 20; n++) t.equal(await fail(n), 401)
-  t.equal(await fail(20), 429)
-})
 
 t.test('503 4500: under overload a login is refused by admission, before its limits are touched', async (t) => {
   const app = await build(t, { HASH_THREADS: '1', HASH_MAX_WAIT_MS: '0' })

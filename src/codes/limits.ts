@@ -48,6 +48,12 @@ export interface GuessBudget {
   windowMs: number
 }
 
+/** Wrong codes of a ticket count for twice its life, so that no difference between two clocks gives a second window. */
+const ticketWindow = 2 * hour
+
+/** What a /48 has of a budget for one mobile. A /48 may have 65,536 handsets, but few of them present codes of one mobile. */
+const siteShare = 4
+
 /**
  * Returns the budgets that a wrong code costs. A guesser is a ticket, whose holder nobody else can block, or a network. All
  * without a ticket share one more budget.
@@ -57,14 +63,14 @@ export function guessBudgets(
   ticketId: string | undefined,
   address: string
 ): GuessBudget[] {
-  const perGuesser = (field: string, share = 1): GuessBudget => ({
+  const perGuesser = (field: string, share: number, seconds: number): GuessBudget => ({
     name: 'guesses_guesser',
     field,
     max: smsCodeAttempts * share,
-    windowMs: hour * 1_000
+    windowMs: seconds * 1_000
   })
-  if (ticketId !== undefined) return [perGuesser(`ticket:${ticketId}`)]
-  const budgets = networksOf(address).map(({ network, share }) => perGuesser(network, share))
+  if (ticketId !== undefined) return [perGuesser(`ticket:${ticketId}`, 1, ticketWindow)]
+  const budgets = networksOf(address, siteShare).map(({ network, share }) => perGuesser(network, share, hour))
   if (smsGuessDailyMax === 0) return budgets
   return [...budgets, { name: 'guesses_mobile', field: 'all', max: smsGuessDailyMax, windowMs: day * 1_000 }]
 }

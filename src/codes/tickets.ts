@@ -1,10 +1,7 @@
 import { createHmac, randomBytes, timingSafeEqual } from 'node:crypto'
 import { deriveKeys } from './derived-keys.js'
 
-/**
- * How long a ticket is valid: as long as the window of its wrong codes. So a ticket allows `SMS_CODE_ATTEMPTS` wrong codes in
- * its whole life.
- */
+/** How long a ticket is valid. The window of its wrong codes is longer: it allows `SMS_CODE_ATTEMPTS` in its whole life. */
 const ttlMs = 3_600_000
 
 /** The longest ticket in a request. */

@@ -1,4 +1,5 @@
 import { isIPv4 } from 'node:net'
+import type { onRequestHookHandler } from 'fastify'
 import ipaddr from 'ipaddr.js'
 
 /** The port that some proxies append to an address. */
@@ -10,24 +11,40 @@ export interface Network {
   share: number
 }
 
-/** A site has up to 65,536 networks (RFC 6177), but few people. */
-const sharePerSite = 4
+/** Where an IPv6 address has an IPv4 address, in bytes: mapped (RFC 4291), NAT64 (RFC 6052, 8215), SIIT (RFC 6145), 6to4 (RFC 3056). */
+const ipv4Offsets: Partial<Record<string, number>> = { ipv4Mapped: 12, rfc6052: 12, rfc6145: 12, '6to4': 2 }
 
 /**
- * Returns the networks by which limits count an address: an IPv4 address itself; for IPv6 the /64, which belongs to one
- * subscriber (RFC 6177), and the /48 with four times the number. Anything else, such as a proxy's `unknown`, counts as one
- * network. A /64 in the form that this function returns gives the same networks as an address in it.
+ * Refuses a request whose connection was reset before it was read. It has no address, so all of them would be one network. Node.js
+ * remembers an address that it has read, so a client that disconnects later keeps its own.
  */
-export function networksOf(address: string | undefined): [Network, ...Network[]] {
+export const requireAddress: onRequestHookHandler = (request, _reply, done) => {
+  if (request.ip !== undefined) return done()
+  done(Object.assign(new Error('the client disconnected'), { code: 'CLIENT_DISCONNECTED' }))
+}
+
+/**
+ * Returns the networks by which limits count an address: an IPv4 address itself, also one inside an IPv6 address; for IPv6 the /64,
+ * which belongs to one subscriber (RFC 6177), and the /48 with `siteShare` times the number. Anything else, such as a proxy's `unknown`,
+ * counts as one network. A /64 in the form that this function returns gives the same networks as an address in it.
+ *
+ * @param siteShare by default 64: a mobile carrier's /48 holds up to 65,536 handsets
+ */
+export function networksOf(address: string, siteShare = 64): [Network, ...Network[]] {
   // The usual case needs no parser.
-  if (address !== undefined && isIPv4(address)) return [{ network: address, share: 1 }]
-  const bareAddress = (address ?? '')
+  if (isIPv4(address)) return [{ network: address, share: 1 }]
+  const bareAddress = address
     .replace(port, '')
     .replace(/^\[(.*)\]$/, '$1')
     .replace(/\/64$/, '')
   if (!ipaddr.isValid(bareAddress)) return [{ network: 'unknown', share: 1 }]
-  const parsed = ipaddr.process(bareAddress)
+  const parsed = ipaddr.parse(bareAddress)
   if (!(parsed instanceof ipaddr.IPv6)) return [{ network: parsed.toString(), share: 1 }]
+  const offset = ipv4Offsets[parsed.range()]
+  if (offset !== undefined) {
+    const ipv4 = parsed.toByteArray().slice(offset, offset + 4)
+    return [{ network: ipv4.join('.'), share: 1 }]
+  }
   const prefix = (groups: number) =>
     `${parsed.parts
       .slice(0, groups)
@@ -35,6 +52,6 @@ export function networksOf(address: string | undefined): [Network, ...Network[]]
       .join(':')}::/${16 * groups}`
   return [
     { network: prefix(4), share: 1 },
-    { network: prefix(3), share: sharePerSite }
+    { network: prefix(3), share: siteShare }
   ]
 }
