@@ -56,6 +56,8 @@ const keysOf = async (mobile: string) => (await redis.keys(`*${mobile}*`)).sort(
 const readJson = async (key: string) => JSON.parse((await redis.get(key)) ?? 'null')
 
 const address = '192.0.2.1'
+/** Six digits, because what cannot be a code costs nothing. The codes of `issueCode` have letters. */
+const wrong = '000000'
 const newSend = () => ({ id: randomUUID(), network: address })
 const issue = (mobile: string, purpose?: CodePurpose, send = newSend()) => codes.issue(mobile, purpose, send)
 
@@ -112,7 +114,15 @@ t.test('a code is sent again while at least half of its life is left, and then s
   const fourth = newSend()
   const newer = await issue(mobile, 'password', fourth)
   t.equal(newer.ttlSeconds, 300, 'a code in the second half of its life is replaced')
-  t.strictSame(await readJson(issueKey(mobile)), { code: newer.code, purposes: { password: true }, sends: [fourth] })
+  t.strictSame(
+    await readJson(issueKey(mobile)),
+    { code: newer.code, purposes, sends: [fourth] },
+    'for what the former was'
+  )
+  await redis.del(codeKey(mobile), issueKey(mobile))
+  const last = await issue(mobile, 'password')
+  t.match(await readJson(issueKey(mobile)), { code: last.code, purposes: { password: true } }, 'not of an expired one')
+  t.notMatch((await readJson(issueKey(mobile))).purposes, { sign_up: true })
 })
 
 t.test('a code of another service is replaced by a new one, and serves every purpose until then', async (t) => {
@@ -127,19 +137,52 @@ t.test('a code of another service is replaced by a new one, and serves every pur
   t.not((await issue(mobile)).code, foreign)
 })
 
-t.test('a code works for the purposes for which it was asked, and for no other', async (t) => {
-  for (const [asked, presented, isRight] of [
-    ['sign_up', 'sign_up', true],
-    ['sign_up', 'password', false],
-    ['password', 'sign_up', false],
-    [undefined, 'password', true]
-  ] as const) {
-    const mobile = newMobile()
-    const { code } = await issue(mobile, asked)
-    t.equal(await refusalOf(mobile, code, presented), isRight ? 'held' : 'wrong_code')
-    t.equal(await redis.exists(codeKey(mobile)), isRight ? 0 : 1)
+t.test('a code serves a purpose that is added, which neither makes a code nor changes its life', async (t) => {
+  const mobile = newMobile()
+  const [send] = [newSend()]
+  const { code } = await issue(mobile, 'password', send)
+  for (const key of [codeKey(mobile), issueKey(mobile)]) await redis.pexpire(key, 100_000)
+  await codes.addPurpose(mobile, 'sign_up')
+  const purposes = { password: true, sign_up: true }
+  t.strictSame(await readJson(issueKey(mobile)), { code, purposes, sends: [send] })
+  for (const key of [codeKey(mobile), issueKey(mobile)]) await checkTtl(t, key, 100_000)
+  await codes.addPurpose(mobile, undefined)
+  t.match((await readJson(issueKey(mobile))).purposes, { ...purposes, any: true })
+  t.equal(await refusalOf(mobile, code, 'sign_up'), 'held')
+
+  const claimed = await readClaim(mobile)
+  await codes.addPurpose(mobile, 'password')
+  t.strictSame(await readClaim(mobile), claimed, 'a code that was presented has its purpose')
+  const [unknown, foreign, replaced] = [newMobile(), newMobile(), newMobile()]
+  await issueCode(foreign)
+  await issue(replaced, 'password')
+  await issueCode(replaced)
+  for (const other of [unknown, foreign, replaced]) {
+    const before = await keysOf(other)
+    const issued = await readJson(issueKey(other))
+    await codes.addPurpose(other, 'sign_up')
+    t.strictSame(await keysOf(other), before)
+    t.strictSame(await readJson(issueKey(other)), issued)
   }
 })
+
+t.test(
+  'a code works for the purposes for which it was asked, for no other, and trying another costs nothing',
+  async (t) => {
+    for (const [asked, presented, isRight] of [
+      ['sign_up', 'sign_up', true],
+      ['sign_up', 'password', false],
+      ['password', 'sign_up', false],
+      [undefined, 'password', true]
+    ] as const) {
+      const mobile = newMobile()
+      const { code } = await issue(mobile, asked)
+      t.equal(await refusalOf(mobile, code, presented), isRight ? 'held' : 'wrong_code')
+      t.equal(await redis.exists(codeKey(mobile)), isRight ? 0 : 1)
+      t.equal(await redis.exists(guessesKey(mobile)), 0)
+    }
+  }
+)
 
 t.test(
   'the first hold moves the code into its claim, which lives at least as long as the code would have',
@@ -273,7 +316,7 @@ t.test('a code is used once: it forgets the wrong codes, and refunds each messag
   const mobile = newMobile()
   await issue(mobile, undefined, first)
   const { code } = await issue(mobile, undefined, second)
-  t.equal(await refusalOf(mobile, 'wrong'), 'wrong_code')
+  t.equal(await refusalOf(mobile, wrong), 'wrong_code')
   usedCount = 0
   const held = await hold(mobile, code)
   await codes.release(held, 'used', '7')
@@ -288,7 +331,7 @@ t.test('a code is used once: it forgets the wrong codes, and refunds each messag
   t.equal(usedCount, 1, 'a code of another service has no messages')
 
   const inVain = await holdIssued()
-  await refusalOf(inVain.mobile, 'wrong')
+  await refusalOf(inVain.mobile, wrong)
   await codes.release(inVain.held, 'used_in_vain')
   t.equal(await redis.exists(guessesKey(inVain.mobile)), 1, 'a code that is used in vain forgets nothing')
 })
@@ -319,51 +362,151 @@ t.test('a withdrawal deletes a code, unless it was sent again, replaced or prese
 t.test('a wrong code is counted for the guesser and for all, in windows that begin with the first', async (t) => {
   const mobile = newMobile()
   await issueCode(mobile)
-  await refusalOf(mobile, 'wrong')
+  const other = '192.0.2.2'
+  await refusalOf(mobile, wrong, 'sign_up', other)
+  await refusalOf(mobile, wrong)
   const first = await redis.hgetall(guessesKey(mobile))
-  t.strictSame(Object.keys(first).sort(), [address, 'all'])
-  const [count, since = ''] = `${first.all}`.split(' ')
-  t.strictSame([count, first[address]], ['1', first.all])
+  t.strictSame(Object.keys(first).sort(), [address, other, 'all'])
+  const [count, end = ''] = `${first[address]}`.split(' ')
   const [seconds] = await redis.time()
-  t.ok(Math.abs(Number(since) - Number(seconds) * 1_000) < slackMs, 'the time is that of Redis, in ms')
-
-  await redis.pexpire(guessesKey(mobile), 100_000)
-  await refusalOf(mobile, 'wrong')
-  t.strictSame(await redis.hgetall(guessesKey(mobile)), { [address]: `2 ${since}`, all: `2 ${since}` })
+  t.equal(count, '1')
+  t.ok(Math.abs(Number(end) - Number(seconds) * 1_000 - 60 * minute) < slackMs, 'an hour, by the clock of Redis')
   await checkTtl(t, guessesKey(mobile), day)
 
-  const ended = Number(since) - 60 * minute
-  await redis.hset(guessesKey(mobile), { [address]: `5 ${ended}`, all: `2 ${ended}` })
-  t.equal(await refusalOf(mobile, 'wrong'), 'wrong_code', 'the window of the guesser has ended')
+  await refusalOf(mobile, wrong)
+  t.match(await redis.hgetall(guessesKey(mobile)), { [address]: `2 ${end}`, all: /^3 / }, 'the same window')
+
+  const passed = Number(seconds) * 1_000 - 1
+  await redis.hset(guessesKey(mobile), { [address]: `5 ${passed}`, [other]: `5 ${passed}` })
+  t.equal(await refusalOf(mobile, wrong), 'wrong_code', 'the window of the guesser has ended')
   const next = await redis.hgetall(guessesKey(mobile))
-  t.match(next, { [address]: /^1 \d{13}$/, all: `3 ${ended}` })
-  t.ok(`${next[address]}` >= `1 ${since}`, 'a new window has begun')
+  t.match(next, { [address]: /^1 \d{13}$/, all: /^4 / })
+  t.ok(Number(next[address]?.split(' ')[1]) >= Number(end), 'a new window has begun')
+  t.strictSame(Object.keys(next).sort(), [address, 'all'], 'a past window leaves nothing')
 })
 
-t.test('a wrong code is counted while there is a code or a claim to guess', async (t) => {
-  const { mobile, held } = await holdIssued()
-  await refusalOf(mobile, 'wrong')
-  await codes.release(held, 'used', '7')
-  t.equal(await redis.exists(guessesKey(mobile)), 0)
-  await refusalOf(mobile, 'wrong')
-  t.equal(await redis.exists(guessesKey(mobile)), 1, 'a used code can be repeated')
-  const unknown = newMobile()
-  await refusalOf(unknown, 'wrong')
-  t.strictSame(await keysOf(unknown), [])
+t.test('the counts of a mobile live as long as their longest window, which for a ticket has two hours', async (t) => {
+  const mobile = newMobile()
+  await issueCode(mobile)
+  const ticket = codes.createTicket(mobile)
+  const guess = () => t.rejects(codes.hold({ body: { mobile, sms_code: wrong, ticket }, ip: address, log }, 'sign_up'))
+  await guess()
+  await checkTtl(t, guessesKey(mobile), 120 * minute)
+  await redis.pexpire(guessesKey(mobile), 180 * minute)
+  await guess()
+  t.equal(await redis.hlen(guessesKey(mobile)), 1)
+  await checkTtl(t, guessesKey(mobile), 180 * minute)
 })
+
+t.test('a wrong code counts for ten minutes where there is nothing to guess: no code, or a used one', async (t) => {
+  const states: [string, (mobile: string) => Promise<unknown>, boolean][] = [
+    ['nothing', async () => undefined, false],
+    ['a code', (mobile) => issueCode(mobile), true],
+    ['a code that a request holds', (mobile) => holdIssued(mobile), true],
+    [
+      'a code that a request has released',
+      async (mobile) => codes.release((await holdIssued(mobile)).held, 'unused'),
+      true
+    ],
+    ['a used code', async (mobile) => codes.release((await holdIssued(mobile)).held, 'used', '7'), false],
+    ['a code used in vain', async (mobile) => codes.release((await holdIssued(mobile)).held, 'used_in_vain'), false],
+    [
+      'a used code that a repeat holds',
+      async (mobile) => {
+        const { code, held } = await holdIssued(mobile)
+        await codes.release(held, 'used', '7')
+        await hold(mobile, code)
+      },
+      false
+    ]
+  ]
+  for (const [name, prepare, isGuessable] of states) {
+    const mobile = newMobile()
+    await prepare(mobile)
+    for (let n = 0; n < 5; n++) t.equal(await refusalOf(mobile, wrong), 'wrong_code', name)
+    const ms = isGuessable ? day : 10 * minute
+    await checkTtl(t, guessesKey(mobile), ms)
+    const refusal: unknown = await hold(mobile, wrong).catch((error: unknown) => error)
+    if (!(refusal instanceof Refusal)) throw new Error('the sixth try is not refused')
+    const { retryAfterSeconds = 0 } = refusal.details
+    const longest = Math.min(ms, 60 * minute) / 1_000
+    t.ok(
+      retryAfterSeconds > longest - slackMs / 1_000 && retryAfterSeconds <= longest,
+      `${name}: ${retryAfterSeconds} s`
+    )
+  }
+  // What was counted before there was a code counts for the whole window, as soon as there is one.
+  const mobile = newMobile()
+  for (let n = 0; n < 2; n++) await refusalOf(mobile, wrong)
+  await issueCode(mobile)
+  for (let n = 0; n < 3; n++) await refusalOf(mobile, wrong)
+  await checkTtl(t, guessesKey(mobile), day)
+  t.equal(await refusalOf(mobile, wrong), 'too_many_requests')
+})
+
+t.test('the right code in another dress is the code, and what cannot be a code costs nothing', async (t) => {
+  const dress = (code: string) => [...code].map((digit) => String.fromCodePoint(0xff10 + Number(digit))).join('')
+  for (const put of [
+    (mobile: string) => issue(mobile).then(({ code }) => code),
+    (mobile: string) => issueCode(mobile, '246813')
+  ]) {
+    const mobile = newMobile()
+    const code = await put(mobile)
+    const held = await hold(mobile, `${code.slice(0, 3)} ${code.slice(3)}`)
+    t.equal((await readClaim(mobile)).code, code, 'the claim has the code itself')
+    t.equal(await refusalOf(mobile, dress(code)), 'busy')
+    await codes.release(held, 'used', '7')
+    for (const again of [code, dress(code), `${code}${code}`]) {
+      const repeat = await hold(mobile, again)
+      t.equal(repeat.usedBy, '7', 'G5: the same request in another dress is a repeat')
+      await codes.release(repeat, 'used', '7')
+    }
+    t.equal(await redis.exists(guessesKey(mobile)), 0)
+  }
+
+  const issued = newMobile()
+  await issue(issued)
+  const claimed = await holdIssued()
+  await codes.release(claimed.held, 'unused')
+  for (const mobile of [issued, claimed.mobile, newMobile()]) {
+    for (const text of ['12345', '1234567', 'abcdef', '１２３', '123456123457', ' ']) {
+      t.equal(await refusalOf(mobile, text), 'wrong_code', text)
+    }
+    t.equal(await redis.exists(guessesKey(mobile)), 0)
+  }
+})
+
+t.test(
+  'a code of another service may be any text: it is compared as it stands, and everything wrong counts',
+  async (t) => {
+    for (const code of ['Ab-12', '12345', '１２３４５６', ' 7 ', '123456123456']) {
+      const mobile = newMobile()
+      await issueCode(mobile, code)
+      t.equal(await refusalOf(mobile, 'ab-12'), 'wrong_code')
+      t.match(await redis.hget(guessesKey(mobile), address), /^1 /)
+      const held = await hold(mobile, code)
+      t.equal((await readClaim(mobile)).code, code)
+      await codes.release(held, 'unused')
+      t.equal(await refusalOf(mobile, '1234'), 'wrong_code')
+      t.match(await redis.hget(guessesKey(mobile), address), /^2 /, 'also while a claim has it')
+      await codes.release(await hold(mobile, code), 'used', '7')
+    }
+  }
+)
 
 t.test('spent guesses are refused until the end of the longest window, which is reported', async (t) => {
   const mobile = newMobile()
   const code = await issueCode(mobile)
   const [hour, aDay] = [3_600, 86_400]
+  await refusalOf(mobile, wrong)
 
-  /** Stores windows that began the given seconds ago. Checks how long the right code is refused, and by which budget. */
-  async function checkSpent(guesserAge: number, allAge: number, windowEnd: number, budget: LimitName) {
+  /** Stores windows that end in so many seconds. Checks how long the right code is refused, and by which budget. */
+  async function checkSpent(guesserEnd: number, allEnd: number, windowEnd: number, budget: LimitName) {
     const [seconds] = await redis.time()
     const now = Number(seconds) * 1_000
     await redis.hset(guessesKey(mobile), {
-      [address]: `5 ${now - guesserAge * 1_000}`,
-      all: `50 ${now - allAge * 1_000}`
+      [address]: `5 ${now + guesserEnd * 1_000}`,
+      all: `50 ${now + allEnd * 1_000}`
     })
     refusals.length = 0
     const refusal = await hold(mobile, code).catch((error: unknown) => error)
@@ -374,9 +517,9 @@ t.test('spent guesses are refused until the end of the longest window, which is 
     t.strictSame(refusals, [budget])
   }
 
-  await checkSpent(hour / 2, aDay, hour / 2, 'guesses_guesser')
-  await checkSpent(hour / 2, aDay - 100, hour / 2, 'guesses_guesser')
+  await checkSpent(hour / 2, -1, hour / 2, 'guesses_guesser')
+  await checkSpent(hour / 2, 100, hour / 2, 'guesses_guesser')
   await checkSpent(hour / 2, aDay / 2, aDay / 2, 'guesses_mobile')
-  await checkSpent(hour, aDay / 2, aDay / 2, 'guesses_mobile')
+  await checkSpent(-1, aDay / 2, aDay / 2, 'guesses_mobile')
   t.equal(await redis.get(codeKey(mobile)), code)
 })

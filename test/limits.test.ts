@@ -1,5 +1,5 @@
 import t from 'tap'
-import { guessBudgets, mobileLimits, unusedCodeLimits } from '../dist/codes/limits.js'
+import { guessBudgets, guessLimits, mobileLimits, unusedCodeLimits } from '../dist/codes/limits.js'
 import { type Environment, loadConfig } from '../dist/config/config.js'
 import { loginLimits } from '../dist/users/login-limits.js'
 
@@ -37,7 +37,7 @@ t.test('the limits on messages whose codes nobody has used', async (t) => {
   ])
   t.strictSame(unusedCodeLimits(config, mobile, ipv6), [
     { name: 'sms_network', key: `sms_codes:network:${subnet}`, max: 20, seconds: hour },
-    { name: 'sms_network', key: `sms_codes:network:${site}`, max: 80, seconds: hour },
+    { name: 'sms_network', key: `sms_codes:network:${site}`, max: 1_280, seconds: hour },
     ...shared
   ])
   const off = { SMS_IP_HOURLY_MAX: '0', SMS_PREFIX_HOURLY_MAX: '0', SMS_HOURLY_MAX: '0' }
@@ -45,12 +45,31 @@ t.test('the limits on messages whose codes nobody has used', async (t) => {
 })
 
 t.test('the budgets of wrong codes', async (t) => {
-  const ofGuesser = (field: string, max = 5) => ({ name: 'guesses_guesser', field, max, windowMs: hour * 1_000 })
+  const ofGuesser = (field: string, max = 5, hours = 1) => ({
+    name: 'guesses_guesser',
+    field,
+    max,
+    windowMs: hours * hour * 1_000
+  })
   const ofAll = { name: 'guesses_mobile', field: 'all', max: 50, windowMs: day * 1_000 }
-  t.strictSame(guessBudgets(config, 'id', ipv4), [ofGuesser('ticket:id')])
+  t.strictSame(guessBudgets(config, 'id', ipv4), [ofGuesser('ticket:id', 5, 2)])
   t.strictSame(guessBudgets(config, undefined, ipv4), [ofGuesser(ipv4), ofAll])
   t.strictSame(guessBudgets(config, undefined, ipv6), [ofGuesser(subnet), ofGuesser(site, 20), ofAll])
   t.strictSame(guessBudgets(configWith({ SMS_GUESS_DAILY_MAX: '0' }), undefined, ipv4), [ofGuesser(ipv4)])
+})
+
+t.test('the limits on wrong codes over all mobiles', async (t) => {
+  const perNetwork = (network: string, max = 50) => ({
+    name: 'guesses_network',
+    key: `{sms_guesses}:network:${network}`,
+    max,
+    seconds: hour
+  })
+  const all = { name: 'guesses_all', key: '{sms_guesses}:all', max: 1_000, seconds: hour }
+  t.strictSame(guessLimits(config, ipv4), [perNetwork(ipv4), all])
+  t.strictSame(guessLimits(config, ipv6), [perNetwork(subnet), perNetwork(site, 3_200), all])
+  const off = { SMS_GUESS_IP_HOURLY_MAX: '0', SMS_GUESS_HOURLY_MAX: '0' }
+  t.strictSame(guessLimits(configWith(off), ipv6), [], '0 is no limit')
 })
 
 t.test('the limits on failed logins', async (t) => {
@@ -73,9 +92,9 @@ t.test('the limits on failed logins', async (t) => {
     resetByPasswordReset: [pair(ipv4), perMobile]
   })
   t.strictSame(loginLimits(config, mobile, ipv6), {
-    resetOnSuccess: [pair(subnet), pair(site, 20)],
-    refundOnSuccess: [perMobile, perNetwork(subnet), perNetwork(site, 400)],
-    resetByPasswordReset: [pair(subnet), pair(site, 20), perMobile]
+    resetOnSuccess: [pair(subnet), pair(site, 320)],
+    refundOnSuccess: [perMobile, perNetwork(subnet), perNetwork(site, 6_400)],
+    resetByPasswordReset: [pair(subnet), pair(site, 320), perMobile]
   })
   const { refundOnSuccess } = loginLimits(configWith({ LOGIN_IP_HOURLY_MAX: '0' }), mobile, ipv4)
   t.strictSame(refundOnSuccess, [perMobile], '0 is no limit')

@@ -133,6 +133,45 @@ t.test('Redis Cluster', async (t) => {
     await checkContract(t, app, redis, servers)
   })
 
+  await t.test(
+    'the limits on wrong codes over all mobiles are on another node, and count in the same way',
+    async (t) => {
+      const wideForMobile = { SMS_CODE_ATTEMPTS: '1000', SMS_GUESS_DAILY_MAX: '0' }
+      const limited = await build(t, { ...unlimited, ...wideForMobile, REDIS_URL, SMS_GUESS_IP_HOURLY_MAX: '5' })
+      const { signUp } = client(limited)
+      const { mobileSignup } = limited
+      const from = '198.51.100.5'
+      const statusOf = async (body: object) => (await signUp(body, { from })).statusCode
+      const count = async () => {
+        // No request waits for a refund.
+        await mobileSignup.inFlight.drain()
+        return mobileSignup.redis.run((redis) => redis.zcard(`{sms_guesses}:network:${from}`))
+      }
+      const [spare, ...bodies] = await bodiesOn(master, 8)
+      if (spare === undefined) throw new Error('no body')
+      const wrong = { ...spare, sms_code: '000000' }
+      for (const body of bodies.slice(0, 3)) {
+        t.equal(await statusOf(wrong), 422)
+        t.equal(await statusOf(body), 201)
+      }
+      t.equal(await count(), 0, 'each code that is used gives a unit back')
+      const [repeated] = bodies
+      t.equal(await statusOf({ ...spare, sms_code: 'no code' }), 422)
+      t.equal(await count(), 1)
+      t.equal(await statusOf({ ...repeated }), 201)
+      t.equal(await count(), 1, 'a repeat of a used one gives nothing back')
+      t.equal(await statusOf({ ...repeated, sms_code: '1' }), 422)
+      t.equal(await count(), 1, 'what cannot be a code costs nothing')
+      for (const { statusCode } of await Promise.all(Array.from({ length: 20 }, () => signUp(wrong, { from })))) {
+        t.ok([422, 429].includes(statusCode))
+      }
+      t.equal(await count(), 5)
+      t.equal(await statusOf(spare), 429, 'also the right code')
+      t.equal(await statusOf(wrong), 429)
+      t.equal((await signUp(spare, { from: '198.51.100.6' })).statusCode, 201)
+    }
+  )
+
   await t.test('scripts are sent again after the nodes have lost them', async (t) => {
     for (const { admin } of servers) await admin.script('FLUSH')
     for (const body of await bodiesOn(master, 1)) t.equal((await client(app).signUp(body)).statusCode, 201)

@@ -6,6 +6,7 @@ import t, { type Test } from 'tap'
 import { Tickets } from '../dist/codes/tickets.js'
 import type { Environment } from '../dist/config/config.js'
 import { client, statusAndErrno } from '../testkit/client.js'
+import { withMovedClock } from '../testkit/moved-clock.js'
 import { accept, answerWith, startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
 import { claimKey, startTestbed } from '../testkit/testbed.js'
 
@@ -14,7 +15,8 @@ import { claimKey, startTestbed } from '../testkit/testbed.js'
  */
 
 const testbed = await startTestbed(t)
-const { build, buildHashingAfter, issueCode, newMobile, postgres, redis, signUpBody, holdInserts, stores } = testbed
+const { build, buildHashingAfter, issueCode, newMobile, postgres, redis, openProxy, signUpBody, holdInserts, stores } =
+  testbed
 
 const api = client(await build(t, unlimitedSms))
 
@@ -23,9 +25,12 @@ const network = (n: number) => `198.18.${n >> 8}.${n & 255}`
 
 type Body = Awaited<ReturnType<typeof signUpBody>> & { ticket?: string }
 
+/** Six digits, because what cannot be a code costs nothing. The codes of `issueCode` have letters. */
+const wrongCode = '000000'
+
 /** Presents a wrong code. Returns the status of the reply. */
 const guess = async (body: Body, from = network(1), { signUp } = api) =>
-  (await signUp({ ...body, sms_code: 'wrong' }, { from })).statusCode
+  (await signUp({ ...body, sms_code: wrongCode }, { from })).statusCode
 
 /** Presents the right code. */
 const redeem = async (body: Body, from = network(1), { signUp } = api) => (await signUp(body, { from })).statusCode
@@ -46,11 +51,11 @@ function ticketOf(mobile: string, ageSeconds: number): string {
   return ticket
 }
 
-/** Makes the windows of all budgets of a mobile begin earlier. */
+/** Makes the windows of all budgets of a mobile end earlier. */
 async function ageGuesses(mobile: string, seconds: number): Promise<void> {
   for (const [field, value] of Object.entries(await redis.hgetall(guessesKey(mobile)))) {
-    const [count, since] = value.split(' ')
-    await redis.hset(guessesKey(mobile), field, `${count} ${Number(since) - seconds * 1_000}`)
+    const [count, end] = value.split(' ')
+    await redis.hset(guessesKey(mobile), field, `${count} ${Number(end) - seconds * 1_000}`)
   }
 }
 
@@ -63,7 +68,7 @@ t.test(
   async (t) => {
     const body = await signUpBody()
     for (let n = 0; n < 5; n++) t.equal(await guess(body), 422)
-    for (const sms_code of ['wrong', body.sms_code]) {
+    for (const sms_code of [wrongCode, body.sms_code]) {
       const reply = await api.signUp({ ...body, sms_code }, { from: network(1) })
       t.strictSame(statusAndErrno(reply), [429, '4201'])
       const seconds = Number(reply.headers['retry-after'])
@@ -180,22 +185,200 @@ t.test('400: a ticket that is no string or has more than 256 characters is malfo
   }
 })
 
-t.test('a wrong code is counted only where there is something to guess', async (t) => {
-  const body = await signUpBody()
-  await redis.del(`sms_code_${body.mobile}`)
-  for (let n = 0; n < 10; n++) t.equal(await guess(body), 422)
-  t.strictSame(await redis.keys(`*${body.mobile}*`), [], 'nothing is stored')
+t.test('G8: neither the answers to guesses nor Retry-After tell that a mobile has just signed up', async (t) => {
+  const [unknown, signedUp, refused, usedTicket] = [
+    await signUpBody(),
+    await signUpBody(),
+    await signUpBody(),
+    newMobile()
+  ]
+  await redis.del(`sms_code_${unknown.mobile}`)
+  t.equal(await redeem(signedUp, network(2)), 201)
+  t.equal(await redeem(refused, network(2)), 201)
+  t.equal(await redeem({ ...refused, sms_code: await issueCode(refused.mobile) }, network(2)), 409)
+  const withTicket = await requestCode(usedTicket)
+  t.equal(await redeem(withTicket), 201)
+  for (const { mobile } of [unknown, signedUp, refused, withTicket]) {
+    const body = { ...unknown, mobile }
+    for (let n = 0; n < 5; n++) t.equal(await guess(body, network(3)), 422)
+    const reply = await api.signUp({ ...body, sms_code: wrongCode }, { from: network(3) })
+    const seconds = Number(reply.headers['retry-after'])
+    t.equal(reply.statusCode, 429)
+    t.ok(seconds > 570 && seconds <= 600, `${seconds} s`)
+    t.ok((await redis.ttl(guessesKey(mobile))) <= 600, 'what strangers have stored is gone after ten minutes')
+  }
+})
 
-  await issueCode(body.mobile, body.sms_code)
+t.test('G8: a request in flight has not used its code, so wrong codes count for the whole hour', async (t) => {
+  const body = await signUpBody()
   const inserts = await holdInserts(t)
-  const first = api.signUp(body)
+  const first = api.signUp(body, { from: network(2) })
   await inserts.arrived(1)
   for (let n = 0; n < 5; n++) t.equal(await guess(body), 422)
-  t.equal(await guess(body), 429, 'a code that a request holds can be repeated, so it counts')
+  const reply = await api.signUp(body, { from: network(1) })
+  t.ok(Number(reply.headers['retry-after']) > 3_500)
   await inserts.release()
   t.equal((await first).statusCode, 201)
-  for (let n = 0; n < 5; n++) t.equal(await guess(body), 422)
-  t.equal(await guess(body), 429, 'a used code can be repeated, so it counts')
+})
+
+const wide = { SMS_CODE_ATTEMPTS: '1000', SMS_GUESS_DAILY_MAX: '0' }
+const guessKeys = () => redis.keys('{sms_guesses}:*')
+const countOf = (key: string) => redis.zcard(`{sms_guesses}:${key}`)
+
+t.test('G8: over all mobiles, an address has 50 wrong codes in an hour, and all have 1000', async (t) => {
+  const limits = { SMS_GUESS_IP_HOURLY_MAX: '50', SMS_GUESS_HOURLY_MAX: '1000' }
+  const instances = [client(await build(t, limits)), client(await build(t, limits))]
+  await redis.del('none', ...(await guessKeys()))
+  const bodies = await Promise.all(Array.from({ length: 300 }, () => signUpBody()))
+  const from = network(20_000)
+  const statuses = await Promise.all(bodies.map((body, n) => guess(body, from, instances[n % 2])))
+  t.strictSame([statuses.filter((s) => s === 422).length, statuses.filter((s) => s === 429).length], [50, 250])
+  const [owner = await signUpBody()] = bodies
+  for (const sms_code of [wrongCode, owner.sms_code]) {
+    const reply = await api.signUp({ ...owner, sms_code }, { from: network(20_001) })
+    t.equal(reply.statusCode, sms_code === wrongCode ? 422 : 201, 'another address has its own')
+  }
+  const refused = await signUpBody()
+  for (const sms_code of [wrongCode, refused.sms_code]) {
+    const reply = await instances[0]?.signUp({ ...refused, sms_code }, { from })
+    t.equal(reply?.statusCode, 429, 'whether or not the code is right')
+    const seconds = Number(reply?.headers['retry-after'])
+    t.ok(seconds > 3_500 && seconds <= 3_600, `${seconds} s`)
+  }
+  t.equal(await redis.get(`sms_code_${refused.mobile}`), refused.sms_code, 'the code is untouched')
+  t.strictSame(await redis.keys(`{sms_code_${refused.mobile}}*`), [], 'and nothing else tells what was presented')
+  t.equal(await redeem(await requestCode(), from, instances[0]), 201, 'a request with a ticket has no such limit')
+
+  // 20 more addresses spend what all have.
+  const others = await Promise.all(
+    Array.from({ length: 1_000 }, async (_, n) =>
+      guess(bodies[n % 300] ?? owner, network(20_100 + (n % 25)), instances[n % 2])
+    )
+  )
+  t.equal(others.filter((status) => status === 422).length, 950)
+  t.equal(await redeem(refused, network(20_999), instances[0]), 429)
+  t.equal(await countOf('all'), 1_000)
+  await redis.del(await guessKeys())
+  t.equal(await redeem(refused, network(20_999), instances[0]), 201, 'after the hour')
+})
+
+t.test(
+  'a right code costs nothing, and each that is used gives a unit back: honest people pass, however many',
+  async (t) => {
+    const limits = { SMS_GUESS_IP_HOURLY_MAX: '5', SMS_GUESS_HOURLY_MAX: '6' }
+    const limited = client(await build(t, { ...wide, ...limits }))
+    const failing = client(await buildFailing(t, { ...wide, ...limits }))
+    await redis.del('none', ...(await guessKeys()))
+    const from = network(21_000)
+    const networkKey = `network:${from}`
+    const counts = () => Promise.all([countOf(networkKey), countOf('all')])
+
+    // Everybody mistypes once, also several at a time.
+    for (let n = 0; n < 20; n++) {
+      const body = await signUpBody()
+      t.equal(await guess(body, from, limited), 422)
+      t.equal(await redeem(body, from, limited), 201)
+    }
+    const crowd = await Promise.all(Array.from({ length: 60 }, () => signUpBody()))
+    const replies = await Promise.all(crowd.map((body) => redeem(body, from, limited)))
+    t.ok(
+      replies.every((status) => status === 201),
+      'right codes that arrive together'
+    )
+    t.strictSame(await counts(), [0, 0])
+
+    const spare = await signUpBody()
+    for (let n = 0; n < 4; n++) t.equal(await guess(spare, from, limited), 422)
+    t.strictSame(await counts(), [4, 4])
+    t.equal(await redeem(spare, from, failing), 500)
+    t.strictSame(await counts(), [4, 4], 'a code that is not used gives nothing back')
+    t.equal(await redeem(spare, from, limited), 201)
+    t.strictSame(await counts(), [3, 3])
+    t.equal(await redeem(spare, from, limited), 201)
+    t.strictSame(await counts(), [3, 3], 'nor does a repeat of a used one')
+    t.equal(await redeem({ ...spare, sms_code: await issueCode(spare.mobile) }, from, limited), 409)
+    t.strictSame(await counts(), [3, 3])
+    t.equal(
+      (await limited.resetPassword({ ...spare, sms_code: await issueCode(spare.mobile) }, { from })).statusCode,
+      200
+    )
+    t.strictSame(await counts(), [2, 2])
+    t.equal(await redeem(await signUpBody(), network(21_001), limited), 201)
+    t.strictSame(await counts(), [2, 1], 'to the network that has used it')
+
+    t.equal((await limited.signUp({ ...spare, sms_code: '12345' }, { from })).statusCode, 422)
+    const owner = await requestCode(newMobile(), limited)
+    for (let n = 0; n < 2; n++) t.equal(await guess(owner, from, limited), 422)
+    t.strictSame(await counts(), [2, 1], 'what cannot be a code and a wrong code with a ticket cost nothing')
+  }
+)
+
+t.test('an outage counts no wrong code over all mobiles', async (t) => {
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const limited = client(await build(t, { REDIS_URL: proxy.url }))
+  await redis.del('none', ...(await guessKeys()))
+  const body = await signUpBody()
+  proxy.strike(claimKey(body.mobile), { kind: 'reset' })
+  t.equal(await guess(body, network(1), limited), 503)
+  t.strictSame(await guessKeys(), [])
+})
+
+t.test(
+  'G8: a stranger who asks for the other purpose, again and again, leaves every code of the owner usable',
+  async (t) => {
+    const webhook = await startWebhook(t)
+    const api = client(await build(t, { ...unlimitedSms, SMS_RESEND_S: '60', SMS_WEBHOOK_URL: webhook.url }))
+    for (let round = 0; round < 4; round++) {
+      const body = await signUpBody()
+      const { mobile } = body
+      await redis.del(`sms_code_${mobile}`)
+      const stranger = () => api.sendCode(mobile, { purpose: 'password', from: network(30_000) })
+      const owner = () => api.sendCode(mobile, { purpose: 'sign_up' })
+      const minutePasses = () => redis.del(`send_sms_code_${mobile}`)
+      const first = round % 2 === 0 ? [stranger, owner] : [owner, stranger]
+      for (const ask of first) await ask()
+      await minutePasses()
+      // The stranger asks again in the second half of the life, so a new code replaces the one that the owner has asked for.
+      if (round > 1) await redis.pexpire(`sms_code_${mobile}`, 140_000)
+      await stranger()
+      const sms_code = webhook.received.at(-1)?.code
+      t.equal((await api.resetPassword({ ...body, sms_code: wrongCode }, { from: network(30_000) })).statusCode, 422)
+      t.equal((await api.signUp({ ...body, sms_code }, { from: network(1) })).statusCode, 201, `round ${round}`)
+    }
+  }
+)
+
+t.test('a right code for a purpose for which nobody has asked is 422 and costs no try', async (t) => {
+  const mobile = newMobile()
+  const { ticket } = (await api.sendCode(mobile, { purpose: 'password' })).json().data
+  const body = {
+    ...(await signUpBody({ mobile: newMobile() })),
+    mobile,
+    sms_code: await redis.get(`sms_code_${mobile}`)
+  }
+  for (let n = 0; n < 7; n++) {
+    t.equal((await api.signUp(body)).statusCode, 422)
+    t.equal((await api.signUp({ ...body, ticket })).statusCode, 422)
+  }
+  t.equal(await redis.exists(guessesKey(mobile)), 0)
+})
+
+t.test('G5: a code in another dress is the code, also in a repeat', async (t) => {
+  const mobile = newMobile()
+  await api.sendCode(mobile)
+  const sms_code = `${await redis.get(`sms_code_${mobile}`)}`
+  const body = { ...(await signUpBody({ mobile: newMobile() })), mobile }
+  const fullWidth = sms_code.replace(/\d/g, (digit) => String.fromCharCode(digit.charCodeAt(0) + 0xfee0))
+  t.equal((await api.signUp({ ...body, sms_code: '12345' })).statusCode, 422)
+  for (const [dress, replayed] of [
+    [fullWidth, undefined],
+    [sms_code, 'true'],
+    [`${sms_code.slice(0, 3)} ${sms_code.slice(3)}`, 'true'],
+    [`${sms_code}\n${sms_code}`, 'true']
+  ]) {
+    const reply = await api.signUp({ ...body, sms_code: dress })
+    t.strictSame([reply.statusCode, reply.headers['idempotent-replayed']], [201, replayed])
+  }
 })
 
 t.test(
@@ -310,7 +493,7 @@ t.test(
     await fc.assert(
       fc.asyncProperty(fc.array(step, { minLength: 10, maxLength: 40, size: 'max' }), async (steps) => {
         const mobile = `1${randomInt(3_000_000_000, 10_000_000_000)}`
-        const body = { mobile, sms_code: 'wrong', password: 'correct horse', password2: 'correct horse' }
+        const body = { mobile, sms_code: wrongCode, password: 'correct horse', password2: 'correct horse' }
         await redis.set(`sms_code_${mobile}`, 'right', 'EX', 300)
         const tickets: string[] = []
         const guesses = new Map<string, number>()
@@ -325,7 +508,7 @@ t.test(
               const isRefused = isSpent(from) || guessesOfAll >= perDay
               const reply = await instances[step.instance]?.signUp(body, { from })
               assert.equal(reply?.statusCode, isRefused ? 429 : 422)
-              if (isRefused || !(await isGuessable())) break
+              if (isRefused) break
               count(from)
               guessesOfAll++
               break
@@ -335,7 +518,7 @@ t.test(
               if (ticket === undefined) break
               const reply = await instances[step.instance]?.signUp({ ...body, ticket }, { from: network(0) })
               assert.equal(reply?.statusCode, isSpent(ticket) ? 429 : 422)
-              if (!isSpent(ticket) && (await isGuessable())) count(ticket)
+              if (!isSpent(ticket)) count(ticket)
               break
             }
             case 'fail':
@@ -374,11 +557,6 @@ t.test(
           }
         }
 
-        /** Whether there is a code to guess. */
-        async function isGuessable(): Promise<boolean> {
-          return (await redis.exists(`sms_code_${mobile}`, claimKey(mobile))) > 0
-        }
-
         /** Returns the code with which a sign-up succeeds, from where the service keeps it, or undefined. */
         async function findCode(): Promise<string | undefined> {
           const [code, issue, claim] = await redis.mget(
@@ -393,5 +571,52 @@ t.test(
       }),
       { numRuns: 60 }
     )
+  }
+)
+
+t.test(
+  'G8: what a stranger with 1,000 addresses reaches against one mobile in a day, by the clock of the test',
+  async (t) => {
+    const webhook = await startWebhook(t)
+    const production = { SMS_GUESS_IP_HOURLY_MAX: '50', SMS_GUESS_HOURLY_MAX: '1000', SMS_WEBHOOK_URL: webhook.url }
+    await redis.flushall()
+    const { app, pass } = await withMovedClock(t, redis, () => build(t, production))
+    const stranger = client(app)
+    const mobile = newMobile()
+    const body = { ...(await signUpBody({ mobile: newMobile() })), mobile }
+    const reached = { messages: 0, withTicket: 0, withoutTicket: 0, ofOneAddress: 0 }
+    const wrongCodeFor = (code: string | null) => (code === wrongCode ? '111111' : wrongCode)
+    let address = 0
+    for (let minute = 0; minute < 24 * 60; minute += 5) {
+      const sent = await stranger.sendCode(mobile, { from: network(address++ % 1_000) })
+      const sms_code = wrongCodeFor(await redis.get(`sms_code_${mobile}`))
+      if (sent.statusCode === 202) {
+        reached.messages++
+        const { ticket } = sent.json().data
+        for (let n = 0; n < 7; n++) {
+          if ((await stranger.signUp({ ...body, sms_code, ticket })).statusCode === 422) reached.withTicket++
+        }
+      }
+      // One address tries again and again, and the others in turn.
+      if ((await stranger.signUp({ ...body, sms_code }, { from: network(0) })).statusCode === 422)
+        reached.ofOneAddress++
+      for (let n = 0; n < 3; n++) {
+        if (
+          (await stranger.signUp({ ...body, sms_code }, { from: network(1 + (address++ % 999)) })).statusCode === 422
+        ) {
+          reached.withoutTicket++
+        }
+      }
+      await pass(300)
+    }
+    reached.withoutTicket += reached.ofOneAddress
+    t.comment(`in a day: ${JSON.stringify(reached)}`)
+    t.equal(reached.messages, 10, 'SMS_DAILY_MAX')
+    t.equal(reached.withTicket, 50, '5 for each of 10 tickets')
+    t.equal(reached.withoutTicket, 50, 'SMS_GUESS_DAILY_MAX')
+    t.equal(webhook.received.length, 10)
+    // The next day begins: the clock of the test is that of the limits, too.
+    t.equal((await stranger.sendCode(mobile, { from: network(5) })).statusCode, 202)
+    t.equal(await guess(body, network(2_000), stranger), 422)
   }
 )

@@ -19,6 +19,9 @@ const fastSettings = { HASH_MEMORY_KIB: '64', HASH_PASSES: '1', HASH_THREADS: '1
  */
 export const patient = { STORE_TIMEOUT_MS: '30000', HASH_MAX_WAIT_MS: '20000' }
 
+/** All tests of a file guess from the same addresses. A test of these limits sets its own numbers. */
+export const wideGuessLimits = { SMS_GUESS_IP_HOURLY_MAX: '1000000', SMS_GUESS_HOURLY_MAX: '1000000' }
+
 /** For a test in which a store hangs. */
 export const impatient = { STORE_TIMEOUT_MS: process.env.TESTBED_POOLER ? `${poolerTimeoutMs}` : '2000' }
 
@@ -38,6 +41,7 @@ export async function startTestbed(t: Test) {
   const environment: Record<string, string> = {
     ...stores.environment,
     ...patient,
+    ...wideGuessLimits,
     ...(pooler && {
       DATABASE_URL: pooler.url,
       PG_POOLER: 'transaction',

@@ -1,13 +1,14 @@
-import { randomInt, randomUUID } from 'node:crypto'
+import { randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger } from 'fastify'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
 import type { InFlight } from '../http/in-flight.js'
 import { Refusal } from '../outcomes.js'
-import type { RateLimits } from '../stores/rate-limits.js'
+import type { Limit, RateLimits } from '../stores/rate-limits.js'
 import type { RedisStore } from '../stores/redis.js'
 import type { Observer } from '../telemetry/observer.js'
-import { guessBudgets, unusedCodeLimits } from './limits.js'
+import { digitsOf, randomCode } from './code-format.js'
+import { guessBudgets, guessLimits, unusedCodeLimits } from './limits.js'
 import * as scripts from './scripts.js'
 import { Tickets } from './tickets.js'
 
@@ -30,6 +31,8 @@ export interface Hold {
   readonly mayHaveWritten: boolean
   /** The id of the user for whom an earlier request has used the code. */
   readonly usedBy: string | undefined
+  /** Of wrong codes over all mobiles; none with a ticket. */
+  readonly limits: readonly Limit[]
   readonly log: FastifyBaseLogger
 }
 
@@ -50,6 +53,8 @@ export interface Codes {
    * @param purpose undefined: the code is for everything
    */
   issue(mobile: string, purpose: CodePurpose | undefined, send: Send): Promise<{ code: string; ttlSeconds: number }>
+  /** Lets the present code of a mobile, if this service has made it, serve a further purpose. */
+  addPurpose(mobile: string, purpose: CodePurpose | undefined): Promise<void>
   /** Deletes a code whose only message was certainly not sent. */
   withdraw(mobile: string, code: string): Promise<void>
   /** Returns a ticket: it proves that the client that sends it has asked for a code of the mobile. */
@@ -58,8 +63,8 @@ export interface Codes {
    * Presents the code of a request, and holds it if it is right.
    *
    * @returns `used_in_vain` if an earlier request has used the code so; then this one does not hold it
-   * @throws {Refusal} `wrong_code`; `busy` if another request holds the code; `too_many_requests` if the guesser has no wrong
-   * codes left
+   * @throws {Refusal} `wrong_code`; `busy` if another request holds the code; `too_many_requests` if the guesser, or all without a
+   * ticket, have no wrong codes left
    */
   hold(request: CodeRequest, purpose: CodePurpose): Promise<Hold | 'used_in_vain'>
   /**
@@ -72,18 +77,19 @@ export interface Codes {
   release(hold: Hold, how: Release, usedBy?: string): Promise<boolean | undefined>
 }
 
+/** See {@link scripts.holdCode}. */
+type HoldReply =
+  | ['spent', waitMs: number, number: number]
+  | ['held', mayHaveWritten: 0 | 1, usedBy: string | null]
+  | ['wrong', isCounted: 0 | 1]
+  | ['in_progress' | 'used_in_vain']
+
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    holdCode(
-      ...keysAndArgs: (string | number)[]
-    ): Result<
-      | ['spent', waitMs: number, budget: number]
-      | ['held', mayHaveWritten: 0 | 1, usedBy: string | null]
-      | ['in_progress' | 'used_in_vain' | 'wrong'],
-      Context
-    >
-    releaseCode(...keysAndArgs: (string | number)[]): Result<string | null, Context>
+    holdCode(numberOfKeys: number, ...keysAndArgs: (string | number)[]): Result<HoldReply, Context>
+    releaseCode(numberOfKeys: number, ...keysAndArgs: (string | number)[]): Result<string | null, Context>
     issueCode(...keysAndArgs: (string | number)[]): Result<[code: string, ttlMs: number], Context>
+    addPurpose(codeKey: string, issueKey: string, purpose: string): Result<null, Context>
     withdrawCode(codeKey: string, issueKey: string, code: string): Result<null, Context>
   }
 }
@@ -111,9 +117,10 @@ export function createCodes(
 ): Codes {
   const { sessionSecrets, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } = config
   redis.defineScripts({
-    holdCode: { numberOfKeys: 4, lua: scripts.holdCode },
-    releaseCode: { numberOfKeys: 2, lua: scripts.releaseCode },
+    holdCode: { lua: scripts.holdCode },
+    releaseCode: { lua: scripts.releaseCode },
     issueCode: { numberOfKeys: 2, lua: scripts.issueCode },
+    addPurpose: { numberOfKeys: 2, lua: scripts.addPurpose },
     withdrawCode: { numberOfKeys: 2, lua: scripts.withdrawCode }
   })
   const tickets = new Tickets(sessionSecrets)
@@ -125,21 +132,45 @@ export function createCodes(
   const claimTtlMs = Math.max(repeatMs, 2 * leaseMs)
 
   /** Refunds the limits on unused codes for each message with a code that is used. */
-  async function refundSends(mobile: string, sends: Send[], log: FastifyBaseLogger): Promise<void> {
-    observer?.onCodeUsed()
-    const refunds = sends.map(({ id, network }) => rateLimits.refund(unusedCodeLimits(config, mobile, network), id))
-    await Promise.all(refunds).catch((err) => log.error({ err }, 'the limits of a used code could not be refunded'))
+  const refundSends = (mobile: string, sends: Send[]) =>
+    Promise.all(sends.map(({ id, network }) => rateLimits.refund(unusedCodeLimits(config, mobile, network), id)))
+
+  /** Does not wait for a refund: it does not delay the answer. */
+  function track(refund: Promise<unknown>, log: FastifyBaseLogger): void {
+    inFlight.track(refund.catch((err) => log.error({ err }, 'the limits of a code could not be refunded')))
+  }
+
+  /** In a Cluster the limits on wrong codes over all mobiles are on another slot than the code. */
+  const limitsInScript = (limits: readonly Limit[]) => (redis.isCluster ? [] : limits)
+
+  /** Consumes a unit of each limit before a code is presented, in a round trip of its own, and refunds it unless a wrong code counts. */
+  async function countBeside(
+    limits: readonly Limit[],
+    unit: string,
+    log: FastifyBaseLogger,
+    present: () => Promise<HoldReply>
+  ) {
+    const retryAfterSeconds = await rateLimits.consume(limits, unit)
+    if (retryAfterSeconds > 0) throw new Refusal('too_many_requests', undefined, { retryAfterSeconds })
+    const reply = await present().catch((error): never => {
+      track(rateLimits.refund(limits, unit), log)
+      throw error
+    })
+    if (reply[0] !== 'wrong' || reply[1] === 0) track(rateLimits.refund(limits, unit), log)
+    return reply
   }
 
   return {
     async issue(mobile, purpose, { id, network }) {
-      const newCode = `${randomInt(1_000_000)}`.padStart(6, '0')
       const lifeMs = smsCodeTtlS * 1_000
       const keys = [codeKey(mobile), issueKey(mobile)]
       const [code, ttlMs] = await redis.run((client) =>
-        client.issueCode(...keys, newCode, lifeMs, purpose ?? 'any', id, network, lifeMs / 2)
+        client.issueCode(...keys, randomCode(), lifeMs, purpose ?? 'any', id, network, lifeMs / 2)
       )
       return { code, ttlSeconds: Math.floor(ttlMs / 1_000) }
+    },
+    async addPurpose(mobile, purpose) {
+      await redis.run((client) => client.addPurpose(codeKey(mobile), issueKey(mobile), purpose ?? 'any'))
     },
     async withdraw(mobile, code) {
       await redis.run((client) => client.withdrawCode(codeKey(mobile), issueKey(mobile), code))
@@ -148,31 +179,37 @@ export function createCodes(
     async hold({ body: { mobile, sms_code, ticket }, ip, log }, purpose) {
       const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
       const budgets = guessBudgets(config, ticketId, ip)
+      const limits = ticketId === undefined ? guessLimits(config, ip) : []
       const holder = randomUUID()
-      const result = await redis.run((client) =>
-        client.holdCode(
-          codeKey(mobile),
-          claimKey(mobile),
-          issueKey(mobile),
-          guessesKey(mobile),
-          sms_code,
-          purpose,
-          holder,
-          leaseMs,
-          claimTtlMs,
-          ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs])
+      const keys = [codeKey, claimKey, issueKey, guessesKey].map((keyOf) => keyOf(mobile))
+      const inScript = limitsInScript(limits)
+      const present = () =>
+        redis.run((client) =>
+          client.holdCode(
+            keys.length + inScript.length,
+            ...keys,
+            ...inScript.map(({ key }) => key),
+            sms_code,
+            digitsOf(sms_code),
+            purpose,
+            holder,
+            leaseMs,
+            claimTtlMs,
+            ...inScript.flatMap(({ max, seconds }) => [max, seconds * 1_000]),
+            ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs])
+          )
         )
-      )
+      const result = await (limits.length === inScript.length ? present() : countBeside(limits, holder, log, present))
       switch (result[0]) {
         case 'held': {
           const [, mayHaveWritten, usedBy] = result
-          return { mobile, holder, log, mayHaveWritten: mayHaveWritten === 1, usedBy: usedBy ?? undefined }
+          return { mobile, holder, limits, log, mayHaveWritten: mayHaveWritten === 1, usedBy: usedBy ?? undefined }
         }
         case 'used_in_vain':
           return 'used_in_vain'
         case 'spent': {
-          const [, waitMs, budget] = result
-          const spent = budgets[budget - 1]
+          const [, waitMs, number] = result
+          const spent = [...inScript, ...budgets][number - 1]
           if (spent !== undefined) observer?.onLimitReached(spent.name)
           throw new Refusal('too_many_requests', undefined, { retryAfterSeconds: Math.ceil(waitMs / 1_000) })
         }
@@ -180,13 +217,18 @@ export function createCodes(
           throw new Refusal(result[0] === 'wrong' ? 'wrong_code' : 'busy')
       }
     },
-    async release({ mobile, holder, log }, how, usedBy = '') {
+    async release({ mobile, holder, limits, log, usedBy: isRepeat }, how, usedBy = '') {
+      const keys = [claimKey(mobile), guessesKey(mobile), ...limitsInScript(limits).map(({ key }) => key)]
       try {
         const sends = await redis.run((client) =>
-          client.releaseCode(claimKey(mobile), guessesKey(mobile), holder, claimTtlMs, how, usedBy)
+          client.releaseCode(keys.length, ...keys, holder, claimTtlMs, how, usedBy)
         )
-        // Not awaited: it does not delay the answer.
-        if (sends) inFlight.track(refundSends(mobile, JSON.parse(sends), log))
+        if (sends) {
+          observer?.onCodeUsed()
+          track(refundSends(mobile, JSON.parse(sends)), log)
+        }
+        const isFirstUse = how === 'used' && !isRepeat && sends !== null
+        if (redis.isCluster && isFirstUse) track(rateLimits.refundNewest(limits), log)
         return sends !== null
       } catch (err) {
         log.error({ err }, 'a code could not be released')

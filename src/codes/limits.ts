@@ -16,18 +16,18 @@ export function mobileLimits(config: Config, mobile: string): Limit[] {
   return limits.filter(isEnabled)
 }
 
+const perNetwork = (name: LimitName, prefix: string, max: number, address: string): Limit[] =>
+  networksOf(address).map(({ network, share }) => ({
+    name,
+    key: `${prefix}${network}`,
+    max: max * share,
+    seconds: hour
+  }))
+
 /** The limits on messages whose codes nobody has used. They are against SMS pumping: attackers who earn money from each message. */
 export function unusedCodeLimits(config: Config, mobile: string, address: string): Limit[] {
-  const perNetwork = networksOf(address).map(
-    ({ network, share }): Limit => ({
-      name: 'sms_network',
-      key: `sms_codes:network:${network}`,
-      max: config.smsIpHourlyMax * share,
-      seconds: hour
-    })
-  )
   const limits: Limit[] = [
-    ...perNetwork,
+    ...perNetwork('sms_network', 'sms_codes:network:', config.smsIpHourlyMax, address),
     {
       name: 'sms_prefix',
       key: `sms_codes:prefix:${mobile.slice(0, 7)}`,
@@ -35,6 +35,18 @@ export function unusedCodeLimits(config: Config, mobile: string, address: string
       seconds: hour
     },
     { name: 'sms_all', key: 'sms_codes:all', max: config.smsHourlyMax, seconds: hour }
+  ]
+  return limits.filter(isEnabled)
+}
+
+/**
+ * The limits on wrong codes over all mobiles, of a request without a ticket. Each code that is used refunds a unit of its network and of
+ * all. The braces put all keys on one Cluster slot.
+ */
+export function guessLimits({ smsGuessIpHourlyMax, smsGuessHourlyMax }: Config, address: string): Limit[] {
+  const limits: Limit[] = [
+    ...perNetwork('guesses_network', '{sms_guesses}:network:', smsGuessIpHourlyMax, address),
+    { name: 'guesses_all', key: '{sms_guesses}:all', max: smsGuessHourlyMax, seconds: hour }
   ]
   return limits.filter(isEnabled)
 }

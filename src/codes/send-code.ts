@@ -18,7 +18,8 @@ const SendCodeBody = Type.Object({
       type: 'string',
       enum: ['sign_up', 'password'],
       examples: ['sign_up'],
-      description: 'For what the code works: a sign-up, or a new password. Without it, for both.'
+      description:
+        'For what the code works: a sign-up, or a new password. Without it, for both. A code serves all that was asked for.'
     })
   )
 })
@@ -67,7 +68,10 @@ export const sendCodeRoute: FastifyPluginAsync<{ config: Config; sms: Sms }> = a
     const send: Send = { id: randomUUID(), network }
     // If Redis does not answer, the units may be consumed. An earlier retry would get 429.
     const retryAfterSeconds = await rateLimits.consume(limits, send.id).catch(refuseUntilResend)
-    if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
+    if (retryAfterSeconds > 0) {
+      await codes.addPurpose(mobile, purpose)
+      return reply.outcome('too_many_requests', { retryAfterSeconds })
+    }
 
     const refundMobile = () => rateLimits.refund(ofMobile, send.id)
     const { code, ttlSeconds } = await codes.issue(mobile, purpose, send).catch(async (error) => {

@@ -143,7 +143,7 @@ export function readVariables(read: Read, production: boolean) {
       'SMS_IP_HOURLY_MAX',
       integer(0, 1_000_000_000),
       20,
-      'Codes in an hour that nobody has used, for an IPv4 address or an IPv6 /64; four times as many for an IPv6 /48. 0: no limit.'
+      'Codes in an hour that nobody has used, for an IPv4 address or an IPv6 /64; 64 times as many for an IPv6 /48. 0: no limit.'
     ),
     smsPrefixHourlyMax: read(
       'SMS_PREFIX_HOURLY_MAX',
@@ -161,7 +161,7 @@ export function readVariables(read: Read, production: boolean) {
       'SMS_CODE_ATTEMPTS',
       integer(1, 1_000),
       5,
-      'Wrong codes for a mobile in an hour, for a ticket or, without a ticket, for a network.'
+      'Wrong codes for a mobile, for a ticket in its life or, without a ticket, for a network in an hour.'
     ),
     smsGuessDailyMax: read(
       'SMS_GUESS_DAILY_MAX',
@@ -169,11 +169,23 @@ export function readVariables(read: Read, production: boolean) {
       50,
       'Wrong codes for a mobile in the 24 hours from the first, for all without a ticket; 0: no limit.'
     ),
+    smsGuessIpHourlyMax: read(
+      'SMS_GUESS_IP_HOURLY_MAX',
+      integer(0, 1_000_000_000),
+      50,
+      'Wrong codes in an hour over all mobiles, without a ticket, for an IPv4 address or an IPv6 /64; 64 times as many for an IPv6 /48. 0: no limit.'
+    ),
+    smsGuessHourlyMax: read(
+      'SMS_GUESS_HOURLY_MAX',
+      integer(0, 1_000_000_000),
+      1_000,
+      'Wrong codes in an hour over all mobiles, for all without a ticket; 0: no limit.'
+    ),
     loginIpHourlyMax: read(
       'LOGIN_IP_HOURLY_MAX',
       integer(0, 1_000_000_000),
       100,
-      'Failed logins in an hour for an IPv4 address or an IPv6 /64; four times as many for an IPv6 /48. 0: no limit.'
+      'Failed logins in an hour for an IPv4 address or an IPv6 /64; 64 times as many for an IPv6 /48. 0: no limit.'
     ),
     hashMemoryKib: read(
       'HASH_MEMORY_KIB',

@@ -11,6 +11,8 @@ export const limitNames = [
   'sms_all',
   'guesses_guesser',
   'guesses_mobile',
+  'guesses_network',
+  'guesses_all',
   'login_mobile_network',
   'login_mobile',
   'login_network'
@@ -45,6 +47,8 @@ export interface RateLimits {
   retryAfterSeconds(limits: readonly Limit[]): Promise<number>
   /** Refunds a unit of every limit. A unit that has expired, or was refunded before, changes nothing. */
   refund(limits: readonly Limit[], unit: string): Promise<void>
+  /** Refunds the newest unit of every limit. */
+  refundNewest(limits: readonly Limit[]): Promise<void>
   /** Refunds all units. */
   reset(limits: readonly Limit[]): Promise<void>
 }
@@ -165,6 +169,9 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
     },
     async refund(limits, unit) {
       await Promise.all(groupsOf(limits).map((group) => refundGroup(group, unit)))
+    },
+    async refundNewest(limits) {
+      await Promise.all(keysOf(limits).map((key) => redis.run((client) => client.zpopmax(key))))
     },
     async reset(limits) {
       await Promise.all(keysOf(limits).map((key) => redis.run((client) => client.del(key))))

@@ -1,5 +1,6 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyRequest } from 'fastify'
+import { presentedMaxLength } from '../codes/code-format.js'
 import { ticketMaxLength } from '../codes/tickets.js'
 import { bodyOutcomes, mobileField, requiredText } from '../http/schemas.js'
 import { passwordField } from '../passwords/policy.js'
@@ -7,7 +8,7 @@ import { passwordField } from '../passwords/policy.js'
 /** The body of a request that sets a password with a code. */
 export const NewPasswordBody = Type.Object({
   mobile: mobileField,
-  sms_code: Type.String({ ...requiredText, maxLength: 16, examples: ['123456'] }),
+  sms_code: Type.String({ ...requiredText, maxLength: presentedMaxLength, examples: ['123456'] }),
   password: passwordField,
   password2: passwordField,
   ticket: Type.Optional(

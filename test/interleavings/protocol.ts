@@ -62,7 +62,8 @@ export class Protocol {
   private hold(holder: Attempt): void {
     const { presents, action, address } = holder.client
     const answer = this.answerTo(holder.client)
-    if (answer === 'wrong' && (this.lying ?? this.claim)) {
+    // The right code for another purpose costs nothing.
+    if (answer === 'wrong' && codes[presents] !== this.claim?.code) {
       this.wrongCodes.set(address, (this.wrongCodes.get(address) ?? 0) + 1)
     }
     if (answer !== 'held') return

@@ -152,7 +152,6 @@ export class Requests {
 
 /** Returns for example `holdCode`, `release used` or `set session`. */
 function stepName(command: string, args: readonly unknown[]): string {
-  const [key, , , , how] = args
-  if (command === 'releaseCode') return `release ${how}`
-  return String(key).startsWith('session:') ? `${command} session` : command
+  if (command === 'releaseCode') return `release ${args.at(-2)}`
+  return String(args[0]).startsWith('session:') ? `${command} session` : command
 }

@@ -3,7 +3,7 @@ import { buildApp } from '../../dist/app.js'
 import * as scripts from '../../dist/codes/scripts.js'
 import { loadConfig } from '../../dist/config/config.js'
 import type { PrivateStores } from '../../testkit/private-stores.js'
-import { patient } from '../../testkit/testbed.js'
+import { patient, wideGuessLimits } from '../../testkit/testbed.js'
 import { cheapHash, Requests } from './requests.js'
 import type { Scenario } from './scenarios.js'
 
@@ -28,7 +28,8 @@ export type System = Awaited<ReturnType<typeof startSystem>>
 export async function startSystem(stores: PrivateStores, { guesses }: Scenario, bug?: LuaChange) {
   const { redis, postgres, environment } = stores
   const guessLimit = guesses === undefined ? {} : { SMS_CODE_ATTEMPTS: `${guesses}` }
-  const config = loadConfig({ ...environment, ...patient, ...guessLimit, HASH_THREADS: '1', DOCS: 'false' })
+  const limits = { ...patient, ...wideGuessLimits, ...guessLimit }
+  const config = loadConfig({ ...environment, ...limits, HASH_THREADS: '1', DOCS: 'false' })
   const app = await buildApp(config, { logStream: { write: () => undefined } })
   redefineScripts(app, bug ? [ownClock, bug] : [ownClock])
   const insert = 'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)'
@@ -50,7 +51,7 @@ function redefineScripts(app: FastifyInstance, changes: readonly LuaChange[]): v
     lua[script] = lua[script].replace(text, () => replacement)
   }
   app.mobileSignup.redis.defineScripts({
-    holdCode: { numberOfKeys: 4, lua: lua.holdCode },
-    releaseCode: { numberOfKeys: 2, lua: lua.releaseCode }
+    holdCode: { lua: lua.holdCode },
+    releaseCode: { lua: lua.releaseCode }
   })
 }
