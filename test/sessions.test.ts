@@ -2,7 +2,7 @@ import { once } from 'node:events'
 import { request } from 'node:http'
 import { Signer } from '@fastify/cookie'
 import t from 'tap'
-import { client, statusAndErrno } from '../testkit/client.js'
+import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { impatient, sessionKeyOf, startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, holdRedisWrites, redis, signUpBody, stores } = await startTestbed(t)
@@ -21,10 +21,12 @@ const production = {
 }
 const sessionSecret = `${stores.environment.SESSION_SECRET}`
 
+const sessionCookiesOf = ({ cookies }: Reply) => cookies.filter(({ name }) => name.endsWith('sid'))
+
 t.test('the cookie is sid with HttpOnly, SameSite=Lax, Path=/ and Max-Age=86400', async (t) => {
   const reply = await api.signUp(await signUpBody())
   cookieOf(reply)
-  t.match(reply.cookies, [{ name: 'sid', httpOnly: true, sameSite: 'Lax', path: '/', maxAge: 86_400 }])
+  t.match(reply.cookies[0], { name: 'sid', httpOnly: true, sameSite: 'Lax', path: '/', maxAge: 86_400 })
   t.notMatch(`${reply.headers['set-cookie']}`, 'Secure')
 })
 
@@ -34,8 +36,9 @@ t.test('COOKIE_SECURE sets __Host-sid with Secure, whatever X-Forwarded-Proto sa
   for (const headers of [{}, { 'x-forwarded-proto': 'https' }, { 'x-forwarded-proto': 'http' }]) {
     const reply = await client(url).signUp(await signUpBody(), { headers })
     cookieOf(reply)
-    t.equal(reply.cookies.length, 1)
-    t.match(reply.headers['set-cookie'], /^__Host-sid=[^;]+; Max-Age=86400; Path=\/; HttpOnly; Secure; SameSite=Lax$/)
+    t.equal(sessionCookiesOf(reply).length, 1)
+    const [cookie] = [reply.headers['set-cookie']].flat()
+    t.match(cookie, /^__Host-sid=[^;]+; Max-Age=86400; Path=\/; HttpOnly; Secure; SameSite=Lax$/)
   }
 })
 
@@ -43,7 +46,7 @@ t.test('COOKIE_SECURE=false sets sid without Secure in production', async (t) =>
   const app = await build(t, { ...production, COOKIE_SECURE: 'false' })
   const reply = await client(app).signUp(await signUpBody())
   cookieOf(reply)
-  t.match(reply.cookies, [{ name: 'sid' }])
+  t.match(reply.cookies[0], { name: 'sid' })
   t.notMatch(`${reply.headers['set-cookie']}`, 'Secure')
 })
 
@@ -80,7 +83,7 @@ t.test('an invalid cookie is not logged in, and does not prevent a sign-up', asy
     t.strictSame([reply.statusCode, reply.json()], [401, notLoggedIn], value.slice(0, 20))
     const signedUp = await api.signUp(await signUpBody(), { headers: { cookie: `sid=${value}` } })
     t.equal(signedUp.statusCode, 201)
-    t.equal(signedUp.cookies.length, 1, 'the sign-up sets one cookie')
+    t.equal(sessionCookiesOf(signedUp).length, 1, 'the sign-up sets one session cookie')
   }
   t.strictSame((await app.inject(session)).json(), notLoggedIn, 'no cookie at all')
 })
@@ -149,10 +152,53 @@ t.test('a refusal sets no session cookie, also if the session of the cookie has 
 t.test('a sign-up starts a session with a new id, and destroys the session that it came with', async (t) => {
   const former = cookieOf(await api.signUp(await signUpBody()))
   const reply = await api.signUp(await signUpBody(), { headers: { cookie: former } })
-  t.equal(reply.cookies.length, 1)
+  t.equal(sessionCookiesOf(reply).length, 1)
   t.not(cookieOf(reply), former)
   t.equal((await api.whoAmI(former)).statusCode, 401)
   t.equal((await api.whoAmI(cookieOf(reply))).json().data.mobile, reply.json().data.mobile)
+})
+
+t.test(
+  'of several session cookies the one that verifies counts, also to log out or to start another session',
+  async (t) => {
+    const signUp = async (cookie?: string) =>
+      cookieOf(await api.signUp(await signUpBody(), cookie === undefined ? {} : { headers: { cookie } }))
+    const isStored = async (cookie: string) => (await redis.exists(sessionKeyOf(cookie))) === 1
+    const [ended, unsigned] = [await signUp(), 'sid=an-id-without-a-signature']
+    t.equal((await api.logOut(ended)).statusCode, 200)
+    for (const headerWith of [
+      (good: string) => `sid=bad; ${good}`,
+      (good: string) => `${good}; sid=bad`,
+      (good: string) => `sid=; sid; sid=%; ${unsigned}; ${good}`,
+      (good: string) => `${good.slice(0, -1)}; sid=${good.slice(7)}; other=1; ${good};`,
+      (good: string) => `sid=bad;${good}`,
+      (good: string) => `sid="bad"; xsid=1; sid=a.b; sid=c.d;  ${good} ; sid=e`,
+      (good: string) => `${ended}; ${good}`,
+      (good: string) => `${good}; ${ended}`,
+      (good: string) => `${good}; ${good}`
+    ]) {
+      const good = await signUp()
+      const header = headerWith(good)
+      t.strictSame([(await api.whoAmI(header)).statusCode, await isStored(good)], [200, true], header)
+      const next = await signUp(header)
+      t.notOk(await isStored(good), 'a sign-up ends the former session')
+      const reply = await api.logOut(headerWith(next))
+      t.strictSame([reply.statusCode, await isStored(next)], [200, false], 'a logout ends it')
+      t.match(reply.cookies, [{ name: 'sid', value: '' }])
+      const everywhere = await signUp()
+      t.equal((await api.logOut(headerWith(everywhere), '?everywhere=true')).statusCode, 200)
+      t.notOk(await isStored(everywhere), 'a logout everywhere ends it')
+      const refused = await api.whoAmI(headerWith(everywhere))
+      t.strictSame([refused.statusCode, refused.headers['set-cookie']], [401, undefined])
+    }
+  }
+)
+
+t.test('a header of forged session cookies costs no more than twenty signatures', async (t) => {
+  const good = cookieOf(await api.signUp(await signUpBody()))
+  const forged = Array.from({ length: 19 }, () => 'sid=a.b').join('; ')
+  t.equal((await api.whoAmI(`${forged}; ${good}`)).statusCode, 200)
+  t.equal((await api.whoAmI(`${forged}; sid=a.b; ${good}`)).statusCode, 401)
 })
 
 t.test('a refused sign-up keeps the session that it came with', async (t) => {

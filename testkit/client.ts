@@ -72,11 +72,12 @@ async function fetchReply(url: string, method: Method, body: unknown, options: R
     ...(options.signal && { signal: options.signal })
   })
   const text = await response.text()
+  const setCookies = response.headers.getSetCookie()
   return {
     statusCode: response.status,
-    headers: Object.fromEntries(response.headers),
+    headers: { ...Object.fromEntries(response.headers), ...(setCookies.length > 0 && { 'set-cookie': setCookies }) },
     body: text,
-    cookies: response.headers.getSetCookie().map((cookie) => {
+    cookies: setCookies.map((cookie) => {
       const [, name = '', value = ''] = /^([^=]*)=([^;]*)/.exec(cookie) ?? []
       return { name, value }
     }),

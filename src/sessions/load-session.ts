@@ -4,17 +4,18 @@ import fp from 'fastify-plugin'
 /** Loads the session of each request in its scope, with @fastify/session and corrections for what it gets wrong. */
 export const loadSession = fp(
   async (fastify) => {
-    const { cookieName, secret } = fastify.mobileSignup.sessions.options
+    const { sessions } = fastify.mobileSignup
+    const { cookieName, secret } = sessions.options
 
     fastify.addHook('onRequest', async (request) => {
       request.raw.url = originForm(request.raw.url ?? '')
       // @fastify/session accepts a cookie signed with an older secret, but then clears it. So it gets the cookie as the
       // newest secret signs it.
-      const { value } = secret.unsign(request.cookies[cookieName] ?? '')
-      request.cookies[cookieName] = value === null ? undefined : secret.sign(value)
+      const sessionId = await sessions.findId(request)
+      request.cookies[cookieName] = sessionId === undefined ? undefined : secret.sign(sessionId)
     })
 
-    await fastify.register(fastifySession, fastify.mobileSignup.sessions.options)
+    await fastify.register(fastifySession, sessions.options)
 
     fastify.addHook('onRequest', async (request) => {
       // If the session of the cookie has ended, @fastify/session clears the cookie, also in a refusal.

@@ -6,6 +6,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, Session } from 'fas
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
 import type { RedisStore } from '../stores/redis.js'
+import { cookieAttributes, cookieNameOf, cookieValues } from './cookies.js'
 
 /** The user of a session. `user_id` is a 64-bit integer in decimal. */
 export interface SessionUser {
@@ -31,6 +32,8 @@ export interface Sessions {
   start(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean>
   /** Like {@link start}, for a request that succeeds without a session, too: an error is logged, and the result false. */
   tryStart(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean>
+  /** Returns the id in the session cookie that verifies. Of several, it is the first one whose session is stored. */
+  findId(request: FastifyRequest): Promise<string | undefined>
   /** Returns the user of the request's session. Only in the scope of `loadSession`. */
   userOf(request: FastifyRequest): SessionUser | undefined
   /** Logs out: destroys the request's session and clears the cookie. Only in the scope of `loadSession`. */
@@ -84,8 +87,8 @@ declare module 'ioredis' {
 }
 
 /**
- * ARGV: the session id, its epoch, the TTL in seconds, the most sessions, and the id that it replaces or ''. Returns nil if
- * the epoch has ended. Else it returns the ids of the sessions above the maximum, oldest first, which leave the index after
+ * ARGV: the session id, its epoch, the TTL in seconds, the most sessions, and the ids that it replaces. Returns nil if the
+ * epoch has ended. Else it returns the ids of the sessions above the maximum, oldest first, which leave the index after
  * they are destroyed.
  */
 const indexSession = `
@@ -94,7 +97,7 @@ local now = redis.call('TIME')[1]
 -- The first write is one that a full Redis refuses.
 redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-redis.call('ZREM', KEYS[1], ARGV[5])
+for n = 5, #ARGV do redis.call('ZREM', KEYS[1], ARGV[n]) end
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 local excess = redis.call('ZCARD', KEYS[1]) - ARGV[4]
 return excess > 0 and redis.call('ZRANGE', KEYS[1], 0, excess - 1) or {}
@@ -128,14 +131,15 @@ export async function createSessions(
     endSessions: { numberOfKeys: 2, lua: endSessions }
   })
 
-  // With __Host- browsers refuse the cookie from a subdomain or over plain HTTP (RFC 6265bis, section 4.1.3.2).
-  const cookieName = cookieSecure ? '__Host-sid' : 'sid'
-  const attributes = { path: '/', httpOnly: true, sameSite: 'lax', secure: cookieSecure } as const
+  const cookieName = cookieNameOf('sid', cookieSecure)
+  const attributes = cookieAttributes(cookieSecure)
   const cookieOptions: CookieSerializeOptions = { ...attributes, maxAge: sessionTtlSeconds }
   const signer = new Signer([...sessionSecrets])
+  const signedIds = (request: FastifyRequest) =>
+    cookieValues(request, cookieName).flatMap((cookie) => signer.unsign(cookie).value ?? [])
 
   const destroy = (sessionId: string) => redis.run((client) => client.del(sessionKey(sessionId)))
-  const addToIndex = (userId: string, sessionId: string, epoch: number, formerId: string) =>
+  const addToIndex = (userId: string, sessionId: string, epoch: number, formerIds: string[]) =>
     redis.run((client) =>
       client.indexSession(
         indexKey(userId),
@@ -144,7 +148,7 @@ export async function createSessions(
         epoch,
         sessionTtlSeconds,
         sessionsPerUserMax,
-        formerId
+        ...formerIds
       )
     )
   const removeFromIndex = (userId: string, sessionIds: string[]) =>
@@ -172,7 +176,7 @@ export async function createSessions(
   // Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three
   // times; and it would read the former session before the body is validated.
   const start: Sessions['start'] = async (request, reply, user, epoch) => {
-    const formerId = signer.unsign(request.cookies[cookieName] ?? '').value
+    const formerIds = signedIds(request)
     // 244 random bits. Node.js makes UUIDs from random bytes in stock; randomBytes() took a tenth of the event loop's JavaScript.
     const sessionId = `${randomUUID()}${randomUUID()}`
     const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
@@ -189,8 +193,8 @@ export async function createSessions(
     if (redis.isCluster) await stored
     const [, excessIds] = await Promise.all([
       stored,
-      addToIndex(user.user_id, sessionId, epoch, formerId ?? ''),
-      formerId !== null && destroy(formerId)
+      addToIndex(user.user_id, sessionId, epoch, formerIds),
+      ...formerIds.map(destroy)
     ])
     if (excessIds === null) {
       await destroy(sessionId)
@@ -248,16 +252,22 @@ export async function createSessions(
       })
     },
 
+    async findId(request) {
+      const ids = signedIds(request)
+      if (ids.length < 2) return ids[0]
+      const stored = await Promise.all(ids.map(read))
+      return ids.find((_, n) => stored[n] !== null) ?? ids[0]
+    },
+
     userOf({ session: { owner } }) {
       return owner === undefined || owner.epoch < owner.currentEpoch ? undefined : owner.user
     },
 
     async end(request, reply) {
-      const { owner, sessionId } = request.session
-      if (owner !== undefined) {
-        await request.session.destroy()
-        await removeFromIndex(owner.user.user_id, [sessionId])
-      }
+      const ids = signedIds(request)
+      await Promise.all(ids.map(destroy))
+      const { owner } = request.session
+      if (owner !== undefined) await removeFromIndex(owner.user.user_id, ids)
       // Otherwise @fastify/session clears the cookie a second time.
       request.cookies[cookieName] = undefined
       reply.clearCookie(cookieName, cookieOptions)
