@@ -1,6 +1,8 @@
 -- An id is time and a counter: 41 bits of milliseconds since 2024, then 22 bits of a sequence. After a failover or a restore
 -- the sequence may have gone back, because Postgres logs it 32 values ahead. The time has not, so no id is given twice.
 CREATE SEQUENCE user_id_counter AS integer MINVALUE 0 MAXVALUE 4194303 CYCLE;
+-- Not from 0: the counter in the newest id would be the number of users.
+SELECT setval('user_id_counter', floor(random() * 4194304)::integer);
 -- A role that may only insert users needs it. An identity column would need no such grant.
 GRANT USAGE ON SEQUENCE user_id_counter TO PUBLIC;
 

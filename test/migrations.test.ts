@@ -71,6 +71,17 @@ t.test('G2: an id has the time, so it is new although the counter goes back, as 
   }
 })
 
+t.test('an id does not tell how many users there are: the counter of each database begins elsewhere', async (t) => {
+  const counters = new Set<string>()
+  for (const name of ['first', 'second', 'third']) {
+    const url = await createDatabase(name)
+    await migrate(url)
+    for (const { last_value } of await queryOnce(url, 'SELECT last_value FROM user_id_counter'))
+      counters.add(last_value)
+  }
+  t.equal(counters.size, 3)
+})
+
 t.test('G2: on Citus an id has the node, too, and a node that does not fit is an error', async (t) => {
   const citusSql = await readFile(new URL('../deploy/citus.sql', import.meta.url), 'utf8')
   const [createFunction = ''] = /^CREATE FUNCTION[\s\S]*?^\$\$;$/m.exec(citusSql) ?? []
