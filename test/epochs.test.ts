@@ -2,6 +2,7 @@ import { EventEmitter, once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { setImmediate } from 'node:timers/promises'
 import t, { type Test } from 'tap'
+import { nextEpoch } from '../dist/users/users.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { leaseMsOf, sessionIdOf, sessionKeyOf, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
@@ -239,6 +240,32 @@ for (const statement of ['UPDATE', 'DELETE'] as const) {
     }
   })
 }
+
+t.test('a new session epoch is greater than the former one in every year that an integer can hold', async (t) => {
+  const ofManual = /session_epoch = (greatest\(.*\))$/im.exec(recipe)?.[1]
+  const years = [
+    '2024-01-01',
+    '2026-07-01',
+    '2038-01-19T03:14:07',
+    '2038-01-19T03:14:08',
+    '2060-02-29',
+    '2092-01-19T03:14:06'
+  ]
+  for (const now of years) {
+    const seconds = (Date.parse(`${now.padEnd(19, 'T00:00:00')}Z`) - Date.UTC(2024)) / 1_000
+    for (const expression of [nextEpoch, `${ofManual}`]) {
+      const epochAfter = async (former: number) => {
+        const at = expression.replace('now()', `timestamptz '${now} UTC'`)
+        const { rows } = await postgres.query(
+          `SELECT ${at} AS epoch FROM (VALUES (${former})) AS users (session_epoch)`
+        )
+        return rows[0].epoch
+      }
+      t.equal(await epochAfter(-1), seconds, now)
+      t.equal(await epochAfter(seconds), seconds + 1, now)
+    }
+  }
+})
 
 t.test('a session of another service, without an epoch, lives until the first reset', async (t) => {
   const { body, reset, userId, cookie } = await registerUser()

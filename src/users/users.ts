@@ -52,9 +52,10 @@ const findUser: NamedStatement = {
 
 /**
  * The seconds since 2024, or the former epoch plus one if that is greater. So it is also greater than an epoch that Postgres
- * has lost in a failover. `now()` and not `clock_timestamp()`, because Citus takes no volatile function in an UPDATE.
+ * has lost in a failover. `now()` and not `clock_timestamp()`, because Citus takes no volatile function in an UPDATE. An
+ * integer holds the difference until 2092, the seconds since 1970 only until 2038.
  */
-const nextEpoch = 'GREATEST(session_epoch + 1, floor(extract(epoch FROM now()))::int - 1704067200)'
+export const nextEpoch = 'GREATEST(session_epoch + 1, floor(extract(epoch FROM now()) - 1704067200)::int)'
 
 const setPassword: NamedStatement = {
   name: 'set_password',
