@@ -157,6 +157,29 @@ t.test('400: invalid UTF-8 and lone surrogates are malformed', async (t) => {
   t.strictSame([reply.statusCode, reply.json().errmsg], [400, '参数错误'])
 })
 
+// NFKC of another Unicode version may change them: then the password would be another one under another Node.js.
+t.test('400: a new password with an unassigned code point is malformed, and the code stays', async (t) => {
+  const { mobile } = await signUpBody()
+  for (const character of ['\u0378', '\u{1ffff}', '\ufdd0', '\u{e01f0}', '\u{10ffff}', '\u{2fe0}']) {
+    const password = `a password ${character}`
+    const body = await signUpBody({ mobile, password, password2: password })
+    for (const send of [api.signUp, api.resetPassword]) {
+      const reply = await send(body)
+      t.strictSame([reply.statusCode, reply.json().errmsg], [400, '参数错误'], `${character.codePointAt(0)}`)
+    }
+    t.equal((await api.signUp({ ...body, mobile: '1' })).json().errmsg, '参数错误', 'before an invalid mobile')
+    t.equal(await redis.get(`sms_code_${mobile}`), body.sms_code)
+    t.equal((await api.logIn({ mobile, password })).statusCode, 401, 'a login checks no more than the length')
+    await redis.del(`login_failures:{${mobile}}:127.0.0.1`)
+  }
+  for (const character of ['\ue000', '\u{10fffd}', '\u{20000}', '\u{1f600}', '\n', '\0', '\u200d', '\u0301']) {
+    const password = `a password ${character}`
+    const body = await signUpBody({ password, password2: password })
+    t.equal((await api.signUp(body)).statusCode, 201, `${character.codePointAt(0)}`)
+    t.equal((await api.logIn({ mobile: body.mobile, password })).statusCode, 201)
+  }
+})
+
 t.test('passwords of 8 and of 128 code points are accepted', async (t) => {
   for (const password of ['😀'.repeat(8), '😀'.repeat(128)]) {
     t.equal((await api.signUp(await signUpBody({ password, password2: password }))).statusCode, 201)

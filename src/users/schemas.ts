@@ -3,14 +3,14 @@ import type { FastifyRequest } from 'fastify'
 import { presentedMaxLength } from '../codes/code-format.js'
 import { ticketMaxLength } from '../codes/tickets.js'
 import { bodyOutcomes, mobileField, requiredText } from '../http/schemas.js'
-import { passwordField } from '../passwords/policy.js'
+import { newPasswordField } from '../passwords/policy.js'
 
 /** The body of a request that sets a password with a code. */
 export const NewPasswordBody = Type.Object({
   mobile: mobileField,
   sms_code: Type.String({ ...requiredText, maxLength: presentedMaxLength, examples: ['123456'] }),
-  password: passwordField,
-  password2: passwordField,
+  password: newPasswordField,
+  password2: newPasswordField,
   ticket: Type.Optional(
     Type.String({
       maxLength: ticketMaxLength,
