@@ -85,7 +85,7 @@ const capabilities = fp<SignUpOptions & { observer?: Observer | undefined }>(
     const inFlight = new InFlight()
     const codes = createCodes(config, redis, rateLimits, inFlight, observer)
     const passwords = await createPasswords(fastify, config, observer)
-    const users = createUsers(postgres)
+    const users = createUsers(postgres, fastify.log)
     const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
     const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
     // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.

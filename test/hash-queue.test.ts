@@ -262,7 +262,7 @@ t.test('passwords count in NFKC; that of an unknown user is verified, too, and n
   t.ok(await verify(phc, 'password fine'))
   t.equal(await passwords.verify(phc, 'password ﬁne', new PassThrough()), true)
   t.equal(await passwords.verify(phc, 'another', new PassThrough()), false)
-  await t.rejects(passwords.verify('no PHC string', 'password', new PassThrough()))
+  t.equal(await passwords.verify('no PHC string', 'no PHC string', new PassThrough()), false)
 
   const jobs = t.capture(HashQueue.prototype, 'run', HashQueue.prototype.run)
   t.equal(await passwords.verify(undefined, 'a password', new PassThrough()), false)

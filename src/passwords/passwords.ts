@@ -5,6 +5,7 @@ import type { FastifyInstance } from 'fastify'
 import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
 import { HashQueue } from './hash-queue.js'
+import { isVerifiable } from './stored-hash.js'
 
 export interface Passwords {
   /**
@@ -25,11 +26,12 @@ export interface Passwords {
    */
   hash(password: string, client?: Writable): Promise<string>
   /**
-   * Verifies a password against a PHC string, in the same queue as the hashes.
+   * Verifies a password against a stored hash, in the same queue as the hashes.
    *
-   * @param phc undefined for an unknown user: the answer is false and takes as long as for a known one
+   * @param storedHash undefined for an unknown user. Without one that {@link isVerifiable}, the answer is false and takes as long
+   * as for any other.
    */
-  verify(phc: string | undefined, password: string, client: Writable): Promise<boolean>
+  verify(storedHash: string | undefined, password: string, client: Writable): Promise<boolean>
   /** The number of passwords that wait for a thread. */
   readonly queueLength: number
   /** How long a new password would wait for a thread. */
@@ -71,7 +73,8 @@ export async function createPasswords(
   return {
     admit: (client) => queue.admit(client),
     hash: (password, client) => queue.run(() => hash(password.normalize('NFKC'), parameters), client),
-    async verify(phc, password, client) {
+    async verify(storedHash, password, client) {
+      const phc = storedHash !== undefined && isVerifiable(storedHash) ? storedHash : undefined
       const matches = await queue.run(() => verify(phc ?? decoyPhc, password.normalize('NFKC')), client)
       return matches && phc !== undefined
     },

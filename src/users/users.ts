@@ -1,12 +1,14 @@
 import type { Writable } from 'node:stream'
+import type { FastifyBaseLogger } from 'fastify'
 import type { Passwords } from '../passwords/passwords.js'
+import { isVerifiable } from '../passwords/stored-hash.js'
 import type { NamedStatement, Postgres } from '../stores/postgres.js'
 
 export interface User {
   /** A 64-bit integer in decimal. */
   id: string
   name: string
-  /** A PHC string. */
+  /** A PHC string, or what a former system has left. */
   passwordHash: string
   /** A session has ended if it began with an older epoch. A new user has 0. */
   sessionEpoch: number
@@ -74,8 +76,9 @@ const beginSessionEpoch: NamedStatement = {
          RETURNING session_epoch AS "sessionEpoch"`
 }
 
-/** The users table. */
-export function createUsers(postgres: Postgres): Users {
+/** The users table. A hash that matches no password is logged once for a user, and for at most 10,000. */
+export function createUsers(postgres: Postgres, log: FastifyBaseLogger): Users {
+  const logged = new Set<string>()
   return {
     async insert(mobile, passwordHash) {
       const { rows } = await postgres.query<{ id: string }>(insertUser, [mobile, passwordHash])
@@ -83,7 +86,12 @@ export function createUsers(postgres: Postgres): Users {
     },
     async find(mobile) {
       const { rows } = await postgres.query<User>(findUser, [mobile])
-      return rows[0]
+      const [user] = rows
+      if (user && !isVerifiable(user.passwordHash) && !logged.has(user.id) && logged.size < 10_000) {
+        logged.add(user.id)
+        log.warn({ user_id: user.id }, 'a user has a password hash of an unknown format, which no password matches')
+      }
+      return user
     },
     async setPassword(mobile, passwordHash) {
       const values = [mobile, passwordHash]
