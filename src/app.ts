@@ -26,6 +26,7 @@ import { openRedis, type RedisStore } from './stores/redis.js'
 import { serializers } from './telemetry/log.js'
 import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
+import { Devices } from './users/devices.js'
 import { logInRoute } from './users/log-in.js'
 import { resetPasswordRoute } from './users/reset-password.js'
 import { signUpRoute } from './users/sign-up.js'
@@ -39,6 +40,7 @@ export interface MobileSignup {
   readonly codes: Codes
   readonly passwords: Passwords
   readonly users: Users
+  readonly devices: Devices
   readonly sessions: Sessions
   /** Undefined with `SMS=off`. */
   readonly sms: Sms | undefined
@@ -86,11 +88,13 @@ const capabilities = fp<SignUpOptions & { observer?: Observer | undefined }>(
     const codes = createCodes(config, redis, rateLimits, inFlight, observer)
     const passwords = await createPasswords(fastify, config, observer)
     const users = createUsers(postgres, fastify.log)
+    const devices = new Devices(config)
     const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
     const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
     // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
     fastify.addHook('onClose', () => inFlight.drain())
-    fastify.decorate('mobileSignup', { postgres, redis, rateLimits, codes, passwords, users, sessions, sms, inFlight })
+    const stores = { postgres, redis, rateLimits }
+    fastify.decorate('mobileSignup', { ...stores, codes, passwords, users, devices, sessions, sms, inFlight })
   },
   { fastify: '5.x', name: 'mobile-signup' }
 )

@@ -79,7 +79,7 @@ t.test('the limits on failed logins', async (t) => {
     max,
     seconds: 600
   })
-  const perMobile = { name: 'login_mobile', key: `login_failures:{${mobile}}`, max: 100, seconds: hour }
+  const perMobile = { name: 'login_mobile', key: `login_failures:{${mobile}}`, max: 100, seconds: day }
   const perNetwork = (network: string, max = 100) => ({
     name: 'login_network',
     key: `login_failures:network:${network}`,
@@ -87,15 +87,23 @@ t.test('the limits on failed logins', async (t) => {
     seconds: hour
   })
   t.strictSame(loginLimits(config, mobile, ipv4), {
-    resetOnSuccess: [pair(ipv4)],
-    refundOnSuccess: [perMobile, perNetwork(ipv4)],
-    resetByPasswordReset: [pair(ipv4), perMobile]
+    counted: [pair(ipv4), perMobile, perNetwork(ipv4)],
+    clearedBySuccess: [pair(ipv4)],
+    clearedByReset: [pair(ipv4), perMobile]
   })
   t.strictSame(loginLimits(config, mobile, ipv6), {
-    resetOnSuccess: [pair(subnet), pair(site, 320)],
-    refundOnSuccess: [perMobile, perNetwork(subnet), perNetwork(site, 6_400)],
-    resetByPasswordReset: [pair(subnet), pair(site, 320), perMobile]
+    counted: [pair(subnet), pair(site, 320), perMobile, perNetwork(subnet), perNetwork(site, 6_400)],
+    clearedBySuccess: [pair(subnet), pair(site, 320)],
+    clearedByReset: [pair(subnet), pair(site, 320), perMobile]
   })
-  const { refundOnSuccess } = loginLimits(configWith({ LOGIN_IP_HOURLY_MAX: '0' }), mobile, ipv4)
-  t.strictSame(refundOnSuccess, [perMobile], '0 is no limit')
+  const { counted } = loginLimits(configWith({ LOGIN_IP_HOURLY_MAX: '0' }), mobile, ipv4)
+  t.strictSame(counted, [pair(ipv4), perMobile], '0 is no limit')
+  t.strictSame(loginLimits(config, mobile, ipv4, 'id'), {
+    counted: [
+      { name: 'login_device', key: 'login_failures:{device:id}', max: 5, seconds: 600 },
+      { name: 'login_device', key: 'login_failures:{device:id}:day', max: 20, seconds: day }
+    ],
+    clearedBySuccess: [pair(ipv4)],
+    clearedByReset: [pair(ipv4), perMobile]
+  })
 })

@@ -130,6 +130,25 @@ t.test('a refund gives back the unit that was consumed, once, and no other', asy
   t.equal(await redis.exists(plain.key), 0)
 })
 
+t.test('failures are cleared, and units of tries in flight are not', async (t) => {
+  const limits = [newLimit(3, 100), newLimit(9, 100)]
+  const [failed, inFlight, expired] = ['failed', 'in flight', 'expired']
+  for (const unit of [failed, inFlight]) t.equal(await rateLimits.consume(limits, unit), 0)
+  await rateLimits.markFailed(limits, failed)
+  await rateLimits.markFailed(limits, expired)
+  t.strictSame(await counts(limits), [2, 2], 'a unit that has expired does not come back')
+  t.equal(await consume(limits), 0)
+  t.ok(isAbout(await consume(limits), 100), 'a failure counts')
+  await rateLimits.clearFailures(limits)
+  t.strictSame(await counts(limits), [2, 2])
+  await rateLimits.markFailed(limits, inFlight)
+  await rateLimits.clearFailures(limits)
+  t.strictSame(await counts(limits), [1, 1])
+  const unused = [newLimit(3, 100)]
+  await rateLimits.markFailed(unused, failed)
+  t.equal(await redis.exists(unused[0]?.key ?? ''), 0, 'no key without a TTL')
+})
+
 t.test('a reset gives all units back', async (t) => {
   const limits = [newLimit(9, 100), newLimit(9, 100)]
   await consume(limits, 3)

@@ -14,13 +14,20 @@ export const ticketMaxLength = 256
 export class Tickets {
   private readonly keys
 
-  /** @param secrets the first one signs, all verify */
-  constructor(secrets: readonly [string, ...string[]]) {
-    this.keys = deriveKeys(secrets, 'mobile-signup: ticket')
+  /**
+   * @param secrets the first one signs, all verify
+   * @param purpose users/devices.ts has another one: its tokens are made in the same way
+   */
+  constructor(
+    secrets: readonly [string, ...string[]],
+    purpose = 'ticket',
+    private readonly lifeMs = ttlMs
+  ) {
+    this.keys = deriveKeys(secrets, `mobile-signup: ${purpose}`)
   }
 
-  issue(mobile: string): string {
-    const claims = `${randomBytes(9).toString('base64url')}.${(Date.now() + ttlMs).toString(36)}`
+  issue(mobile: string, id = randomBytes(9).toString('base64url')): string {
+    const claims = `${id}.${(Date.now() + this.lifeMs).toString(36)}`
     return `${claims}.${macOf(this.keys[0], mobile, claims).toString('base64url')}`
   }
 

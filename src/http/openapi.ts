@@ -21,7 +21,10 @@ const tags = [
 ]
 
 const retryAfter = { type: 'integer', minimum: 1, description: 'Seconds until the same request may succeed' }
-const sessionCookie = { type: 'string', description: 'Sets or clears the session cookie' }
+const sessionCookie = {
+  type: 'string',
+  description: 'Sets or clears the session cookie; a success that sets it also sets the device cookie'
+}
 const replayed = { type: 'string', const: 'true', description: 'This is the success of an earlier, identical request' }
 const requestId = { type: 'string', description: 'The id of the request in the log' }
 

@@ -64,12 +64,13 @@ export class HashQueue {
   }
 
   /**
-   * Admits a request.
+   * Admits a request. One that has been admitted before is checked again, without its own place.
    *
    * @param client has a place in the queue until it runs a job or {@link release} is called
    * @throws {QueueFull} if a new job would wait longer than it may
    */
   admit(client?: Writable): void {
+    if (client) this.release(client)
     const excessMs = this.expectedWaitMs - this.maxWaitMs
     if (this.isClosed || excessMs > 0) throw new QueueFull(Math.max(1, Math.ceil(excessMs / 1_000)))
     if (client) this.admitted.add(client)

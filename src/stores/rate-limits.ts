@@ -15,7 +15,8 @@ export const limitNames = [
   'guesses_all',
   'login_mobile_network',
   'login_mobile',
-  'login_network'
+  'login_network',
+  'login_device'
 ] as const
 
 export type LimitName = (typeof limitNames)[number]
@@ -49,6 +50,10 @@ export interface RateLimits {
   refund(limits: readonly Limit[], unit: string): Promise<void>
   /** Refunds the newest unit of every limit. */
   refundNewest(limits: readonly Limit[]): Promise<void>
+  /** Says that the try with this unit is no longer in flight, and has failed. */
+  markFailed(limits: readonly Limit[], unit: string): Promise<void>
+  /** Refunds the units of tries that have failed, and not those of tries in flight. */
+  clearFailures(limits: readonly Limit[]): Promise<void>
   /** Refunds all units. */
   reset(limits: readonly Limit[]): Promise<void>
 }
@@ -60,10 +65,13 @@ declare module 'ioredis' {
       ...args: (string | number)[]
     ): Result<[waitMs: number, longest: number], Context>
     refundLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
+    settleLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
   }
 }
 
 /**
+ * The score of a unit is the time at which it was consumed, in ms, and half a ms more until its try has failed.
+ *
  * ARGV: the unit, or '' to look only; for each key its maximum (0 for a plain key) and its window in ms. Returns 0, or the ms
  * until there is room, and the number of the key with the longest wait.
  */
@@ -88,7 +96,7 @@ for n, key in ipairs(KEYS) do
     local excess = redis.call('ZCARD', key) - expired - max
     if excess >= 0 then
       local rank = expired + excess
-      remaining = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')[2] + window - now
+      remaining = math.ceil(redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')[2] + window - now)
     end
   end
   if remaining > wait then longest, wait = n, remaining end
@@ -99,7 +107,7 @@ for n, key in ipairs(KEYS) do
   if max == 0 then redis.call('SET', key, unit, 'PX', window)
   else
     -- The first write is one that a full Redis refuses.
-    redis.call('ZADD', key, now, unit)
+    redis.call('ZADD', key, now + 0.5, unit)
     redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
     redis.call('PEXPIRE', key, window)
   end
@@ -115,9 +123,24 @@ for n, key in ipairs(KEYS) do
 end
 `
 
+/** ARGV: the unit of a try that has failed, or nothing to remove the units of all that have. */
+const settleLimits = `
+for _, key in ipairs(KEYS) do
+  local units = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
+  for n = 1, #units, 2 do
+    if units[n] == ARGV[1] then redis.call('ZADD', key, math.floor(units[n + 1]), units[n])
+    elseif not ARGV[1] and units[n + 1] % 1 == 0 then redis.call('ZREM', key, units[n]) end
+  end
+end
+`
+
 /** Limits that all instances share, counted in Redis. */
 export function createRateLimits(redis: RedisStore, observer: Observer | undefined): RateLimits {
-  redis.defineScripts({ consumeLimits: { lua: consumeLimits }, refundLimits: { lua: refundLimits } })
+  redis.defineScripts({
+    consumeLimits: { lua: consumeLimits },
+    refundLimits: { lua: refundLimits },
+    settleLimits: { lua: settleLimits }
+  })
 
   // In a Cluster a script runs on one slot. There the limits of each slot are consumed in turn, and refunded if a later one
   // is exhausted. Meanwhile another request may be refused, but no unit is consumed twice.
@@ -144,8 +167,14 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
     redis.run((client) =>
       client.refundLimits(group.length, ...keysOf(group), unit, ...group.map((limit) => `${maxOf(limit)}`))
     )
+  async function settle(limits: readonly Limit[], ...unit: string[]): Promise<void> {
+    const groups = groupsOf(limits).map(keysOf)
+    await Promise.all(groups.map((keys) => redis.run((client) => client.settleLimits(keys.length, ...keys, ...unit))))
+  }
 
   return {
+    markFailed: settle,
+    clearFailures: settle,
     async consume(limits, unit) {
       const consumed: Limit[][] = []
       const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, unit)))

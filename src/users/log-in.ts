@@ -3,12 +3,12 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import { type Config, passwordMax } from '../config/config.js'
 import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
+import { Refusal } from '../outcomes.js'
 import { QueueFull } from '../passwords/hash-queue.js'
 import { passwordField } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
-import type { Limit } from '../stores/rate-limits.js'
-import { loginLimits } from './login-limits.js'
-import { findVerifiedUser, type User } from './users.js'
+import { LoginPlaces, loginLimits } from './login-limits.js'
+import type { User } from './users.js'
 
 const LoginBody = Type.Object({ mobile: mobileField, password: passwordField })
 
@@ -16,7 +16,8 @@ type LoginRequest = FastifyRequest<{ Body: Static<typeof LoginBody> }>
 
 /** POST /sessions. An unknown mobile takes as long as a wrong password and gets the same answer. */
 export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const { inFlight, passwords, rateLimits, sessions, users } = fastify.mobileSignup
+  const { devices, inFlight, passwords, rateLimits, sessions, users } = fastify.mobileSignup
+  const places = new LoginPlaces()
 
   fastify.route({
     method: 'POST',
@@ -25,6 +26,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
       tags: ['session'],
       operationId: 'logIn',
       summary: 'Log in with a password',
+      description: 'With the device cookie of an earlier success for the mobile, failures count for that device alone.',
       body: LoginBody,
       response: repliesWith(LoggedInData)
     },
@@ -41,52 +43,72 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     // In code points; JSON Schema's maxLength would be another outcome.
     if ([...password].length > passwordMax) return reply.outcome('password_length')
 
+    const deviceId = devices.idOf(request, mobile)
+    const limits = loginLimits(config, mobile, request.ip, deviceId)
+    const unit = randomUUID()
+    // If it fails, the try counts until the window ends.
+    const logUncounted = (err: unknown) => request.log.error({ err }, 'the count of a login could not be changed')
+    const refund = () => rateLimits.refund(limits.counted, unit).catch(logUncounted)
+
     // Refuse before any store is touched, if the hash queue is too long.
     passwords.admit(reply.raw)
-
-    // Every try counts before the password is verified, so parallel guesses cannot slip through.
-    const { resetOnSuccess, refundOnSuccess } = loginLimits(config, mobile, request.ip)
-    const limits = [...resetOnSuccess, ...refundOnSuccess]
-    const unit = randomUUID()
-    // If it fails, the try counts as a failure until the window ends.
-    const logUnrefunded = (err: unknown) => request.log.error({ err }, 'a login could not be refunded')
-    const refund = (refunded: Limit[]) => rateLimits.refund(refunded, unit).catch(logUnrefunded)
-
+    const leaveQueue = places.take(mobile, request.ip, deviceId)
     let user: User | undefined
     try {
-      const retryAfterSeconds = await rateLimits.consume(limits, unit)
+      // Every try counts before the password is verified, so parallel guesses cannot slip through.
+      const retryAfterSeconds = await rateLimits.consume(limits.counted, unit)
       if (retryAfterSeconds > 0) return reply.outcome('too_many_requests', { retryAfterSeconds })
-      user = await findVerifiedUser(fastify.mobileSignup, mobile, password, reply.raw)
+      user = await findVerifiedUser(request, reply)
     } catch (error) {
-      // A failure of the service is no failed login.
-      await refund(limits)
+      // A failure or a refusal of the service is no failed login.
+      await refund()
       throw error
+    } finally {
+      leaveQueue()
     }
-    if (user === undefined) return reply.outcome('wrong_login')
+    if (user === undefined) {
+      // Not awaited: it does not delay the answer.
+      inFlight.track(rateLimits.markFailed(limits.clearedByReset, unit).catch(logUncounted))
+      return reply.outcome('wrong_login')
+    }
 
-    // A success is refunded, and resets the count of the mobile from this network, which is the owner's.
     const sessionUser = { user_id: user.id, name: user.name, mobile }
     const [isLoggedIn] = await Promise.all([
       sessions.start(request, reply, sessionUser, user.sessionEpoch),
-      refund(refundOnSuccess),
-      rateLimits.reset(resetOnSuccess).catch(logUnrefunded)
+      refund(),
+      rateLimits.clearFailures(limits.clearedBySuccess).catch(logUncounted)
     ])
     // The password was reset, or the user logged out everywhere, after this login had read the row. Or Postgres has lost that in
     // a failover; then only a new reset helps, because this may be the former password.
     if (!isLoggedIn) return reply.outcome('wrong_login')
+    devices.remember(reply, mobile)
 
     // Not awaited: it does not delay the answer. A shutdown waits for it.
-    if (passwords.isOutdated(user.passwordHash)) inFlight.track(rehash(user, request))
+    if (passwords.isOutdated(user.passwordHash)) inFlight.track(rehash(user, request, deviceId))
     return reply.outcome('logged_in', { data: { ...sessionUser, session: true } })
   }
 
-  /** Replaces a hash that has outdated parameters, unless it has been replaced since, or the hash queue is too long. */
-  async function rehash({ passwordHash }: User, { body: { mobile, password }, log }: LoginRequest): Promise<void> {
+  /** An unknown mobile takes as long as a wrong password. */
+  async function findVerifiedUser({ body: { mobile, password } }: LoginRequest, reply: FastifyReply) {
+    const user = await users.find(mobile)
+    // Again, now that it joins the queue: the wait may have grown, and no code would be lost.
+    passwords.admit(reply.raw)
+    return (await passwords.verify(user?.passwordHash, password, reply.raw)) ? user : undefined
+  }
+
+  /** Replaces a hash that has outdated parameters, unless it has been replaced since, or a login would be refused now. */
+  async function rehash({ passwordHash }: User, request: LoginRequest, deviceId: string | undefined): Promise<void> {
+    const { mobile, password } = request.body
+    let leaveQueue: (() => void) | undefined
     try {
       passwords.admit()
+      leaveQueue = places.take(mobile, request.ip, deviceId)
       await users.replaceHash(mobile, passwordHash, await passwords.hash(password))
     } catch (err) {
-      if (!(err instanceof QueueFull)) log.error({ err }, 'an outdated hash could not be replaced')
+      const isRefused = err instanceof QueueFull || err instanceof Refusal
+      if (!isRefused) request.log.error({ err }, 'an outdated hash could not be replaced')
+    } finally {
+      leaveQueue?.()
     }
   }
 }

@@ -1,41 +1,65 @@
 import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
+import { Refusal } from '../outcomes.js'
 import type { Limit } from '../stores/rate-limits.js'
 
-/** Failed logins for one mobile from one network in ten minutes. */
-const pairMax = 5
-const pairSeconds = 600
+const [tenMinutes, hour, day] = [600, 3_600, 86_400]
 
 /**
- * Failed logins for one mobile from all networks in an hour. NIST SP 800-63B, section 3.2.2, asks for at most 100 in a row.
- * A window that ends, instead of a lock, gives the owner the account back after an hour.
+ * The limits on failed logins. The braces put all keys of a mobile, or of a device, on one Cluster slot.
+ *
+ * @param deviceId of a device that knows the mobile
  */
-const mobileMax = 100
-
-const hour = 3_600
-
-/** The limits on failed logins. The braces put all keys of a mobile on one Cluster slot. */
-export function loginLimits({ loginIpHourlyMax }: Pick<Config, 'loginIpHourlyMax'>, mobile: string, address: string) {
+export function loginLimits({ loginIpHourlyMax }: Config, mobile: string, address: string, deviceId?: string) {
   const networks = networksOf(address)
-  const pairs: Limit[] = networks.map(({ network, share }) => ({
-    name: 'login_mobile_network',
-    key: `login_failures:{${mobile}}:${network}`,
-    max: pairMax * share,
-    seconds: pairSeconds
-  }))
-  const perMobile: Limit = { name: 'login_mobile', key: `login_failures:{${mobile}}`, max: mobileMax, seconds: hour }
-  const perNetwork: Limit[] = networks.map(({ network, share }) => ({
-    name: 'login_network',
-    key: `login_failures:network:${network}`,
-    max: loginIpHourlyMax * share,
-    seconds: hour
-  }))
+  const mobileKey = `login_failures:{${mobile}}`
+  const pairs = networks.map(({ network, share }): Limit => {
+    return { name: 'login_mobile_network', key: `${mobileKey}:${network}`, max: 5 * share, seconds: tenMinutes }
+  })
+  // NIST SP 800-63B, section 3.2.2, asks for at most 100 in a row. A window that ends, instead of a lock, gives the owner the
+  // account back after a day.
+  const perMobile: Limit = { name: 'login_mobile', key: mobileKey, max: 100, seconds: day }
+  const perNetwork = networks.map(({ network, share }): Limit => {
+    const max = loginIpHourlyMax * share
+    return { name: 'login_network', key: `login_failures:network:${network}`, max, seconds: hour }
+  })
+  const deviceKey = `login_failures:{device:${deviceId}}`
+  const perDevice: Limit[] = [
+    { name: 'login_device', key: deviceKey, max: 5, seconds: tenMinutes },
+    { name: 'login_device', key: `${deviceKey}:day`, max: 20, seconds: day }
+  ]
+  const ofStrangers = [...pairs, perMobile, ...perNetwork.filter(({ max }) => max > 0)]
   return {
-    /** For the mobile and a network. */
-    resetOnSuccess: pairs,
-    /** For the mobile alone, and for a network alone. A success refunds only its own unit. */
-    refundOnSuccess: loginIpHourlyMax > 0 ? [perMobile, ...perNetwork] : [perMobile],
+    /** Every try consumes them, and a success refunds its own unit. */
+    counted: deviceId === undefined ? ofStrangers : perDevice,
+    /** For the mobile and a network. A success also clears their failures. */
+    clearedBySuccess: pairs,
     /** For the mobile alone, and for the mobile and the networks of the reset. */
-    resetByPasswordReset: [...pairs, perMobile]
+    clearedByReset: [...pairs, perMobile]
+  }
+}
+
+/** Counts the logins in the hash queue of this instance: nothing else limits the successful ones of one account. */
+export class LoginPlaces {
+  private readonly taken = new Map<string, number>()
+
+  /**
+   * Takes one of 3 places of the mobile, and one of 20 of each network. Strangers cannot take those of devices that know the
+   * mobile: they have 3 others.
+   *
+   * @returns a function that gives them back
+   * @throws {Refusal} if there is none
+   */
+  take(mobile: string, address: string, deviceId: string | undefined): () => void {
+    const networks = networksOf(address).map(({ network, share }) => ({ key: network, max: 20 * share }))
+    const groups = deviceId ? [{ key: `device ${mobile}`, max: 3 }] : [{ key: mobile, max: 3 }, ...networks]
+    const count = (key: string) => this.taken.get(key) ?? 0
+    if (groups.some(({ key, max }) => count(key) >= max)) {
+      throw new Refusal('too_many_requests', undefined, { retryAfterSeconds: 1 })
+    }
+    for (const { key } of groups) this.taken.set(key, count(key) + 1)
+    return () => {
+      for (const { key } of groups) count(key) > 1 ? this.taken.set(key, count(key) - 1) : this.taken.delete(key)
+    }
   }
 }

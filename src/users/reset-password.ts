@@ -5,11 +5,10 @@ import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import { loginLimits } from './login-limits.js'
 import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from './schemas.js'
-import { findVerifiedUser } from './users.js'
 
 /** PUT /users/password: a mobile, its code and a new password end all earlier sessions of the user, and start one. */
 export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const { codes, inFlight, passwords, postgres, rateLimits, sessions, users } = fastify.mobileSignup
+  const { codes, devices, inFlight, passwords, postgres, rateLimits, sessions, users } = fastify.mobileSignup
 
   fastify.route({
     method: 'PUT',
@@ -47,7 +46,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       // A used code writes nothing again, not even without a row: a former primary may lack one that exists.
       const isRepeat = hold.usedBy !== undefined
       const user = isRepeat
-        ? await findVerifiedUser(fastify.mobileSignup, mobile, password, reply.raw)
+        ? await findVerifiedUser(request, reply)
         : await users.setPassword(mobile, await passwords.hash(password, reply.raw))
       if (user === undefined) {
         await codes.release(hold, isRepeat ? 'wrong_password' : 'used_in_vain')
@@ -58,17 +57,23 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       await Promise.all([
         sessions.endBefore(user.id, user.sessionEpoch),
         rateLimits
-          .reset(loginLimits(config, mobile, request.ip).resetByPasswordReset)
+          .reset(loginLimits(config, mobile, request.ip).clearedByReset)
           .catch((err) => request.log.error({ err }, 'failed logins could not be forgotten')),
         codes.release(hold, 'used', user.id)
       ])
       const sessionUser = { user_id: user.id, name: user.name, mobile }
       const session = await sessions.tryStart(request, reply, sessionUser, user.sessionEpoch)
+      if (session) devices.remember(reply, mobile)
       if (isRepeat) reply.header('idempotent-replayed', 'true')
       return reply.outcome('password_reset', { data: { ...sessionUser, session } })
     } catch (error) {
       await codes.release(hold, 'unused')
       throw error
     }
+  }
+
+  async function findVerifiedUser({ body: { mobile, password } }: NewPasswordRequest, reply: FastifyReply) {
+    const user = await users.find(mobile)
+    return (await passwords.verify(user?.passwordHash, password, reply.raw)) ? user : undefined
   }
 }

@@ -11,7 +11,7 @@ import type { User } from './users.js'
 
 /** POST /users: a mobile, its code and a password become a user with a session. */
 export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
-  const { codes, inFlight, passwords, postgres, sessions, users } = fastify.mobileSignup
+  const { codes, devices, inFlight, passwords, postgres, sessions, users } = fastify.mobileSignup
 
   fastify.route({
     method: 'POST',
@@ -105,6 +105,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
       sessions.tryStart(request, reply, user, sessionEpoch),
       codes.release(hold, 'used', id)
     ])
+    if (session) devices.remember(reply, hold.mobile)
     return reply.outcome('registered', { data: { ...user, session } })
   }
 

@@ -1,6 +1,4 @@
-import type { Writable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
-import type { Passwords } from '../passwords/passwords.js'
 import { isVerifiable } from '../passwords/stored-hash.js'
 import type { NamedStatement, Postgres } from '../stores/postgres.js'
 
@@ -107,20 +105,4 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger): Users {
       return rows[0]?.sessionEpoch
     }
   }
-}
-
-/**
- * Returns the user of a mobile if the password is theirs. An unknown mobile takes as long as a wrong password.
- *
- * @param client see {@link Passwords.verify}
- */
-export async function findVerifiedUser(
-  { users, passwords }: { users: Users; passwords: Passwords },
-  mobile: string,
-  password: string,
-  client: Writable
-): Promise<User | undefined> {
-  const user = await users.find(mobile)
-  const matches = await passwords.verify(user?.passwordHash, password, client)
-  return matches ? user : undefined
 }
