@@ -157,8 +157,10 @@ t.test(
     t.strictSame([await fail('192.0.2.50'), await fail('192.0.2.50')], [401, 429])
     t.equal(await succeed('192.0.2.50'), 429)
     t.equal(await succeed('192.0.2.51'), 201)
-    const ofSite = Array.from({ length: 192 }, (_, n) => fail(`2001:db8:0:${n}::1`))
-    t.ok((await Promise.all(ofSite)).every((status) => status === 401))
+    for (let n = 0; n < 192; n += 16) {
+      const ofSite = Array.from({ length: 16 }, (_, index) => fail(`2001:db8:0:${n + index}::1`))
+      t.ok((await Promise.all(ofSite)).every((status) => status === 401))
+    }
     t.equal(await fail('2001:db8:0:999::1'), 429, 'a /48 has 64 times the number')
 
     const unlimited = client(await build(t, { LOGIN_IP_HOURLY_MAX: '0' }))
