@@ -6,6 +6,7 @@ import { sendCodeRoute } from './codes/send-code.js'
 import { createSms, type Sms } from './codes/sms.js'
 import type { Config } from './config/config.js'
 import { badRequests } from './http/bad-requests.js'
+import { connections } from './http/connections.js'
 import { forwardedFor } from './http/forwarded-for.js'
 import { healthRoutes, StoreChecks } from './http/health.js'
 import { InFlight } from './http/in-flight.js'
@@ -128,13 +129,14 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
 async function registerService(app: FastifyInstance, config: Config): Promise<void> {
   const metrics = config.metricsPort === undefined ? undefined : new Metrics(limitNames)
 
+  await app.register(connections)
   await app.register(replyHeaders)
-  await app.register(forwardedFor)
   await app.register(replies, { config })
+  await app.register(badRequests, { config })
+  await app.register(forwardedFor, { config })
   await app.register(strictJson)
   await app.register(startUp)
   await app.register(shutdown)
-  await app.register(badRequests, { config })
   await app.register(capabilities, { config, observer: metrics })
   await app.register(openapi, { config })
   const storeChecks = new StoreChecks(checksOf(app))

@@ -75,6 +75,8 @@ export const outcomeNames = Object.keys(outcomes).filter(isOutcomeName)
 /** What an answer may carry beside its status, errno and message. */
 export interface OutcomeDetails {
   data?: object
+  /** Another status of `bad_request`. */
+  status?: number
   /** Whole seconds until the same request may succeed; replaces the default of the outcome. */
   retryAfterSeconds?: number | undefined
 }

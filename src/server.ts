@@ -80,7 +80,8 @@ async function main(): Promise<void> {
   app.startUp.isComplete = false
   // Fastify would open a second server for the other address of localhost, without the handlers of http/.
   const { address: host } = await lookup(config.host, { order: 'ipv4first' })
-  await app.listen({ port: config.port, host })
+  // Without a host Node listens on `::`, or on `0.0.0.0` where the kernel has no IPv6.
+  await app.listen({ port: config.port, host: host === '::' ? '' : host })
   await migrated
   app.startUp.isComplete = true
 }

@@ -233,6 +233,12 @@ export function readVariables(read: Read, production: boolean) {
       'info',
       '`fatal`, `error`, `warn`, `info`, `debug`, `trace` or `silent`.'
     ),
+    keepAliveTimeoutMs: read(
+      'KEEP_ALIVE_TIMEOUT_MS',
+      integer(1_000, 3_600_000),
+      72_000,
+      'How long an idle connection stays open, in milliseconds. At least as long as the gateway keeps it, or requests meet a closing connection.'
+    ),
     shutdownDelayMs: read(
       'SHUTDOWN_DELAY_MS',
       integer(0, 600_000),

@@ -1,11 +1,12 @@
 import { randomUUID } from 'node:crypto'
-import { STATUS_CODES } from 'node:http'
-import type { Socket } from 'node:net'
+import { type IncomingMessage, type ServerResponse, STATUS_CODES } from 'node:http'
+import { isIPv6, type Socket } from 'node:net'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
-import { type Language, type OutcomeName, outcomes } from '../outcomes.js'
-import type { RequestLog } from '../telemetry/log.js'
+import { type Language, outcomes } from '../outcomes.js'
+import { logRequest, type RequestLog } from '../telemetry/log.js'
+import { refused } from './connections.js'
 import { headersOfReply } from './reply-headers.js'
 
 /**
@@ -28,15 +29,31 @@ const badRequestHeaders = (requestId: string, body: string) => ({
 })
 
 /** Logs a request that Fastify never sees, so that the id of its reply is in the log, as that of any other. */
-function logRequest(log: FastifyBaseLogger | undefined, requestId: string, status: number): void {
-  log?.info({ reqId: requestId, status, outcome: 'bad_request' satisfies OutcomeName }, 'request')
+function logBadRequest(log: FastifyBaseLogger, requestId: string, status: number): void {
+  logRequest(log, { reqId: requestId, status, outcome: 'bad_request' })
+}
+
+/** The most header lines of a request. Browsers and gateways send about thirty. */
+const headerLinesMax = 200
+
+/** Returns the status with which the head of a request is refused, or undefined. Node's own check of Host is off. */
+function statusOfHead({ rawHeaders, headers, httpVersion }: IncomingMessage): number | undefined {
+  if (rawHeaders.length > 2 * headerLinesMax) return 431
+  // RFC 9112, section 3.2. Of two lines Node would keep the first.
+  const hostLines = rawHeaders.filter((name, index) => index % 2 === 0 && /^host$/i.test(name)).length
+  if (hostLines > 1 || (hostLines === 0 && httpVersion === '1.1')) return 400
+  return headers.host === undefined || isHost(headers.host) ? undefined : 400
+}
+
+/** Whether a text is a host name or an IP address, and perhaps a port. */
+function isHost(text: string): boolean {
+  const [, address] = /^\[(.*)\](?::\d{1,5})?$/.exec(text) ?? []
+  return address === undefined ? /^[\w.-]+(?::\d{1,5})?$/.test(text) : isIPv6(address)
 }
 
 /** The two handlers of Fastify's options that answer what never becomes a request. */
 export function badRequestHandlers({ defaultLanguage }: Config, requestLog: RequestLog) {
   const body = badRequestBody(defaultLanguage)
-  /** After bytes that it cannot parse, Node reports an error for all that follow on the connection, too. */
-  const refused = new WeakSet<Socket>()
   return {
     /** Answers bytes that Node cannot parse as HTTP. Fastify calls it with the instance as `this`. */
     async clientErrorHandler(
@@ -44,10 +61,11 @@ export function badRequestHandlers({ defaultLanguage }: Config, requestLog: Requ
       error: NodeJS.ErrnoException,
       socket: Socket
     ): Promise<void> {
+      // After bytes that it cannot parse, Node reports an error for all that follow on the connection, too.
       if (refused.has(socket)) return
       refused.add(socket)
       // Bytes that are written before would be read as the response of an earlier request.
-      await this?.shutdown.untilAnswered(socket)
+      await this?.connections.untilAnswered(socket)
       refuseSocket(socket, statusOf(error), body, this?.log)
     },
     /** Answers a URL that cannot be decoded. Fastify neither decorates this reply nor logs the request. */
@@ -63,33 +81,34 @@ export function badRequestHandlers({ defaultLanguage }: Config, requestLog: Requ
 export const badRequests = fp<{ config: Config }>(
   async (fastify, { config }) => {
     const body = badRequestBody(config.defaultLanguage)
-    fastify.server.on('checkExpectation', (_request, response) => {
+    fastify.server.on('checkExpectation', ({ socket }: IncomingMessage, response: ServerResponse) => {
+      if (refused.has(socket)) return
       const requestId = randomUUID()
       response.writeHead(417, { ...badRequestHeaders(requestId, body), connection: 'close' }).end(body)
-      logRequest(fastify.log, requestId, 417)
+      logBadRequest(fastify.log, requestId, 417)
     })
     fastify.server.on('connect', async (_request, socket: Socket) => {
       // Node has removed its listeners. Without one for `error`, a reset ends the process. Without `resume`, the client's FIN
       // is not noticed behind bytes that nobody reads.
       socket.on('error', () => undefined).resume()
-      await fastify.shutdown.untilAnswered(socket)
+      await fastify.connections.untilAnswered(socket)
       refuseSocket(socket, 400, body, fastify.log)
     })
     fastify.addHook('onRequest', (request, reply, done) => {
-      // RFC 9112, section 3.2. Node's own check is off (`requireHostHeader`).
-      if (request.headers.host === undefined && request.raw.httpVersion === '1.1') reply.outcome('bad_request')
-      else done()
+      const status = statusOfHead(request.raw)
+      if (status === undefined) done()
+      else reply.outcome('bad_request', { status })
     })
     fastify.setNotFoundHandler((_request, reply) => reply.outcome('no_such_route'))
   },
-  { fastify: '5.x', name: 'bad-requests', dependencies: ['replies', 'shutdown'] }
+  { fastify: '5.x', name: 'bad-requests', dependencies: ['replies', 'connections'] }
 )
 
 function refuseSocket(socket: Socket, status: number, body: string, log: FastifyBaseLogger | undefined): void {
   // The client has disconnected.
   if (!socket.writable) return
   const requestId = randomUUID()
-  logRequest(log, requestId, status)
+  if (log) logBadRequest(log, requestId, status)
   const headers = Object.entries({ ...badRequestHeaders(requestId, body), connection: 'close' })
   const head = [`HTTP/1.1 ${status} ${STATUS_CODES[status]}`, ...headers.map(([name, value]) => `${name}: ${value}`)]
   socket.end(`${head.join('\r\n')}\r\n\r\n${body}`)

@@ -63,7 +63,16 @@ export const openapi = fp<{ config: Config }>(
         return { schema: { ...schema, headers: acceptLanguage, response }, url }
       }
     })
-    fastify.route({ method: 'GET', url: '/openapi.json', handler: async () => fastify.swagger() })
+    // Serialised once, and kept as bytes: replies that wait to be read share them.
+    let description: Buffer | undefined
+    fastify.route({
+      method: 'GET',
+      url: '/openapi.json',
+      async handler(_request, reply) {
+        description ??= Buffer.from(JSON.stringify(fastify.swagger()))
+        return reply.type('application/json; charset=utf-8').send(description)
+      }
+    })
 
     if (config.docs) {
       const { default: swaggerUi } = await import('@fastify/swagger-ui')

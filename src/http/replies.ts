@@ -45,7 +45,7 @@ export const replies = fp<{ config: Config }>(
       this.outcomeName = name
       // The legacy handler had no outcome for what HTTP parsing refuses, and no probes.
       const isLegacy = config.legacyStatus && name !== 'bad_request' && !this.routeOptions.config.isProbe
-      this.code(isLegacy ? 200 : outcome.status)
+      this.code(isLegacy ? 200 : (details.status ?? outcome.status))
       const retryAfterSeconds =
         details.retryAfterSeconds ?? ('retryAfterSeconds' in outcome ? outcome.retryAfterSeconds : undefined)
       if (retryAfterSeconds !== undefined) this.header('retry-after', retryAfterSeconds)

@@ -1,14 +1,15 @@
 import { randomUUID } from 'node:crypto'
 import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
+import { maskMobiles } from '../telemetry/log.js'
 
-/** The ids of gateways and tracers, but none that contains a mobile number, also after a country code: the id is logged. */
-const acceptedId = /^(?!.*(?<!\d)(?:(?:00)?86)?1[3-9]\d{9}(?!\d))[\w.:/+=-]{1,128}$/
+/** The ids of gateways and tracers. */
+const acceptedId = /^[\w.:/+=-]{1,128}$/
 
-/** Returns the gateway's `X-Request-Id` if it is safe to log, else a new id. */
+/** Returns the gateway's `X-Request-Id` if it is safe to log, else a new id. One with a mobile number in it is not. */
 export function requestIdOf({ headers }: Pick<IncomingMessage, 'headers'>): string {
   const id = headers['x-request-id']
-  return typeof id === 'string' && acceptedId.test(id) ? id : randomUUID()
+  return typeof id === 'string' && acceptedId.test(id) && maskMobiles(id) === id ? id : randomUUID()
 }
 
 /**

@@ -4,6 +4,7 @@ import type { DestinationStream } from 'pino'
 import type { Config } from '../config/config.js'
 import { loggerOptions, RequestLog } from '../telemetry/log.js'
 import { badRequestHandlers } from './bad-requests.js'
+import { trustedProxies } from './forwarded-for.js'
 import { requestIdOf } from './reply-headers.js'
 import { bodyMaxBytes } from './schemas.js'
 
@@ -24,9 +25,10 @@ export function serverOptions(config: Config, logStream?: DestinationStream) {
     logger: loggerOptions(config, logStream),
     logController: requestLog,
     genReqId: requestIdOf,
-    ...(config.trustProxy.length > 0 && { trustProxy: [...config.trustProxy] }),
+    ...(config.trustProxy.length > 0 && { trustProxy: trustedProxies(config) }),
     bodyLimit: bodyMaxBytes,
     requestTimeout: requestTimeoutMs,
+    keepAliveTimeout: config.keepAliveTimeoutMs,
     pluginTimeout: pluginTimeoutMs,
     // http/shutdown.ts answers these requests in the envelope.
     return503OnClosing: false,

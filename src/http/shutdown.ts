@@ -1,14 +1,13 @@
-import type { IncomingMessage, ServerResponse } from 'node:http'
-import type { Socket } from 'node:net'
 import fp from 'fastify-plugin'
 
 interface Shutdown {
   /** Whether a shutdown has been announced or has begun. */
   readonly isAnnounced: boolean
-  /** Makes the readiness probe fail, so that balancers stop sending requests before the server closes. */
+  /**
+   * Makes the readiness probe fail, so that balancers stop sending requests before the server closes, and replies close their
+   * connections, so that few are open then.
+   */
   announce(): void
-  /** Waits until every request that has arrived completely on this connection is answered. */
-  untilAnswered(socket: Socket): Promise<void>
 }
 
 declare module 'fastify' {
@@ -17,59 +16,45 @@ declare module 'fastify' {
   }
 }
 
-/** How long a request that has arrived partly when the server closes may take to arrive completely. */
-const partialRequestGraceMs = 1_000
+/** How long a request that is on its way when the server closes may take to arrive completely. */
+const arrivalGraceMs = 500
 
-/** How often a closing server looks for idle connections. */
+/** How often a closing server looks for connections without a request after that. */
 const idleCheckMs = 25
 
 /**
- * Graceful shutdown: accepted requests are answered, later ones on open connections are refused with `busy`, and idle
- * connections are closed at once.
+ * Graceful shutdown: accepted requests are answered, later ones on open connections are refused with `busy`, and connections
+ * on which none arrives are closed.
  */
 export const shutdown = fp(
   async (fastify) => {
-    const { server } = fastify
+    const { server, connections } = fastify
     let isAnnounced = false
     let isClosing = false
 
-    // Node's closeIdleConnections() does not close connections without any request, and a closing server's timeouts
-    // stop.
-    const openRequests = new Map<Socket, Map<IncomingMessage, ServerResponse>>()
-    server.on('connection', (socket: Socket) => {
-      openRequests.set(socket, new Map())
-      socket.once('close', () => openRequests.delete(socket))
-    })
-    server.on('request', (request, response) => {
-      const requests = openRequests.get(request.socket)?.set(request, response)
-      response.once('close', () => requests?.delete(request))
-    })
-
+    function announce(): void {
+      isAnnounced = true
+      connections.closeAfterReplies()
+    }
     fastify.decorate('shutdown', {
       get isAnnounced() {
-        return isAnnounced || isClosing
+        return isAnnounced
       },
-      announce() {
-        isAnnounced = true
-      },
-      async untilAnswered(socket) {
-        for (const [request, response] of openRequests.get(socket) ?? []) {
-          if (request.complete) await new Promise((resolve) => response.once('close', resolve))
-        }
-      }
+      announce
     } satisfies Shutdown)
 
     fastify.addHook('preClose', async () => {
       isClosing = true
-      const graceEndsAt = Date.now() + partialRequestGraceMs
-      function closeIdleConnections(): void {
-        for (const [socket, requests] of openRequests) {
-          const isInUse = [...requests.keys()].some(({ complete }) => complete || Date.now() < graceEndsAt)
-          if (!isInUse) socket.destroy()
+      announce()
+      // Node's own would cut a request that is on its way, and leaves connections open that never had any.
+      server.closeIdleConnections = () => undefined
+      const graceEndsAt = performance.now() + arrivalGraceMs
+      const interval = setInterval(() => {
+        if (performance.now() < graceEndsAt) return
+        for (const [socket, requests] of connections.unanswered) {
+          if (![...requests.keys()].some(({ complete }) => complete)) socket.destroy()
         }
-      }
-      closeIdleConnections()
-      const interval = setInterval(closeIdleConnections, idleCheckMs)
+      }, idleCheckMs)
       server.once('close', () => clearInterval(interval))
     })
 
@@ -78,5 +63,5 @@ export const shutdown = fp(
       else done()
     })
   },
-  { fastify: '5.x', name: 'shutdown', dependencies: ['replies'] }
+  { fastify: '5.x', name: 'shutdown', dependencies: ['replies', 'connections'] }
 )

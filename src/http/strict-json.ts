@@ -17,6 +17,10 @@ export const strictJson = fp(
     // 'ignore' keeps fields such as `__proto__`: unknown fields are ignored, and no code reads these.
     const parseJson = fastify.getDefaultJsonParser('ignore', 'ignore')
     fastify.addContentTypeParser<Buffer>('application/json', { parseAs: 'buffer' }, (request, body, done) => {
+      // A coded body would be read as plain text.
+      if (!/^(?:identity)?$/i.test(request.headers['content-encoding'] ?? '')) {
+        return done(new Refusal('unsupported_content_type'))
+      }
       // Clients often send DELETE with a content type and an empty body.
       if (body.length === 0) done(null, undefined)
       // Decoding replaces invalid bytes, so that different passwords would become the same one.

@@ -1,6 +1,7 @@
-import { type FastifyReply, type FastifyRequest, LogController } from 'fastify'
+import { type FastifyBaseLogger, type FastifyReply, type FastifyRequest, LogController } from 'fastify'
 import { type DestinationStream, destination, stdSerializers } from 'pino'
 import type { Config } from '../config/config.js'
+import { sampler } from './sampled-warnings.js'
 
 declare module 'fastify' {
   interface FastifyRequest {
@@ -59,25 +60,35 @@ export function loggerOptions({ logLevel }: Config, stream?: DestinationStream) 
   }
 }
 
+/** The outcomes that anybody can cause without end: of each, at most 100 lines a second are written. */
+const sampledOutcomes = new Set<unknown>(['no_such_route', 'bad_request', 'not_logged_in'])
+const sampleOutcome = sampler(100, 1_000)
+
+/** Writes the line of a request. A sampled one says as `suppressed` how many like it were left out before it. */
+export function logRequest(
+  log: FastifyBaseLogger,
+  line: { outcome: string | undefined; [field: string]: unknown }
+): void {
+  const suppressed = sampledOutcomes.has(line.outcome) ? sampleOutcome(`${line.outcome}`) : 0
+  if (suppressed !== undefined) log.info({ ...line, ...(suppressed > 0 && { suppressed }) }, 'request')
+}
+
 /** Logs one line for each request when it ends. It has the route, not the URL, which may contain anything. */
 export class RequestLog extends LogController {
   override incomingRequest(): void {}
 
   override requestCompleted(err: Error | null | undefined, request: FastifyRequest, reply: FastifyReply): void {
     if (request.routeOptions.config.isProbe) return
-    request.log.info(
-      {
-        ...(request.traceId !== undefined && { trace_id: request.traceId }),
-        method: request.method,
-        route: request.routeOptions.url,
-        mobile: maskedMobileOf(request.body),
-        status: reply.statusCode,
-        outcome: reply.outcomeName,
-        ms: Math.round(reply.elapsedTime * 10) / 10,
-        ...(err && { err })
-      },
-      'request'
-    )
+    logRequest(request.log, {
+      ...(request.traceId !== undefined && { trace_id: request.traceId }),
+      method: request.method,
+      route: request.routeOptions.url,
+      mobile: maskedMobileOf(request.body),
+      status: reply.statusCode,
+      outcome: reply.outcomeName,
+      ms: Math.round(reply.elapsedTime * 10) / 10,
+      ...(err && { err })
+    })
   }
 }
 

@@ -190,8 +190,8 @@ export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: Met
       if (url !== '/metrics') return response.writeHead(404).end()
       return response.setHeader('content-type', metrics.contentType).end(await metrics.scrape())
     })
-    // During the registration, so that a port in use stops the start before the service listens.
-    await once(server.listen(metricsPort, host), 'listening')
+    // As src/server.ts does it. During the registration, so that a port in use stops the start before the service listens.
+    await once(server.listen(metricsPort, host === '::' ? '' : host), 'listening')
     // onClose runs after the last request is answered, so a shutdown can be observed.
     fastify.addHook('onClose', async () => {
       server.closeAllConnections()

@@ -1,4 +1,5 @@
 import { FastifyOtelInstrumentation } from '@fastify/otel'
+import { type TextMapPropagator, trace } from '@opentelemetry/api'
 import { OTLPTraceExporter } from '@opentelemetry/exporter-trace-otlp-http'
 import { registerInstrumentations } from '@opentelemetry/instrumentation'
 import { IORedisInstrumentation } from '@opentelemetry/instrumentation-ioredis'
@@ -10,6 +11,7 @@ import {
   type ReadableSpan,
   type SpanExporter
 } from '@opentelemetry/sdk-trace-node'
+import { maskMobiles } from './log.js'
 
 /** How long a stopping process waits for its last spans to be sent. */
 const flushTimeoutMs = 2_000
@@ -31,6 +33,24 @@ class MessageRemover implements SpanExporter {
   }
 }
 
+/** Any version of W3C Trace Context. */
+const traceparent = /^(?!ff)[\da-f]{2}-(?!0{32})([\da-f]{32})-(?!0{16})([\da-f]{16})-([\da-f]{2})(?:-.*)?$/
+
+/**
+ * Joins the trace of a `traceparent`. Not that of one with a mobile number in it, because spans and the log have its ids, and
+ * never with its `tracestate`, which may be any text.
+ */
+const traceContext: TextMapPropagator = {
+  fields: () => ['traceparent'],
+  inject: () => undefined,
+  extract(context, carrier, getter) {
+    const header = `${getter.get(carrier, 'traceparent') ?? ''}`
+    const [, traceId, spanId, flags] = traceparent.exec(header) ?? []
+    if (traceId === undefined || spanId === undefined || maskMobiles(header) !== header) return context
+    return trace.setSpanContext(context, { traceId, spanId, traceFlags: Number(`0x${flags}`), isRemote: true })
+  }
+}
+
 /**
  * Sends spans of requests and of their round trips to `OTEL_EXPORTER_OTLP_ENDPOINT`. OpenTelemetry itself reads this
  * variable and its others. Call it before `pg` and `ioredis` are loaded: it instruments them.
@@ -44,7 +64,7 @@ export function startTracing(): () => Promise<void> {
       .merge(detectResources({ detectors: [envDetector] })),
     spanProcessors: [new BatchSpanProcessor(new MessageRemover(new OTLPTraceExporter()))]
   })
-  provider.register()
+  provider.register({ propagator: traceContext })
   registerInstrumentations({
     instrumentations: [
       new FastifyOtelInstrumentation({
