@@ -83,6 +83,13 @@ const refusals = [
   ['an unknown method', 400, `FOO / HTTP/1.1\r\n${host}\r\n`],
   ['HTTP/2', 400, 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'],
   ['no Host', 400, 'GET /api/v1.0/session HTTP/1.1\r\n\r\n'],
+  ['two Hosts', 400, `GET /api/v1.0/session HTTP/1.1\r\n${host}hOST: service\r\n\r\n`],
+  ...[' ', 'a b', 'a, b', 'a/b', 'user@a', 'a:b', 'a:123456', 'a:1:2', '[::1', '[a]', '::1', '"a"', 'a?', 'ä'].map(
+    (text) => [`the Host ${text}`, 400, `GET /api/v1.0/session HTTP/1.1\r\nHost: ${text}\r\n\r\n`] as const
+  ),
+  ['two Hosts of HTTP/1.0', 400, `GET /api/v1.0/session HTTP/1.0\r\n${host}${host}\r\n`],
+  ['201 header lines', 431, `GET /api/v1.0/session HTTP/1.1\r\n${host}${'X: 1\r\n'.repeat(200)}\r\n`],
+  ['1,500 header lines', 431, `POST /nowhere HTTP/1.1\r\n${host}${'X: 1\r\n'.repeat(1_500)}\r\n`],
   [
     'an unknown expectation',
     417,
@@ -106,6 +113,40 @@ t.test('what HTTP or URL parsing refuses gets a 4xx in the envelope with errno 4
     const reply = await exchange(app, port, head, body)
     t.match(reply, `HTTP/1.1 ${status} `, name)
     t.equal(reply.split('\r\n\r\n')[1], '{"errno":"4201","errmsg":"非法请求"}')
+  }
+})
+
+t.test('a request with 200 header lines, and with any form of a host, is answered', async (t) => {
+  for (const head of [
+    `GET /api/v1.0/session HTTP/1.1\r\n${host}${'X: 1\r\n'.repeat(199)}\r\n`,
+    'GET /api/v1.0/session HTTP/1.0\r\n\r\n',
+    ...['a', 'a_b.example.com', 'A-1.example.:8080', '192.0.2.1', '192.0.2.1:80', '[2001:db8::1]', '[::1]:3000'].map(
+      (text) => `GET /api/v1.0/session HTTP/1.1\r\nHost: ${text}\r\n\r\n`
+    )
+  ]) {
+    t.match(await exchange(app, port, head), /^HTTP\/1.1 401 /, head.slice(0, 60))
+  }
+})
+
+t.test('a Content-Encoding other than identity is refused with 415, also around a plain body', async (t) => {
+  const body = JSON.stringify(await signUpBody())
+  for (const [encoding, status] of [
+    ['gzip', 415],
+    ['GZIP', 415],
+    ['deflate', 415],
+    ['br', 415],
+    ['zstd', 415],
+    ['x', 415],
+    ['identity, gzip', 415],
+    ['gzip\r\nContent-Encoding: identity', 415],
+    ['', 201],
+    ['Identity', 201]
+  ] as const) {
+    const sent = status === 201 ? JSON.stringify(await signUpBody()) : body
+    const head = `POST /api/v1.0/users HTTP/1.1\r\n${json}Content-Encoding: ${encoding}\r\nContent-Length: ${Buffer.byteLength(sent)}\r\n\r\n`
+    const reply = await exchange(app, port, head, sent)
+    t.match(reply, `HTTP/1.1 ${status} `, encoding)
+    if (status === 415) t.match(reply, '{"errno":"4103","errmsg":"不支持的内容类型"}')
   }
 })
 
@@ -184,7 +225,7 @@ t.test('shutdown answers accepted requests, refuses later ones with 503, and clo
   await inserts.arrived(1)
   const appClosed = app.close()
   await idleClosed
-  // It is read while the first request waits, and answered after it, as HTTP/1.1 requires.
+  // It is read while the first request waits, and answered after it, as HTTP/1.1 requires. The last one says close.
   const secondRequest = once(app.server, 'request')
   socket.write(`GET /api/v1.0/session HTTP/1.1\r\n${host}\r\n`)
   await secondRequest
@@ -195,6 +236,40 @@ t.test('shutdown answers accepted requests, refuses later ones with 503, and clo
     replies(),
     /^HTTP\/1.1 201 [\s\S]*"session":true\}\}HTTP\/1.1 503 [\s\S]*retry-after: 1\r\n[\s\S]*\{"errno":"4500",/
   )
+  const connectionHeaders = [...replies().matchAll(/\r\nconnection: (\S+)/gi)].map(([, value]) => value)
+  t.strictSame(connectionHeaders, ['keep-alive', 'close'])
+})
+
+t.test('from its announcement on, a shutdown closes each connection with a reply, and cuts no request', async (t) => {
+  const { app, port } = await listen(t)
+  const inserts = await holdInserts(t)
+  const session = `GET /api/v1.0/session HTTP/1.1\r\n${host}\r\n`
+  const inFlight = await openRecorded(app, port)
+  inFlight.socket.write(await signUpRequest())
+  await inserts.arrived(1)
+  const idle = await openRecorded(app, port)
+  idle.socket.write(session)
+  await once(idle.socket, 'data')
+  app.shutdown.announce()
+  for (const request of [session, `GET /%zz HTTP/1.1\r\n${host}\r\n`, `GET /openapi.json HTTP/1.1\r\n${host}\r\n`]) {
+    const { socket, closed, replies } = await openRecorded(app, port)
+    socket.write(request)
+    await closed
+    t.match(replies(), /\r\nconnection: close\r\n/i)
+  }
+  await inserts.release()
+  await inFlight.closed
+  t.match(inFlight.replies(), /^HTTP\/1.1 201 [\s\S]*\r\nconnection: close\r\n/i)
+
+  // What is on its way when the server closes: on a new connection, and on an idle one.
+  const fresh = await openRecorded(app, port)
+  const appClosed = app.close()
+  await until('the server has closed', () => !app.server.listening)
+  for (const { socket } of [fresh, idle]) socket.write(session)
+  await Promise.all([fresh.closed, idle.closed])
+  t.match(fresh.replies(), /^HTTP\/1.1 503 [\s\S]*\r\nconnection: close\r\n/i)
+  t.match(idle.replies(), /^HTTP\/1.1 401 [\s\S]*HTTP\/1.1 503 [\s\S]*\r\nconnection: close\r\n/i)
+  await appClosed
 })
 
 t.test('shutdown does not wait for a request that never arrives completely', async (t) => {

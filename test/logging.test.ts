@@ -48,7 +48,13 @@ t.test('X-Request-Id is logged and returned, and replaced if it is not safe to l
     '号',
     newMobile(),
     `m=${newMobile()}`,
-    `86${newMobile()}`
+    `86${newMobile()}`,
+    // In other digits, letters and signs; percent-encoded.
+    `0${newMobile()}`,
+    `1${newMobile()}9`,
+    `+86${newMobile()}x`,
+    `trace_${newMobile()}00000000`,
+    [...newMobile()].map((digit) => `%3${digit}`).join('')
   ]
   for (const id of [...safeIds, ...unsafeIds]) {
     const reply = await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
@@ -163,16 +169,69 @@ t.test('a line about a session that could not be stored has the cause', async (t
   t.match(line, { err: { message: /^redis is unavailable: ./ } })
 })
 
-t.test('an X-Forwarded-For of a peer that TRUST_PROXY does not name is logged, at most once a minute', async (t) => {
-  const { app, lines } = await buildWithLog(t, { TRUST_PROXY: '10.0.0.0/8' })
-  const send = (remoteAddress: string) =>
-    app.inject({ url: '/api/v1.0/session', remoteAddress, headers: { 'x-forwarded-for': '192.0.2.1' } })
-  const warnings = () => lines.filter(({ msg }) => `${msg}`.startsWith('X-Forwarded-For is ignored'))
-  await send('10.0.0.1')
-  t.equal(warnings().length, 0)
-  for (let n = 0; n < 3; n++) await send('198.51.100.1')
-  t.equal(warnings().length, 1)
+t.test('an X-Forwarded-For that does not tell the client is logged, at most once a minute each', async (t) => {
+  const { app, lines } = await buildWithLog(t, { TRUST_PROXY: '10.0.0.0/8,::ffff:192.0.2.7,2001:db8::/32' })
+  async function warningsOf(remoteAddress: string, forwardedFor?: string): Promise<unknown[]> {
+    lines.length = 0
+    const headers = forwardedFor === undefined ? {} : { 'x-forwarded-for': forwardedFor }
+    await app.inject({ url: '/api/v1.0/session', remoteAddress, headers })
+    return lines.filter(({ level }) => level === 40).map(({ msg, peer }) => [`${msg}`.slice(0, 33), peer])
+  }
+  const ignored = 'X-Forwarded-For is ignored: TRUST'
+  const chosen = 'every address of X-Forwarded-For '
+  t.strictSame(await warningsOf('10.0.0.1', '203.0.113.1'), [])
+  t.strictSame(
+    await warningsOf('10.0.0.1', '10.0.0.9, 203.0.113.1'),
+    [],
+    'a client that lies has not chosen its address'
+  )
+  t.strictSame(await warningsOf('10.0.0.1', '203.0.113.1, 192.0.2.7:443, [2001:db8::7]:443'), [])
+  t.strictSame(await warningsOf('10.0.0.1'), [])
+  t.strictSame(await warningsOf('198.51.100.1', '203.0.113.1'), [[ignored, '198.51.100.1']])
+  t.strictSame(await warningsOf('198.51.100.1', '203.0.113.1'), [], 'once a minute')
+  t.strictSame(await warningsOf('::ffff:10.0.0.1', '10.0.0.9, 10.0.0.8:80'), [[chosen, '::ffff:10.0.0.1']])
+  t.strictSame(await warningsOf('10.0.0.1', '192.0.2.7'), [], 'once a minute')
+
+  let now = performance.now() + 60_000
+  const clock = mock.method(performance, 'now', () => now++)
+  t.teardown(() => clock.mock.restore())
+  t.strictSame(await warningsOf('10.0.0.1', '[2001:db8::9]:5000'), [[chosen, '10.0.0.1']])
+  t.strictSame(await warningsOf('203.0.113.1', '203.0.113.1'), [[ignored, '203.0.113.1']])
 })
+
+t.test(
+  'of requests that anybody can send without end 100 lines a second are written, and the others counted',
+  async (t) => {
+    const { app, lines } = await buildWithLog(t)
+    let now = performance.now() + 3_600_000
+    const clock = mock.method(performance, 'now', () => now)
+    t.teardown(() => clock.mock.restore())
+    const kinds = {
+      no_such_route: '/nowhere',
+      bad_request: '/api/v1.0/%zz',
+      not_logged_in: '/api/v1.0/session'
+    }
+    const linesOf = (kind: string) => lines.filter(({ outcome }) => outcome === kind)
+    now += 1_000
+    for (const url of Object.values(kinds)) for (let n = 0; n < 150; n++) await app.inject(url)
+    for (const kind of Object.keys(kinds)) t.equal(linesOf(kind).length, 100, kind)
+    for (const { suppressed } of lines) t.equal(suppressed, undefined)
+    now += 1_000
+    for (const url of Object.values(kinds)) for (let n = 0; n < 2; n++) await app.inject(url)
+    for (const kind of Object.keys(kinds)) {
+      t.strictSame(
+        linesOf(kind)
+          .slice(100)
+          .map(({ suppressed }) => suppressed),
+        [50, undefined],
+        kind
+      )
+    }
+    lines.length = 0
+    for (let n = 0; n < 150; n++) await client(app).signUp('{}')
+    t.equal(linesOf('missing_parameter').length, 150, 'all others are always logged')
+  }
+)
 
 for (const store of ['REDIS_URL', 'DATABASE_URL'] as const) {
   t.test(

@@ -216,6 +216,13 @@ t.test('limits count the client address behind TRUST_PROXY, an IPv6 /64 once and
   t.equal(await statusOf('10.0.0.1', '192.0.2.1'), 202)
   t.equal(await statusOf('10.0.0.1', '192.0.2.2'), 202)
   t.equal(await statusOf('10.0.0.2', '192.0.2.1'), 429, 'the same client behind another trusted proxy')
+  t.equal(await statusOf('10.0.0.2', '198.18.0.1, 10.0.0.6:443'), 202)
+  t.equal(
+    await statusOf('::ffff:10.0.0.1', '198.18.0.2:5000,[::ffff:10.0.0.6]:443'),
+    202,
+    'a hop with a port is no client'
+  )
+  t.equal(await statusOf('10.0.0.2', '198.18.0.1:1234, 10.0.0.7:443, 10.0.0.6'), 429, 'the port of a client is none')
   t.equal(await statusOf('198.51.100.1', '192.0.2.3'), 202)
   t.equal(await statusOf('198.51.100.1', '192.0.2.4'), 429, 'a header of an untrusted address does not count')
 })

@@ -112,6 +112,33 @@ t.test('a sign-up is one span of the gateway’s trace, above its round trips, a
   for (const secret of [...secrets, ...sessionIds, 'not JSON']) t.notOk(collector.received.includes(`${secret}`))
 })
 
+t.test('G7: no header puts a mobile number into a span or a log line', async (t) => {
+  const collector = await startCollector(t)
+  const service = startService(t, { OTEL_EXPORTER_OTLP_ENDPOINT: collector.url, OTEL_BSP_SCHEDULE_DELAY: '100' })
+  const url = await service.url()
+  const mobile = '13812345678'
+  const traceId = 'a'.repeat(32)
+  for (const headers of [
+    { ...traceparent(traceId, true), tracestate: `m=${mobile}`, baggage: `m=${mobile}` },
+    { ...traceparent(traceId, true), tracestate: `m=${[...mobile].map((digit) => `%3${digit}`).join('')}` },
+    traceparent(mobile.padStart(32, '0'), true),
+    { traceparent: `00-${traceId}-${mobile.padEnd(16, '0')}-01` },
+    { traceparent: `cc-${traceId}-${gatewaySpanId}-01-${mobile}` },
+    { 'x-request-id': `0${mobile}` },
+    { 'user-agent': mobile, host: `${mobile}.example`, cookie: `sid=${mobile}`, referer: `http://a/${mobile}` }
+  ]) {
+    await fetch(`${url}/api/v1.0/session?m=${mobile}`, { headers })
+  }
+  t.equal(await service.stop(), 0)
+  const requests = collector.spans.filter(({ kind }) => kind === serverKind)
+  t.equal(requests.length, 7)
+  t.equal(requests.filter((span) => span.traceId === traceId && span.parentSpanId === gatewaySpanId).length, 2)
+  for (const text of [collector.received, service.stdout]) {
+    t.notMatch(text, mobile)
+    t.notMatch(text, '%31%33%38')
+  }
+})
+
 t.test('a shutdown sends the last spans', async (t) => {
   const collector = await startCollector(t)
   // Without the shutdown they would be sent after a minute.
