@@ -1,5 +1,5 @@
 # An exact tag. Add the digest after the first pull; dependabot updates both.
-FROM node:24.12.0-bookworm-slim AS base
+FROM node:24.21.0-bookworm-slim AS base
 WORKDIR /app
 
 FROM base AS build
@@ -14,7 +14,8 @@ COPY package.json package-lock.json ./
 RUN npm ci --omit=dev --ignore-scripts
 
 FROM base
-ENV NODE_ENV=production HOST=0.0.0.0 PORT=3000
+# IPv6 and IPv4.
+ENV NODE_ENV=production HOST=:: PORT=3000
 COPY --from=dependencies /app/node_modules node_modules
 COPY --from=build /app/dist dist
 COPY package.json ./

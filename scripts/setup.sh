@@ -54,5 +54,8 @@ if [ "${1:-}" = tests ]; then
   need openssl openssl
   # testkit/pooler.ts looks for it.
   need pgbouncer pgbouncer
+  # test/gateways.test.ts runs them.
+  need nginx nginx
+  need haproxy haproxy
 fi
 echo 'setup: done'

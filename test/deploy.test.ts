@@ -20,10 +20,10 @@ const read = (file: string) => readFile(new URL(`../${file}`, import.meta.url), 
 /** The names of all variables that the service reads. */
 const variables = new Set(describeVariables().map(({ name }) => name))
 
-const [deployment, service, autoscaler, budget] = parseAllDocuments(await read('deploy/kubernetes.yaml')).map(
-  (document) => document.toJS()
-)
-const networkPolicy = parse(await read('deploy/network-policy.yaml'))
+const [deployment, service, autoscaler, budget, ingressPolicy] = parseAllDocuments(
+  await read('deploy/kubernetes.yaml')
+).map((document) => document.toJS())
+const egressPolicy = parse(await read('deploy/network-policy.yaml'))
 const { services } = parse(await read('compose.yaml'))
 const dockerfile = await read('Dockerfile')
 
@@ -38,7 +38,7 @@ t.test('the Kubernetes objects are valid against their schemas', async (t) => {
   t.doesNotThrow(() => new Service(service).validate())
   t.doesNotThrow(() => new HorizontalPodAutoscaler(autoscaler).validate())
   t.doesNotThrow(() => new PodDisruptionBudget(budget).validate())
-  t.doesNotThrow(() => new NetworkPolicy(networkPolicy).validate())
+  for (const policy of [ingressPolicy, egressPolicy]) t.doesNotThrow(() => new NetworkPolicy(policy).validate())
   t.throws(() => new Deployment({ ...deployment, spec: { ...deployment.spec, replicas: 'two' } }).validate())
 })
 
@@ -59,23 +59,34 @@ t.test('a pod grants the CPU, memory and shutdown time that the service needs, a
   t.strictSame(ports, [config.port, config.metricsPort])
 })
 
-t.test('the network policy is for these pods, and every connection that it allows has a peer and a port', async (t) => {
-  const { podSelector, policyTypes, ingress, egress } = networkPolicy.spec
-  const { metadata, spec } = deployment.spec.template
-  t.match(metadata.labels, podSelector.matchLabels)
-  t.strictSame(policyTypes, ['Ingress', 'Egress'], 'what no rule allows is refused')
-  for (const { from, ports } of ingress) {
-    t.ok(from.length > 0 && ports.length > 0)
-    const names = spec.containers[0].ports.map(({ name }: { name: string }) => name)
-    for (const { port } of ports) t.ok(names.includes(port), port)
-  }
-  // DNS, Postgres, Redis and the SMS webhook.
-  t.equal(egress.length, 4)
-  for (const { to, ports } of egress) {
-    t.ok(to.length > 0 && ports.length > 0)
-    for (const { ipBlock } of to) t.ok(ipBlock === undefined || ipBlock.cidr.endsWith('/32'), 'one address')
-  }
+t.test('the manifests trust no network of others, and open each port to one peer', async (t) => {
+  t.strictSame(podEnvironment().TRUST_PROXY, '192.0.2.0/24', 'addresses that nobody has')
+  const { ports } = deployment.spec.template.spec.containers[0]
+  const { policyTypes, ingress } = ingressPolicy.spec
+  t.strictSame(policyTypes, ['Ingress'])
+  t.strictSame(
+    ingress.map(({ ports }: { ports: { port: string }[] }) => ports.map(({ port }) => port)),
+    ports.map(({ name }: { name: string }) => [name])
+  )
+  for (const { from } of ingress) t.match(from, [{ namespaceSelector: { matchLabels: {} } }])
+  t.match(services.redis.command.join(' '), /--maxmemory \d+mb --maxmemory-policy noeviction/)
 })
+
+t.test(
+  'the network policies are for these pods, and every connection that they allow has a peer and a port',
+  async (t) => {
+    const { policyTypes, egress } = egressPolicy.spec
+    const { metadata } = deployment.spec.template
+    for (const { spec } of [ingressPolicy, egressPolicy]) t.match(metadata.labels, spec.podSelector.matchLabels)
+    t.strictSame(policyTypes, ['Egress'], 'what no rule allows is refused')
+    // DNS, Postgres, Redis and the SMS webhook.
+    t.equal(egress.length, 4)
+    for (const { to, ports } of egress) {
+      t.ok(to.length > 0 && ports.length > 0)
+      for (const { ipBlock } of to) t.ok(ipBlock === undefined || ipBlock.cidr.endsWith('/32'), 'one address')
+    }
+  }
+)
 
 t.test('during an update of all pods, Postgres has a connection for each that they may open', async (t) => {
   const { minReadySeconds, strategy, template } = deployment.spec

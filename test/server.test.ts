@@ -2,7 +2,8 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { readdir, readFile } from 'node:fs/promises'
 import { createServer } from 'node:http'
-import { createServer as createTcpServer } from 'node:net'
+import { connect, createServer as createTcpServer } from 'node:net'
+import { constants } from 'node:os'
 import pg from 'pg'
 import t, { type Test } from 'tap'
 import { freePort } from '../dev/embedded-stores.js'
@@ -121,10 +122,24 @@ t.test('SIGTERM fails the readiness probe, serves for SHUTDOWN_DELAY_MS and exit
   const killedAt = performance.now()
   service.kill('SIGTERM')
   await untilNotReady(url)
-  t.equal((await client(url).whoAmI('')).statusCode, 401)
+  const reply = await client(url).whoAmI('')
+  t.equal(reply.statusCode, 401)
+  t.equal(reply.headers.connection, 'close')
   t.equal((await fetch(`${url}/health/live`)).status, 200)
   t.strictSame(await service.exit, [0, null])
   t.ok(performance.now() - killedAt > delayMs - 100, 'it exits after the delay')
+})
+
+t.test('an idle connection stays open for KEEP_ALIVE_TIMEOUT_MS', async (t) => {
+  const service = startService(t, { KEEP_ALIVE_TIMEOUT_MS: '1000' })
+  const { hostname, port } = new URL(await service.url())
+  const socket = connect(Number(port), hostname)
+  const startedAt = performance.now()
+  socket.resume().write('GET /health/live HTTP/1.1\r\nHost: service\r\n\r\n')
+  await once(socket, 'close')
+  t.ok(performance.now() - startedAt >= 1_000)
+  const reply = await fetch(`http://${hostname}:${port}/health/live`)
+  t.equal(reply.headers.get('keep-alive'), 'timeout=1')
 })
 
 t.test("the entry gives libuv's pool one thread for each hash, where Node.js has not used it yet", async (t) => {
@@ -168,6 +183,25 @@ t.test('a shutdown that exceeds SHUTDOWN_TIMEOUT_MS ends with exit code 1', asyn
   await inserts.release()
 })
 
+t.test('HOST=:: serves IPv6 and IPv4, and IPv4 where the kernel has no IPv6, the metrics included', async (t) => {
+  // As with the kernel's parameter ipv6.disable=1.
+  const withoutIpv6 = `process.binding('tcp_wrap').TCP.prototype.bind6 = () => -${constants.errno.EAFNOSUPPORT}`
+  const preload = `--disable-warning=DEP0111 --import=data:text/javascript,${encodeURIComponent(withoutIpv6)}`
+  for (const [options, hosts] of [
+    ['', ['127.0.0.1', '[::1]']],
+    [preload, ['127.0.0.1']]
+  ] as const) {
+    const service = startService(t, { HOST: '::', METRICS_PORT: `${await freePort()}`, NODE_OPTIONS: options })
+    const { port } = new URL(await service.url())
+    for (const host of hosts) {
+      t.equal((await fetch(`http://${host}:${port}/health/live`)).status, 200, host)
+      const [, metricsPort] = /Metrics at http:[^"]+:(\d+)/.exec(service.stdout) ?? []
+      t.equal((await fetch(`http://${host}:${metricsPort}/metrics`)).status, 200, host)
+    }
+    t.equal(await service.stop(), 0)
+  }
+})
+
 /** Starts the built service with a pipe as standard output, and returns its URL. */
 async function startWithPipe(t: Test) {
   const { PATH } = process.env
@@ -196,7 +230,7 @@ t.test('the process ends also if the reader of its standard output has gone, or 
   const headers = { 'x-request-id': 'x'.repeat(100) }
   // The log lines of these requests are more than the pipe can hold.
   for (let n = 0; n < 40; n++) {
-    await Promise.all(Array.from({ length: 50 }, async () => (await fetch(stalled.url, { headers })).text()))
+    await Promise.all(Array.from({ length: 50 }, () => client(stalled.url).signUp('{}', { headers })))
   }
   stalled.service.kill('SIGTERM')
   t.strictSame(await once(stalled.service, 'exit'), [null, 'SIGKILL'], 'it cannot exit by itself')
