@@ -182,5 +182,5 @@ t.test('nginx as in deploy/: a restart of two instances in turn under load costs
 })
 
 t.test('HAProxy accepts its configuration in deploy/', async (t) => {
-  await t.resolves(prepare('haproxy', 8443, [3001, 3002]))
+  await t.resolves(prepare('haproxy', 8443, [3003, 3004]))
 })
