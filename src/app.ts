@@ -132,7 +132,7 @@ async function registerService(app: FastifyInstance, config: Config): Promise<vo
   await app.register(connections)
   await app.register(replyHeaders)
   await app.register(replies, { config })
-  await app.register(badRequests, { config })
+  await app.register(badRequests)
   await app.register(forwardedFor, { config })
   await app.register(strictJson)
   await app.register(startUp)

@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import { type IncomingMessage, type ServerResponse, STATUS_CODES } from 'node:http'
+import { type IncomingMessage, STATUS_CODES } from 'node:http'
 import { isIPv6, type Socket } from 'node:net'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
@@ -28,11 +28,6 @@ const badRequestHeaders = (requestId: string, body: string) => ({
   ...headersOfReply(requestId)
 })
 
-/** Logs a request that Fastify never sees, so that the id of its reply is in the log, as that of any other. */
-function logBadRequest(log: FastifyBaseLogger, requestId: string, status: number): void {
-  logRequest(log, { reqId: requestId, status, outcome: 'bad_request' })
-}
-
 /** The most header lines of a request. Browsers and gateways send about thirty. */
 const headerLinesMax = 200
 
@@ -55,7 +50,7 @@ function isHost(text: string): boolean {
 export function badRequestHandlers({ defaultLanguage }: Config, requestLog: RequestLog) {
   const body = badRequestBody(defaultLanguage)
   return {
-    /** Answers bytes that Node cannot parse as HTTP. Fastify calls it with the instance as `this`. */
+    /** Answers what never becomes a request, such as bytes that are not HTTP, and closes the connection. Fastify calls it with the instance as `this`. */
     async clientErrorHandler(
       this: FastifyInstance | undefined,
       error: NodeJS.ErrnoException,
@@ -66,7 +61,7 @@ export function badRequestHandlers({ defaultLanguage }: Config, requestLog: Requ
       refused.add(socket)
       // Bytes that are written before would be read as the response of an earlier request.
       await this?.connections.untilAnswered(socket)
-      refuseSocket(socket, statusOf(error), body, this?.log)
+      refuseSocket(socket, statusesByCode[error.code ?? ''] ?? 400, body, this?.log)
     },
     /** Answers a URL that cannot be decoded. Fastify neither decorates this reply nor logs the request. */
     frameworkErrors(_error: unknown, request: FastifyRequest, reply: FastifyReply) {
@@ -78,21 +73,17 @@ export function badRequestHandlers({ defaultLanguage }: Config, requestLog: Requ
 }
 
 /** Answers in the envelope what Node would answer by itself without one. */
-export const badRequests = fp<{ config: Config }>(
-  async (fastify, { config }) => {
-    const body = badRequestBody(config.defaultLanguage)
-    fastify.server.on('checkExpectation', ({ socket }: IncomingMessage, response: ServerResponse) => {
-      if (refused.has(socket)) return
-      const requestId = randomUUID()
-      response.writeHead(417, { ...badRequestHeaders(requestId, body), connection: 'close' }).end(body)
-      logBadRequest(fastify.log, requestId, 417)
+export const badRequests = fp(
+  async (fastify) => {
+    const { server } = fastify
+    server.on('checkExpectation', ({ socket }: IncomingMessage) => {
+      server.emit('clientError', { code: 'UNKNOWN_EXPECTATION' }, socket)
     })
-    fastify.server.on('connect', async (_request, socket: Socket) => {
+    server.on('connect', (_request, socket: Socket) => {
       // Node has removed its listeners. Without one for `error`, a reset ends the process. Without `resume`, the client's FIN
       // is not noticed behind bytes that nobody reads.
       socket.on('error', () => undefined).resume()
-      await fastify.connections.untilAnswered(socket)
-      refuseSocket(socket, 400, body, fastify.log)
+      server.emit('clientError', { code: 'CONNECT' }, socket)
     })
     fastify.addHook('onRequest', (request, reply, done) => {
       const status = statusOfHead(request.raw)
@@ -108,14 +99,16 @@ function refuseSocket(socket: Socket, status: number, body: string, log: Fastify
   // The client has disconnected.
   if (!socket.writable) return
   const requestId = randomUUID()
-  if (log) logBadRequest(log, requestId, status)
+  // As any other, the id of the reply is in the log.
+  if (log) logRequest(log, { reqId: requestId, status, outcome: 'bad_request' })
   const headers = Object.entries({ ...badRequestHeaders(requestId, body), connection: 'close' })
   const head = [`HTTP/1.1 ${status} ${STATUS_CODES[status]}`, ...headers.map(([name, value]) => `${name}: ${value}`)]
   socket.end(`${head.join('\r\n')}\r\n\r\n${body}`)
   setTimeout(() => socket.destroy(), closingGraceMs).unref()
 }
 
-function statusOf({ code }: NodeJS.ErrnoException): number {
-  if (code === 'ERR_HTTP_REQUEST_TIMEOUT') return 408
-  return code === 'HPE_HEADER_OVERFLOW' ? 431 : 400
+const statusesByCode: Partial<Record<string, number>> = {
+  ERR_HTTP_REQUEST_TIMEOUT: 408,
+  UNKNOWN_EXPECTATION: 417,
+  HPE_HEADER_OVERFLOW: 431
 }

@@ -47,10 +47,7 @@ export const connections = fp(
       socket.once('close', () => unanswered.delete(socket))
     })
     // Before Fastify's listener.
-    server.prependListener('request', follow)
-    server.prependListener('checkExpectation', follow)
-
-    function follow(request: IncomingMessage, response: ServerResponse): void {
+    server.prependListener('request', (request: IncomingMessage, response: ServerResponse) => {
       const { socket } = request
       const requests = unanswered.get(socket)
       if (requests === undefined || refused.has(socket)) return
@@ -63,10 +60,9 @@ export const connections = fp(
         // takes what follows away from the parser. Without one it is dropped.
         socket.on('data', () => undefined).removeAllListeners('data')
         // The first 100 are answered, then http/bad-requests.ts refuses the connection.
-        server.emit('clientError', new Error('too many unanswered requests'), socket)
+        server.emit('clientError', { code: 'TOO_MANY_UNANSWERED' }, socket)
       }
-    }
-
+    })
     fastify.addHook('onRequest', (request, _reply, done) => {
       // One that follows a refusal is dropped. A request of `inject` has no connection.
       if (unanswered.get(request.raw.socket)?.has(request.raw) !== false) done()

@@ -1,25 +1,12 @@
-import { isIP, isIPv6 } from 'node:net'
+import { compile } from '@fastify/proxy-addr'
 import fp from 'fastify-plugin'
-import ipaddr from 'ipaddr.js'
 import type { Config } from '../config/config.js'
 import { sampler } from '../telemetry/sampled-warnings.js'
 
-/** Returns an address as IPv6, in which an IPv4 address is the same as one that is mapped. */
-const toIPv6 = (address: ipaddr.IPv4 | ipaddr.IPv6) =>
-  address instanceof ipaddr.IPv4 ? address.toIPv4MappedAddress() : address
-
 /** Returns a function that tells whether an address is that of a proxy that `TRUST_PROXY` names. Some proxies append a port. */
 export function trustedProxies({ trustProxy }: Pick<Config, 'trustProxy'>) {
-  const ranges = trustProxy.map((range): [ipaddr.IPv6, number] => {
-    const [address = '', length = isIPv6(address) ? 128 : 32] = range.split('/')
-    return [toIPv6(ipaddr.parse(address)), Number(length) + (isIPv6(address) ? 0 : 96)]
-  })
-  return function isTrusted(text: string | undefined): boolean {
-    const address = text?.replace(/^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$/, '$1$2') ?? ''
-    if (isIP(address) === 0) return false
-    const parsed = toIPv6(ipaddr.parse(address))
-    return ranges.some(([network, length]) => parsed.match(network, length))
-  }
+  const isInRange = compile([...trustProxy])
+  return (address = ''): boolean => isInRange(address.replace(/^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$/, '$1$2'), 0)
 }
 
 /** Logs, at most once a minute each, an X-Forwarded-For that does not tell the client's address. */
