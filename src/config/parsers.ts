@@ -101,7 +101,7 @@ export const url = (...schemes: string[]): Parser<string> => ({
     const parsed = URL.canParse(text) ? new URL(text) : undefined
     if (parsed === undefined) throw new Error('the value is not a URL')
     if (!schemes.includes(parsed.protocol)) throw new Error('the value has another scheme')
-    // fetch refuses such a URL, with an error that quotes it.
+    // Clients quote the URL in their errors.
     if (parsed.protocol.startsWith('http') && (parsed.username || parsed.password))
       throw new Error('the value has credentials')
     return text

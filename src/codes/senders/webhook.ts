@@ -1,11 +1,17 @@
 import { createHmac } from 'node:crypto'
+import http from 'node:http'
+import https from 'node:https'
+import { TLSSocket } from 'node:tls'
 import { MessageNotSent, MessageRefused, type SmsSender } from './sender.js'
 
 /** The time for both attempts together. */
 const timeoutMs = 5_000
 
+/** Each address of the webhook but the last has this time to connect. Node's 250 ms are short for one that is far away. */
+const addressTimeout = { autoSelectFamilyAttemptTimeout: timeoutMs / 2 }
+
 /** Codes for a connection that broke before an answer. The message may have been sent. */
-const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'UND_ERR_SOCKET'])
+const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT'])
 
 /** How much of an answer is read, so that its connection can be reused. */
 const answerMaxBytes = 65_536
@@ -19,68 +25,74 @@ export function webhookSender(url: string, secret: string | undefined): SmsSende
     const body = JSON.stringify({ mobile, code, ttl_s: ttlSeconds, id })
     const signal = AbortSignal.timeout(timeoutMs)
     const post = () =>
-      fetch(url, {
-        method: 'POST',
-        headers: {
-          'content-type': 'application/json',
-          ...(secret !== undefined && { 'x-signature': sign(body, secret) })
-        },
+      postOnce(
+        url,
+        { 'content-type': 'application/json', ...(secret !== undefined && { 'x-signature': sign(body, secret) }) },
         body,
-        redirect: 'manual',
         signal
-      })
+      )
     let mayBeSent = false
-    const response = await post()
+    const status = await post()
       .catch((error) => {
-        mayBeSent = !hasNotConnected(error)
+        mayBeSent = !(error instanceof MessageNotSent)
         // A receiver that was too slow, or did not speak HTTP, may have sent the message already.
-        if (signal.aborted || (mayBeSent && !brokenConnections.has(errorCodeOf(error)))) throw error
+        if (signal.aborted || (mayBeSent && !brokenConnections.has(codeOf(error.cause)))) throw error
         return post()
       })
       .catch((error) => {
-        const message = `the SMS webhook did not answer: ${signal.aborted ? 'timeout' : errorCodeOf(error)}`
-        throw mayBeSent || !hasNotConnected(error) ? new Error(message) : new MessageNotSent(message)
+        throw mayBeSent ? new Error(error.message) : error
       })
-    // Only the status counts. The body is read so that the connection can be reused.
-    await drain(response).catch(() => undefined)
-    if (response.ok) return
-    const { status } = response
+    if (status >= 200 && status < 300) return
     const message = `the SMS webhook answered ${status}`
     const isRefusal = status >= 400 && status < 500 && !mayBeSent
     throw isRefusal ? new MessageRefused(message) : new Error(message)
   }
 }
 
-/** Whether fetch failed before it sent anything: the name was not found, or no connection was made to any address. */
-function hasNotConnected(error: unknown): boolean {
-  const cause = causeOf(error)
-  const attempts: unknown[] = cause instanceof AggregateError ? cause.errors : [cause]
-  return attempts.every(
-    (attempt) =>
-      typeof attempt === 'object' &&
-      attempt !== null &&
-      'syscall' in attempt &&
-      (attempt.syscall === 'connect' || attempt.syscall === 'getaddrinfo')
-  )
+/**
+ * Sends a request, and returns the status of its answer.
+ *
+ * @throws {MessageNotSent} if nothing of it was written: its name was not found, no connection was made, or TLS failed
+ */
+function postOnce(url: string, headers: http.OutgoingHttpHeaders, body: string, signal: AbortSignal): Promise<number> {
+  const { request: open } = new URL(url).protocol === 'https:' ? https : http
+  return new Promise((resolve, reject) => {
+    const request = open(url, { method: 'POST', headers, signal, ...addressTimeout })
+    let wasWritten = false
+    function write(): void {
+      wasWritten = true
+      request.end(body)
+    }
+    request.once('socket', (socket) => {
+      // Not before the certificate is verified. So this one place knows whether anybody can have read the message.
+      // A connection that is used again, and one through an outgoing proxy, is open already.
+      const isTls = socket instanceof TLSSocket
+      if (isTls ? socket.getPeerFinished() !== undefined : !socket.connecting) write()
+      else socket.once(isTls ? 'secureConnect' : 'connect', write)
+    })
+    request.once('response', (response) => {
+      resolve(response.statusCode ?? 0)
+      // Only the status counts. The body is read so that the connection can be reused.
+      let bytes = 0
+      response.on('error', () => undefined)
+      response.on('data', (chunk: Buffer) => {
+        bytes += chunk.length
+        if (bytes > answerMaxBytes) response.destroy()
+      })
+    })
+    function fail(cause?: unknown): void {
+      const message = `the SMS webhook did not answer: ${signal.aborted ? 'timeout' : codeOf(cause)}`
+      reject(wasWritten ? new Error(message, { cause }) : new MessageNotSent(message))
+    }
+    request.on('error', fail)
+    request.once('close', fail)
+  })
 }
 
-/** Returns why fetch failed: a code of the system, of undici or of its parser. */
-function errorCodeOf(error: unknown): string {
-  const cause = causeOf(error)
-  return typeof cause === 'object' && cause !== null && 'code' in cause ? String(cause.code) : 'unknown'
-}
-
-const causeOf = (error: unknown): unknown => (error instanceof Error ? error.cause : undefined)
+/** Returns why a request failed: a code of the system, of TLS or of the HTTP parser. */
+const codeOf = (error: unknown): string => (error instanceof Error && 'code' in error ? `${error.code}` : 'unknown')
 
 function sign(body: string, secret: string): string {
   const seconds = Math.floor(Date.now() / 1_000)
   return `t=${seconds},v1=${createHmac('sha256', secret).update(`${seconds}.${body}`).digest('hex')}`
-}
-
-async function drain({ body }: Response): Promise<void> {
-  let bytes = 0
-  for await (const chunk of body ?? []) {
-    bytes += chunk.length
-    if (bytes > answerMaxBytes) return
-  }
 }
