@@ -1,5 +1,6 @@
+import { mock } from 'node:test'
 import type { FastifyInstance } from 'fastify'
-import t from 'tap'
+import t, { type Test } from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
@@ -119,6 +120,90 @@ t.test('a round trip has one deadline: a query whose connection becomes free lat
   await Promise.all([late, reference])
   t.equal(ended[0], 'late: Query read timeout')
   t.match(ended[1], /^reference: /)
+})
+
+/** Begins a fault of all new connections to Postgres, for a service that connects with this URL. */
+type NewConnectionFault = (t: Test) => Promise<{ url: string; begin(): unknown; end(): unknown }>
+
+/** Begins with a role of its own, and ends with the change of that role. */
+const withRole =
+  (name: string, change: string): NewConnectionFault =>
+  async () => {
+    const url = Object.assign(new URL(stores.databaseUrl), { username: name, password: 'former' }).href
+    await postgres.query(`CREATE ROLE ${name} LOGIN PASSWORD 'former'; GRANT ALL ON users TO ${name}`)
+    return { url, begin: () => postgres.query(`ALTER ROLE ${name} ${change}`), end: () => undefined }
+  }
+
+const newConnectionFaults: Record<string, NewConnectionFault> = {
+  'is refused': async (t) => {
+    const proxy = await openProxy(t, 'DATABASE_URL')
+    return { url: proxy.url, begin: () => proxy.applyToNew('refuse'), end: () => proxy.heal() }
+  },
+  hangs: async (t) => {
+    const proxy = await openProxy(t, 'DATABASE_URL')
+    return { url: proxy.url, begin: () => proxy.applyToNew('hang'), end: () => proxy.heal() }
+  },
+  'is one too many': withRole('crowded', 'CONNECTION LIMIT 1'),
+  'has a password that was replaced': withRole('changed', "PASSWORD 'new'")
+}
+
+for (const [name, prepare] of Object.entries(newConnectionFaults)) {
+  t.test(`a connection to Postgres that ${name} is no outage while another one answers`, async (t) => {
+    const { url, begin, end } = await prepare(t)
+    const app = await build(t, { DATABASE_URL: url, STORE_TIMEOUT_MS: '5000' })
+    const bodies = await Promise.all(Array.from({ length: 20 }, () => signUpBody()))
+    t.equal(app.mobileSignup.postgres.connections().total, 1)
+    await begin()
+    const replies = await Promise.all(bodies.map((body) => client(app).signUp(body)))
+    t.strictSame(
+      replies.map(({ statusCode }) => statusCode),
+      bodies.map(() => 201)
+    )
+    t.strictSame((await app.inject('/health/ready')).json().data.failing, [])
+    t.equal((await client(app).signUp(await signUpBody())).statusCode, 201)
+    await end()
+  })
+}
+
+t.test(
+  'a Postgres that takes no new connection, and has just lost one, is not away while an idle one answers',
+  async (t) => {
+    const proxy = await openProxy(t, 'DATABASE_URL')
+    const app = await build(t, { DATABASE_URL: proxy.url })
+    const { query, connections } = app.mobileSignup.postgres
+    const statement = (name: string) => ({ name, text: `SELECT '${name}'` })
+    await Promise.all(['one', 'two'].map((name) => query(statement(name), [])))
+    await until('the second connection is open, too', () => connections().idle === 2)
+    proxy.applyToNew('refuse')
+    proxy.strike('the third', { kind: 'reset' })
+    await t.rejects(query(statement('the third'), []), { code: 'STORE_UNAVAILABLE' })
+    // Longer than the probe, which is refused at once.
+    for (let n = 0; n < 200; n++) await query(statement('one'), [])
+    t.equal(connections().total, 1)
+    await proxy.apply('refuse')
+    await t.rejects(query(statement('one'), []), { code: 'STORE_UNAVAILABLE' }, 'without any it is away')
+  }
+)
+
+t.test('a connection to Postgres is replaced after 24 to 36 minutes, each at its own time', async (t) => {
+  const app = await build(t, { PG_POOL_MAX: '1' })
+  let minutes = 0
+  const { now } = performance
+  const clock = mock.method(performance, 'now', () => now.call(performance) + minutes * 60_000)
+  t.teardown(() => clock.mock.restore())
+  const ages: number[] = []
+  for (let n = 0; n < 12; n++) {
+    await backendOf(app)
+    const backend = await backendOf(app)
+    let age = 0
+    while (age < 60 && (await backendOf(app)) === backend) {
+      minutes++
+      age++
+    }
+    ages.push(age)
+  }
+  t.ok(Math.min(...ages) >= 24 && Math.max(...ages) <= 38, `${ages}`)
+  t.ok(new Set(ages).size > 1, `${ages}`)
 })
 
 t.test('while Redis is away no command is queued, and afterwards none is sent again', async (t) => {

@@ -48,8 +48,10 @@ export class FaultProxy {
   /** The number of connections since the start. */
   connectionCount = 0
   private readonly connections = new Set<Connection>()
+  private readonly hanging = new Set<Socket>()
   private readonly armedFaults: ArmedFault[] = []
   private isStalled = false
+  private isHanging = false
 
   private constructor(
     private target: URL,
@@ -85,6 +87,12 @@ export class FaultProxy {
     return new Promise((onStruck) => this.armedFaults.push({ needle, fault, skip, onStruck }))
   }
 
+  /** Causes a fault of all new connections, now. Open ones stay. A connection that hangs is accepted, and nothing more. */
+  applyToNew(kind: 'refuse' | 'hang'): void {
+    if (kind === 'hang') this.isHanging = true
+    else this.server.close()
+  }
+
   /** Causes a fault of all connections, now. */
   async apply(kind: 'stall' | 'refuse' | 'reset'): Promise<void> {
     if (kind === 'stall') {
@@ -105,6 +113,7 @@ export class FaultProxy {
   async heal(): Promise<void> {
     if (this.isStalled) this.closeConnections()
     this.isStalled = false
+    this.isHanging = false
     if (!this.server.listening) await once(this.server.listen(this.port, '127.0.0.1'), 'listening')
   }
 
@@ -114,6 +123,7 @@ export class FaultProxy {
   }
 
   private closeConnections(): void {
+    for (const client of this.hanging) client.destroy()
     for (const { client, server } of this.connections) {
       reset(client)
       server.destroy()
@@ -122,6 +132,10 @@ export class FaultProxy {
 
   private forward(client: Socket): void {
     this.connectionCount++
+    if (this.isHanging) {
+      this.hanging.add(client.on('error', () => undefined))
+      return
+    }
     const server = connect(Number(this.target.port), this.target.hostname)
     const connection: Connection = { client, server, nextReply: 'forward' }
     this.connections.add(connection)

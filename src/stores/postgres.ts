@@ -6,6 +6,7 @@ import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
 import { sampledWarnings } from '../telemetry/sampled-warnings.js'
+import { Connections } from './connections.js'
 import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
@@ -33,6 +34,8 @@ const poolName = 'mobileSignup'
 
 /** The longest pause between two probes of a Postgres that does not answer. */
 const probeIntervalMaxMs = 1_000
+
+const selectOne: NamedStatement = { name: 'select_one', text: 'SELECT 1' }
 
 const isReadOnly: NamedStatement = {
   name: 'is_read_only',
@@ -69,6 +72,9 @@ export async function openPostgres(
   // connection in use emits its own.
   pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
   pool.on('connect', (client) => client.on('error', () => undefined))
+  const connections = new Connections(pool, pgPoolMax, storeTimeoutMs)
+  /** How many statements have succeeded. */
+  let successCount = 0
 
   /** @param check throws if the rows show that the connection must not be used again */
   async function runOnPool<Row extends QueryResultRow>(
@@ -76,19 +82,20 @@ export async function openPostgres(
     values: unknown[],
     check?: (rows: Row[]) => void
   ) {
-    // One deadline for the wait for a connection, which the pool bounds by the same timeout, and for the query.
+    // One deadline for the wait for a connection, which has the same timeout, and for the query.
     const deadline = performance.now() + storeTimeoutMs
-    const client = await pool.connect()
+    const client = await connections.take()
     try {
       // `query_timeout` works for each query, but @types/pg lacks it there. 0 would mean the default, the whole timeout.
       const query_timeout = Math.max(1, deadline - performance.now())
       const query = { ...(!hasPooler && { name }), text, values, query_timeout }
       const result = await client.query<Row>(query)
       check?.(result.rows)
-      client.release()
+      successCount++
+      connections.release(client, true)
       return result
     } catch (error) {
-      client.release(!isUsableAfter(error))
+      connections.release(client, isUsableAfter(error))
       throw error
     }
   }
@@ -101,7 +108,8 @@ export async function openPostgres(
   }
 
   // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
-  // SQL error) a separate connection probes Postgres. If the probe fails, too, statements fail at once until one succeeds.
+  // SQL error) a separate connection and an idle one of the pool probe Postgres. If both fail, and no statement succeeds
+  // meanwhile, statements fail at once until a probe succeeds.
   /** Why the last probe failed. Undefined while Postgres answers. */
   let probeError: unknown
   let isProbing = false
@@ -114,7 +122,13 @@ export async function openPostgres(
     isProbing = true
     while (!isClosed) {
       const wasAway = probeError !== undefined
-      probeError = await probe(connection)
+      const formerCount = successCount
+      const probes = [probe(connection), ...(pool.idleCount > 0 ? [runOnPool(selectOne, [])] : [])]
+      const failure = await Promise.any(probes).then(
+        () => undefined,
+        ({ errors }: AggregateError) => errors[0]
+      )
+      probeError = successCount > formerCount ? undefined : failure
       if (probeError === undefined) {
         if (wasAway) fastify.log.info('Postgres answers again')
         break
@@ -148,7 +162,7 @@ export async function openPostgres(
   return {
     query,
     assertAvailable,
-    connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: pool.waitingCount }),
+    connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: connections.waitingCount }),
     async checkWritable() {
       await query<{ isReadOnly: boolean }>(isReadOnly, [], ([row]) => {
         if (row?.isReadOnly) throw new Error('Postgres is read-only')
@@ -201,18 +215,17 @@ function isUsableAfter(error: unknown): boolean {
   return error instanceof pg.DatabaseError && !unusableAfter.test(error.code ?? '')
 }
 
-/** Returns why Postgres does not answer on a new connection, or undefined if it does. */
-async function probe(connection: ClientConfig): Promise<unknown> {
+/** @throws if Postgres does not answer on a new connection */
+async function probe(connection: ClientConfig): Promise<void> {
   const client = new pg.Client(connection)
   // Without this listener, an error after the probe ends the process.
   client.on('error', () => undefined)
   try {
     await client.connect()
     await client.query('SELECT 1')
-    return undefined
   } catch (error) {
     // An SQL error, such as too many connections, is an answer.
-    return error instanceof pg.DatabaseError ? undefined : error
+    if (!(error instanceof pg.DatabaseError)) throw error
   } finally {
     client.end().catch(() => undefined)
   }

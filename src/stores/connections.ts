@@ -1,0 +1,81 @@
+import type { Pool, PoolClient } from 'pg'
+
+/**
+ * How old a connection gets, in ms, ± a fifth. So a second pooler, or a Postgres whose address has moved, gets its share, and the
+ * connections of one moment do not end in one moment.
+ */
+const maxAgeMs = 30 * 60_000
+
+interface Waiter {
+  resolve(client: PoolClient): void
+  reject(error: unknown): void
+  timer: NodeJS.Timeout
+}
+
+/**
+ * Lends the connections of a pool. `pool.connect()` alone binds its caller to the connection that it opens. If Postgres takes no
+ * more connections, the caller would fail, although another connection of the pool is free a moment later.
+ */
+export class Connections {
+  /** Oldest first. */
+  private readonly waiters = new Set<Waiter>()
+  private readonly endsAt = new WeakMap<PoolClient, number>()
+
+  constructor(
+    private readonly pool: Pool,
+    private readonly max: number,
+    private readonly timeoutMs: number
+  ) {
+    pool.on('connect', (client) => this.endsAt.set(client, performance.now() + maxAgeMs * (0.8 + 0.4 * Math.random())))
+  }
+
+  get waitingCount(): number {
+    return this.waiters.size
+  }
+
+  /** @throws if no connection is free in time, or if none can be opened and the pool has no other */
+  take(): Promise<PoolClient> {
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => {
+        this.waiters.delete(waiter)
+        reject(new Error('timeout exceeded when trying to connect'))
+      }, this.timeoutMs)
+      const waiter = { resolve, reject, timer }
+      this.waiters.add(waiter)
+      if (this.pool.idleCount > 0 || this.pool.totalCount < this.max) this.open()
+    })
+  }
+
+  release(client: PoolClient, isUsable: boolean): void {
+    const isKept = isUsable && performance.now() < (this.endsAt.get(client) ?? 0)
+    if (isKept) this.lend(client)
+    else {
+      client.release(true)
+      if (this.waiters.size > 0) this.open()
+    }
+  }
+
+  private open(): void {
+    this.pool.connect().then(
+      (client) => this.lend(client),
+      (error) => {
+        if (this.pool.totalCount > 0) return
+        for (const { reject, timer } of this.waiters) {
+          clearTimeout(timer)
+          reject(error)
+        }
+        this.waiters.clear()
+      }
+    )
+  }
+
+  private lend(client: PoolClient): void {
+    const [waiter] = this.waiters
+    if (waiter === undefined) client.release()
+    else {
+      this.waiters.delete(waiter)
+      clearTimeout(waiter.timer)
+      waiter.resolve(client)
+    }
+  }
+}
