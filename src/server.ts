@@ -5,20 +5,28 @@ import type { DestinationStream } from 'pino'
 
 /** Whether a signal has been received. */
 let isStopping = false
+let stoppingSince = 0
 /** Ends gracefully what the start has begun so far. */
 let stop = async (): Promise<void> => undefined
-/** Calls back when the log lines so far have been written, or could not be. */
-let flushLog = (done: () => void): void => done()
+/** Writes the log lines so far. Returns false while the reader of standard output is too slow. */
+let flushLog = (): boolean => true
 
 /** How long the end of the process waits for the reader of standard output. */
 const logPatienceMs = 1_000
 
+/** Ctrl-C reaches this process twice within this time: from the terminal, and from npm. */
+const samePressMs = 500
+
 // Before anything else is loaded: until then Node as process 1 ignores the signals.
 for (const signal of ['SIGINT', 'SIGTERM'] as const) {
   process.on(signal, async () => {
-    // A second signal skips graceful shutdown.
-    if (isStopping) return exit(1)
+    if (isStopping) {
+      if (signal === 'SIGINT' && performance.now() - stoppingSince < samePressMs) return
+      // A second signal skips graceful shutdown.
+      return exit(1)
+    }
     isStopping = true
+    stoppingSince = performance.now()
     await stop()
     await exit(0)
   })
@@ -40,13 +48,9 @@ try {
 
 /** Ends the process when its log is written. */
 async function exit(code: number): Promise<void> {
-  const isWritten = await Promise.race([
-    new Promise<boolean>((resolve) => flushLog(() => resolve(true))),
-    sleep(logPatienceMs, false)
-  ])
-  if (isWritten) process.exit(code)
-  // Nobody reads standard output. An exit would wait for the thread that writes there.
-  process.kill(process.pid, 'SIGKILL')
+  const deadline = performance.now() + logPatienceMs
+  while (!flushLog() && performance.now() < deadline) await sleep(10)
+  process.exit(code)
 }
 
 async function main(): Promise<void> {
@@ -90,7 +94,7 @@ async function main(): Promise<void> {
 async function openLog(): Promise<DestinationStream> {
   const { jsonLog } = await import('./telemetry/log.js')
   const log = jsonLog()
-  flushLog = (done) => log.flush(done)
+  flushLog = log.flush
   return log
 }
 

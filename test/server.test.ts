@@ -1,15 +1,19 @@
-import { spawn } from 'node:child_process'
+import { execFileSync, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { readdir, readFile } from 'node:fs/promises'
+import { closeSync, constants, openSync, readSync } from 'node:fs'
+import { readdir, readFile, rm } from 'node:fs/promises'
 import { createServer } from 'node:http'
 import { connect, createServer as createTcpServer } from 'node:net'
-import { constants } from 'node:os'
+import { constants as osConstants } from 'node:os'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import pg from 'pg'
 import t, { type Test } from 'tap'
 import { freePort } from '../dev/embedded-stores.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { ServerProcess } from '../testkit/server-process.js'
+import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { patient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
@@ -185,7 +189,7 @@ t.test('a shutdown that exceeds SHUTDOWN_TIMEOUT_MS ends with exit code 1', asyn
 
 t.test('HOST=:: serves IPv6 and IPv4, and IPv4 where the kernel has no IPv6, the metrics included', async (t) => {
   // As with the kernel's parameter ipv6.disable=1.
-  const withoutIpv6 = `process.binding('tcp_wrap').TCP.prototype.bind6 = () => -${constants.errno.EAFNOSUPPORT}`
+  const withoutIpv6 = `process.binding('tcp_wrap').TCP.prototype.bind6 = () => -${osConstants.errno.EAFNOSUPPORT}`
   const preload = `--disable-warning=DEP0111 --import=data:text/javascript,${encodeURIComponent(withoutIpv6)}`
   for (const [options, hosts] of [
     ['', ['127.0.0.1', '[::1]']],
@@ -202,38 +206,113 @@ t.test('HOST=:: serves IPv6 and IPv4, and IPv4 where the kernel has no IPv6, the
   }
 })
 
-/** Starts the built service with a pipe as standard output, and returns its URL. */
-async function startWithPipe(t: Test) {
+/** Starts the built service with this standard output, and returns its URL. */
+async function startWithOutput(t: Test, output: 'pipe' | number, env: Record<string, string> = {}) {
   const { PATH } = process.env
+  const port = await freePort()
   const service = spawn(process.execPath, ['dist/server.js'], {
-    env: { PATH, PORT: '0', ...stores.environment },
-    stdio: ['ignore', 'pipe', 'inherit']
+    env: { PATH, PORT: `${port}`, ...stores.environment, ...patient, ...env },
+    stdio: ['ignore', output, 'inherit']
   })
   t.teardown(() => service.kill('SIGKILL'))
-  let log = ''
-  service.stdout.on('data', (text) => {
-    log += text
-  })
-  await until('the service listens', () => log.includes('Server listening at'))
-  return { service, url: /http:[^"]+/.exec(log)?.[0] ?? '' }
+  const url = `http://127.0.0.1:${port}`
+  const isReady = () =>
+    fetch(`${url}/health/ready`).then(
+      ({ ok }) => ok,
+      () => false
+    )
+  await until('the service listens', async () => service.exitCode !== null || (await isReady()))
+  return { service, url }
 }
 
-t.test('the process ends also if the reader of its standard output has gone, or does not read', async (t) => {
-  const gone = await startWithPipe(t)
-  gone.service.stdout.destroy()
-  await fetch(gone.url)
+/** Opens a pipe with a name. @returns its reader, its writer and its name */
+async function openPipe(t: Test): Promise<[number, number, string]> {
+  const folder = createTemporaryFolder()
+  t.teardown(() => rm(folder, { recursive: true }))
+  const pipe = join(folder, 'pipe')
+  execFileSync('mkfifo', [pipe])
+  const reader = openSync(pipe, constants.O_RDONLY | constants.O_NONBLOCK)
+  return [reader, openSync(pipe, constants.O_WRONLY), pipe]
+}
+
+t.test('with a full disk as standard output the service starts, serves and ends', async (t) => {
+  const fullDisk = openSync('/dev/full', 'w')
+  const { service, url } = await startWithOutput(t, fullDisk)
+  closeSync(fullDisk)
+  for (let n = 0; n < 100; n++) t.equal((await client(url).whoAmI('')).statusCode, 401)
+  t.equal((await client(url).signUp(await signUpBody())).statusCode, 201)
+  service.kill('SIGTERM')
+  t.strictSame(await once(service, 'exit'), [0, null])
+})
+
+t.test('lines that cannot be written are counted, and the log goes on with a new reader', async (t) => {
+  const [firstReader, output, pipe] = await openPipe(t)
+  const { service, url } = await startWithOutput(t, output)
+  closeSync(output)
+  const read = (file: number): string => {
+    const buffer = Buffer.alloc(65_536)
+    try {
+      return buffer.toString('utf8', 0, readSync(file, buffer))
+    } catch {
+      return ''
+    }
+  }
+  let log = ''
+  const logged = (file: number, text: string) =>
+    until(`the log has ${text}`, () => {
+      log += read(file)
+      return log.includes(text)
+    })
+  const get = (id: string) => fetch(`${url}/nowhere`, { headers: { 'x-request-id': id } })
+  await get('before')
+  await logged(firstReader, '"reqId":"before"')
+  closeSync(firstReader)
+  for (let n = 0; n < 50; n++) await get('lost')
+  // Longer than lines wait.
+  await sleep(500)
+  const secondReader = openSync(pipe, constants.O_RDONLY | constants.O_NONBLOCK)
+  log = ''
+  await get('after')
+  await logged(secondReader, '"reqId":"after"')
+  await logged(secondReader, '"msg":"log lines could not be written"')
+  const lines = log
+    .trim()
+    .split('\n')
+    .map((line) => JSON.parse(line))
+  t.match(lines, [{ reqId: 'after' }, { level: 40, time: Number, dropped: 50 }])
+  service.kill('SIGTERM')
+  t.strictSame(await once(service, 'exit'), [0, null])
+})
+
+t.test('a reader of standard output that has gone or does not read delays neither requests nor the end', async (t) => {
+  const gone = await startWithOutput(t, 'pipe')
+  gone.service.stdout?.destroy()
+  t.equal((await client(gone.url).whoAmI('')).statusCode, 401)
   gone.service.kill('SIGTERM')
   t.strictSame(await once(gone.service, 'exit'), [0, null])
 
-  const stalled = await startWithPipe(t)
-  stalled.service.stdout.pause()
+  // A write that waits must not take the only thread for hashes.
+  const [stalledReader, output] = await openPipe(t)
+  t.teardown(() => closeSync(stalledReader))
+  const stalled = await startWithOutput(t, output, { HASH_THREADS: '1', UV_THREADPOOL_SIZE: '1' })
+  closeSync(output)
   const headers = { 'x-request-id': 'x'.repeat(100) }
   // The log lines of these requests are more than the pipe can hold.
   for (let n = 0; n < 40; n++) {
     await Promise.all(Array.from({ length: 50 }, () => client(stalled.url).signUp('{}', { headers })))
   }
+  t.equal((await client(stalled.url).signUp(await signUpBody())).statusCode, 201)
   stalled.service.kill('SIGTERM')
-  t.strictSame(await once(stalled.service, 'exit'), [null, 'SIGKILL'], 'it cannot exit by itself')
+  t.strictSame(await once(stalled.service, 'exit'), [0, null])
+})
+
+t.test('Ctrl-C under npm arrives twice, and is one graceful shutdown', async (t) => {
+  const service = startService(t)
+  await service.url()
+  // npm passes on what the terminal has sent to both.
+  service.kill('SIGINT')
+  setImmediate(() => service.kill('SIGINT'))
+  t.strictSame(await service.exit, [0, null])
 })
 
 const untilNotReady = (url: string) =>

@@ -1,5 +1,6 @@
+import { writeSync } from 'node:fs'
 import { type FastifyBaseLogger, type FastifyReply, type FastifyRequest, LogController } from 'fastify'
-import { type DestinationStream, destination, stdSerializers } from 'pino'
+import { type DestinationStream, stdSerializers } from 'pino'
 import type { Config } from '../config/config.js'
 import { sampler } from './sampled-warnings.js'
 
@@ -36,19 +37,61 @@ export const serializers = { err: serializeError, msg: (message: unknown) => red
 /** How long a log line may wait to be written together with others. */
 const flushIntervalMs = 100
 
-/** Lines are dropped when so many bytes wait, because nobody reads standard output. */
-const waitingMaxBytes = 16 * 1_024 * 1_024
+/** So many characters are written at once. One write for each line took 5 % of the event loop's time. */
+const flushAtLength = 4_096
+
+/** Lines are dropped when so many characters wait, because nobody reads standard output. */
+const waitingMaxLength = 16 * 1_024 * 1_024
 
 /**
- * JSON lines on standard output, several in one write: one write for each line took 5 % of the event loop's time. Call `flush`
- * before the process ends.
+ * JSON lines on standard output. Lines that cannot be written (a full disk, a closed pipe) are dropped, and the next ones say how
+ * many. A write neither blocks nor takes a thread of libuv's pool: in a pipe that nobody reads it would hold up the hashes.
  */
 export function jsonLog() {
-  const stream = destination({ minLength: 4_096, maxLength: waitingMaxBytes, periodicFlush: flushIntervalMs })
-  // pino calls it when the process ends, and after a fatal line. sonic-boom repeats a failing write for ever in it, even if the
-  // reader has gone.
-  stream.flushSync = () => undefined
-  return stream
+  // This makes a pipe non-blocking. The stream itself is not used, because an error ends it.
+  const { fd } = process.stdout
+  let lines = ''
+  /** What is being written. If lines were dropped before, it ends with their number. */
+  let chunk: Buffer = Buffer.alloc(0)
+  let [droppedCount, reportedCount] = [0, 0]
+  let isMidLine = false
+
+  function nextChunk(): Buffer {
+    const report = { level: 40, time: Date.now(), dropped: droppedCount, msg: 'log lines could not be written' }
+    const text = `${isMidLine ? '\n' : ''}${lines}${droppedCount > 0 ? `${JSON.stringify(report)}\n` : ''}`
+    reportedCount = droppedCount
+    droppedCount = 0
+    lines = ''
+    return Buffer.from(text)
+  }
+
+  /** @returns whether no line waits any more */
+  function flush(): boolean {
+    try {
+      while (chunk.length > 0 || lines !== '') {
+        if (chunk.length === 0) chunk = nextChunk()
+        const writtenBytes = writeSync(fd, chunk)
+        isMidLine = chunk[writtenBytes - 1] !== 10
+        chunk = chunk.subarray(writtenBytes)
+      }
+    } catch (error) {
+      if (error instanceof Error && 'code' in error && error.code === 'EAGAIN') return false
+      const lineCount = `${chunk}`.split('}\n').length - 1
+      droppedCount += lineCount + (reportedCount > 0 ? reportedCount - 1 : 0)
+      chunk = Buffer.alloc(0)
+    }
+    return true
+  }
+  setInterval(flush, flushIntervalMs).unref()
+
+  return {
+    flush,
+    write(line: string): void {
+      if (chunk.length + lines.length > waitingMaxLength) droppedCount++
+      else lines += line
+      if (chunk.length === 0 && lines.length >= flushAtLength) flush()
+    }
+  }
 }
 
 /** Returns the logger's options. Without a stream the lines go to standard output. */
