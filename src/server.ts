@@ -1,5 +1,7 @@
 import './thread-pool.js'
+import './name-lookups.js'
 import { lookup } from 'node:dns/promises'
+import { setDefaultAutoSelectFamilyAttemptTimeout } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { DestinationStream } from 'pino'
 
@@ -61,6 +63,8 @@ async function main(): Promise<void> {
   const { migrate } = await import('./stores/migrations.js')
 
   const config = loadConfig(process.env)
+  // Each address of a store but the last has this time to connect. Node's 250 ms are short for one that is far away.
+  setDefaultAutoSelectFamilyAttemptTimeout(Math.ceil(config.storeTimeoutMs / 2))
   const app = await buildApp(config, { logStream: await openLog() })
   // Node's own report prints every field of an error, and a Redis error carries the arguments of its command.
   process.on('uncaughtException', (err) => {

@@ -46,7 +46,7 @@ const allowedImports: Record<string, string[]> = {
   'calibrate.ts': ['config', 'thread-pool.ts'],
   'cli.ts': ['calibrate.ts', 'migrate.ts', 'server.ts'],
   'migrate.ts': ['config', 'stores', 'telemetry'],
-  'server.ts': ['app.ts', 'config', 'stores', 'telemetry', 'thread-pool.ts']
+  'server.ts': ['app.ts', 'config', 'name-lookups.ts', 'stores', 'telemetry', 'thread-pool.ts']
 }
 
 const placeOf = (file: string) => file.split('/')[0] ?? ''

@@ -7,6 +7,7 @@ import { rm } from 'node:fs/promises'
 import { globalAgent } from 'node:https'
 import net, { type Socket } from 'node:net'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import tls from 'node:tls'
 import t, { type Test } from 'tap'
 import { freePort } from '../dev/embedded-stores.js'
@@ -135,24 +136,27 @@ t.test('a 4xx says that the gateway refuses the message; any other answer that i
   }
 })
 
-/** Listens with a backlog of one, and accepts nothing: further SYNs are dropped, as a firewall does. */
-async function startFullBacklog(t: Test): Promise<string> {
-  const script = `const s = net.createServer().listen({ port: 0, host: '127.0.0.1', backlog: 1 }, () => console.log(s.address().port))`
+/** Listens with a backlog of one, and accepts nothing until it gets SIGCONT: further SYNs are dropped, as a firewall does. */
+async function startFullBacklog(t: Test, host = '127.0.0.1', port = 0) {
+  const script = `
+    const answer = (socket) => socket.on('data', () => socket.end('HTTP/1.1 200 Any\\r\\nContent-Length: 0\\r\\n\\r\\n'))
+    const server = net.createServer(answer)
+    server.listen({ port: ${port}, host: '${host}', backlog: 1 }, () => console.log(server.address().port))`
   const child = spawn(process.execPath, ['-e', script], { stdio: ['ignore', 'pipe', 'inherit'] })
   t.teardown(() => child.kill('SIGKILL'))
-  const [port] = await once(child.stdout, 'data')
+  const actualPort = Number((await once(child.stdout, 'data'))[0])
   child.kill('SIGSTOP')
   const sockets: Socket[] = []
   t.teardown(() => {
     for (const socket of sockets) socket.destroy()
   })
   await until('the backlog is full', async () => {
-    const socket = net.connect(Number(port), '127.0.0.1')
+    const socket = net.connect(actualPort, host)
     sockets.push(socket.on('error', () => undefined))
     const isConnected = once(socket, 'connect').then(() => true)
-    return !(await Promise.race([isConnected, new Promise((resolve) => setTimeout(resolve, 300, false))]))
+    return !(await Promise.race([isConnected, sleep(300, false)]))
   })
-  return `http://127.0.0.1:${Number(port)}/sms`
+  return { child, port: actualPort }
 }
 
 /** Lets each look-up of a name end as the function says. */
@@ -193,7 +197,7 @@ t.test('whatever fails before the request is written says that the message was n
     ],
     ['the name does not exist', 'http://gateway.example/', 'ENOTFOUND', (t: Test) => lookUp(t, () => [notFound])],
     ['the name server is silent', 'http://gateway.example/', 'timeout', (t: Test) => lookUp(t)],
-    ['a full backlog', await startFullBacklog(t), 'timeout', undefined],
+    ['a full backlog', `http://127.0.0.1:${(await startFullBacklog(t)).port}/sms`, 'timeout', undefined],
     ['a certificate of no CA', untrustedServer.url, 'DEPTH_ZERO_SELF_SIGNED_CERT', undefined],
     ['an expired certificate', expiredServer.url, 'CERT_HAS_EXPIRED', undefined],
     [
@@ -218,6 +222,17 @@ t.test('whatever fails before the request is written says that the message was n
   for (const { seen } of [untrustedServer, expiredServer, otherName]) {
     t.strictSame(seen.requests, [], 'nobody could read the message')
   }
+})
+
+t.test('an address that cannot be reached does not hide one that is far away', async (t) => {
+  const far = await startFullBacklog(t)
+  const unreachable = await startFullBacklog(t, '127.0.0.2', far.port)
+  lookUp(t, () => {
+    // The first SYN is dropped, and the kernel sends the next one after a second.
+    setTimeout(() => far.child.kill('SIGCONT'), 100)
+    return [null, ['127.0.0.1', '127.0.0.2'].map((address) => ({ address, family: 4 }))]
+  })
+  t.equal(await send(`http://gateway.example:${unreachable.port}/`), undefined)
 })
 
 t.test('a connection that was never made is tried again, and only the second counts', async (t) => {
