@@ -390,6 +390,27 @@ t.test('REDIS_URL names a server, nodes of a Cluster, or sentinels of a master',
   }
 })
 
+t.test('a DATABASE_URL has one host; a comma elsewhere is no second one', (t) => {
+  for (const url of [
+    'postgresql://a,b/db',
+    'postgresql://u:p@a:5432,b:5433/db',
+    'postgres://u:p,q@a,b',
+    'postgresql:///db?host=a,b',
+    'postgresql://u@a/db?sslmode=require&host=a%2Cb'
+  ]) {
+    const message = /DATABASE_URL: the value has more than one host; expected .*, with one host/
+    t.throws(() => loadConfig({ ...stores, DATABASE_URL: url }), { name: 'ConfigError', message }, url)
+  }
+  for (const url of [
+    'postgresql://u:p,q@a/db',
+    'postgresql://a/d,b',
+    'postgresql://a/db?options=-c%20search_path%3Da,b'
+  ]) {
+    t.equal(loadConfig({ ...stores, DATABASE_URL: url }).databaseUrl, url)
+  }
+  t.end()
+})
+
 t.test('PGSSLROOTCERT is the CA of a DATABASE_URL that asks for TLS and names no CA', async (t) => {
   const PGSSLROOTCERT = new URL(import.meta.url).pathname
   const urlOf = (DATABASE_URL: string) => loadConfig({ ...stores, DATABASE_URL, PGSSLROOTCERT }).databaseUrl

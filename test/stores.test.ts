@@ -332,6 +332,21 @@ t.test('with a pooler, a start warns if Postgres has no statement_timeout', asyn
   }
 })
 
+t.test('a start warns if Redis may evict codes and sessions, which have a TTL', async (t) => {
+  t.teardown(() => redis.config('SET', 'maxmemory-policy', 'noeviction'))
+  for (const [policy, warns] of [
+    ['allkeys-lru', true],
+    ['volatile-ttl', true],
+    ['volatile-lfu', true],
+    ['noeviction', false]
+  ] as const) {
+    await redis.config('SET', 'maxmemory-policy', policy)
+    const before = log().length
+    await build(t)
+    t.equal(/may evict codes and sessions/.test(log().slice(before)), warns, policy)
+  }
+})
+
 t.test('an idle Postgres connection that fails does not end the process', async (t) => {
   const app = await build(t)
   const result = await postgres.query('SELECT pg_terminate_backend($1, 10000) AS "isTerminated"', [

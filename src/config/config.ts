@@ -282,7 +282,15 @@ function readThreads(read: Read) {
   return { poolThreads, hashThreads }
 }
 
-const databaseUrlParser = url('postgres:', 'postgresql:')
+const databaseUrlParser: Parser<string> = {
+  expected: 'a URL that starts with postgres:// or postgresql://, with one host',
+  parse(text) {
+    // node-postgres looks such a list up as one name.
+    if (/^\w+:\/\/([^/?#]*@)?[^/?#@]*,[^@]*$|[?&]host=[^&]*(,|%2C)/i.test(text))
+      throw new Error('the value has more than one host')
+    return url('postgres:', 'postgresql:').parse(text)
+  }
+}
 
 /** Reads `DATABASE_URL`, and adds the CA of libpq's `PGSSLROOTCERT`, a variable that node-postgres does not read. */
 function readDatabaseUrl(read: Read): string {

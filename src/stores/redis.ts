@@ -69,10 +69,12 @@ export async function openRedis(
     }
   })
   const servers = client instanceof Cluster ? client.nodes('master') : [client]
-  await Promise.all(servers.map(assertVersion)).catch((error) => {
+  const policies = await Promise.all(servers.map(checkServer)).catch((error) => {
     client.disconnect()
     throw error
   })
+  if (policies.some((policy) => policy !== 'noeviction'))
+    fastify.log.warn({ policies }, 'the maxmemory-policy of Redis is not noeviction: it may evict codes and sessions')
   lastError = undefined
   await fastify.register(fastifyRedis, { client, namespace })
 
@@ -172,10 +174,12 @@ function isOutage(error: unknown): error is Error {
   return error instanceof ReplyError ? outageReply.test(error.message) : !isProgrammingError(error)
 }
 
-/** @throws if the server is older than 6.2, the first with GETDEL */
-async function assertVersion(server: Redis): Promise<void> {
-  const [, version = '', major, minor] = /redis_version:((\d+)\.(\d+)\S*)/.exec(await server.info('server')) ?? []
-  if (Number(major) > 6 || (Number(major) === 6 && Number(minor) >= 2)) return
+/** @returns its maxmemory-policy. @throws if the server is older than 6.2, the first with GETDEL */
+async function checkServer(server: Redis): Promise<string> {
+  const info = await server.info()
+  const [, version = '', major, minor] = /redis_version:((\d+)\.(\d+)\S*)/.exec(info) ?? []
+  if (Number(major) > 6 || (Number(major) === 6 && Number(minor) >= 2))
+    return /maxmemory_policy:(\S+)/.exec(info)?.[1] ?? 'noeviction'
   throw new Error(`Redis is too old: version ${version || 'unknown'}, expected 6.2 or later`)
 }
 
