@@ -169,10 +169,12 @@ for (const { name, isOutage, message, cause, cure } of failures) {
   t.test(`${name}: ${isOutage ? '503 4001' : '500 4500'}, and the log has the cause`, async (t) => {
     const lines: Record<string, unknown>[] = []
     const logStream = { write: (line: string) => void lines.push(JSON.parse(line)) }
-    const { signUp } = client(await build(t, { ...rights, PG_POOL_MAX: '1' }, { logStream }))
+    const app = await build(t, { ...rights, PG_POOL_MAX: '1' }, { logStream })
+    const { signUp } = client(app)
     const body = await signUpBody()
     await cause(body.mobile, t)
     const reply = await signUp(body, { headers: { 'x-request-id': 'r1' } })
+    if (!isOutage) t.strictSame((await app.inject('/health/ready')).json().data.failing, [], 'a bug is no outage')
     await cure(body.mobile)
     t.strictSame(statusAndErrno(reply), isOutage ? [503, '4001'] : [500, '4500'])
 
