@@ -176,10 +176,9 @@ function isOutage(error: unknown): error is Error {
 
 /** @returns its maxmemory-policy. @throws if the server is older than 6.2, the first with GETDEL */
 async function checkServer(server: Redis): Promise<string> {
-  const info = await server.info()
-  const [, version = '', major, minor] = /redis_version:((\d+)\.(\d+)\S*)/.exec(info) ?? []
+  const [, version = '', major, minor] = /redis_version:((\d+)\.(\d+)\S*)/.exec(await server.info('server')) ?? []
   if (Number(major) > 6 || (Number(major) === 6 && Number(minor) >= 2))
-    return /maxmemory_policy:(\S+)/.exec(info)?.[1] ?? 'noeviction'
+    return /maxmemory_policy:(\S+)/.exec(await server.info('memory'))?.[1] ?? 'noeviction'
   throw new Error(`Redis is too old: version ${version || 'unknown'}, expected 6.2 or later`)
 }
 
