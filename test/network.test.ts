@@ -4,13 +4,12 @@ import { networksOf } from '../dist/http/network.js'
 import { client } from '../testkit/client.js'
 import { startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
 import { startTestbed } from '../testkit/testbed.js'
-import { until } from '../testkit/until.js'
 
 /*
  * Which networks an address counts for. test/limits.test.ts has the limits that count them.
  */
 
-const { build, log, newMobile, redis } = await startTestbed(t)
+const { build, newMobile, redis } = await startTestbed(t)
 
 t.test('an address counts for its IPv4 address, also inside IPv6, or for its /64 and its /48', async (t) => {
   const ipv4 = [{ network: '192.0.2.1', share: 1 }]
@@ -69,18 +68,19 @@ t.test(
         '',
         body
       ].join('\r\n')
-      const earlierLog = log().length
       // The service reads nothing while another process sends the request and resets the connection: execFileSync blocks it.
       const script = `
       const socket = require('net').connect(${port}, '127.0.0.1', () =>
         socket.write(${JSON.stringify(request)}, () => socket.resetAndDestroy()))`
       execFileSync(process.execPath, ['-e', script])
-      await until('the request has ended', () => log().slice(earlierLog).includes('"route":"/api/v1.0/sms_codes"'))
-      t.match(log().slice(earlierLog), '"outcome":"client_disconnected"')
-      t.equal(webhook.received.length, 0)
+      // Node.js 24 does not read the request of such a connection, and 20 does. A later one is answered after it.
+      t.equal((await client(`http://127.0.0.1:${port}`).sendCode(present)).statusCode, 202)
+      t.strictSame(
+        webhook.received.map(({ mobile }) => mobile),
+        [present]
+      )
       t.strictSame(await redis.keys('*unknown*'), [])
       t.strictSame(await redis.keys(`*${gone}*`), [])
-      t.equal((await client(`http://127.0.0.1:${port}`).sendCode(present)).statusCode, 202)
     }
   }
 )
