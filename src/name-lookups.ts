@@ -2,7 +2,7 @@
  * An import of the entry point. It keeps look-ups of names out of libuv's thread pool, whose threads hash. getaddrinfo() waits there
  * for 10 s or more if the name server is silent: two messages to such a webhook would hold up all sign-ups and logins.
  *
- * Names of /etc/hosts, and those that the name server does not know, still go to getaddrinfo(), which then does not wait.
+ * Names of /etc/hosts, and those for which the name server tells no address, still go to getaddrinfo(), which then does not wait.
  */
 import dns from 'node:dns'
 import { readFileSync } from 'node:fs'
@@ -38,7 +38,7 @@ function lookup(name: string, given: dns.LookupOptions | number | Callback, last
   )
 }
 
-/** Returns no address if the name server does not know the name. @throws if it does not answer */
+/** Returns no address if the name server tells none. @throws if it does not answer */
 async function resolve(name: string, { family, hints = 0, order }: dns.LookupOptions): Promise<dns.LookupAddress[]> {
   // A new one each time: it reads /etc/resolv.conf, which may have changed.
   const resolver = new dns.promises.Resolver(patience)
@@ -59,7 +59,7 @@ async function resolve(name: string, { family, hints = 0, order }: dns.LookupOpt
     const addresses = results.flatMap((result) => (result.status === 'fulfilled' ? result.value : []))
     if (addresses.length > 0) return addresses
     for (const result of results) {
-      if (result.status === 'rejected' && !['ENOTFOUND', 'ENODATA'].includes(result.reason.code)) throw result.reason
+      if (result.status === 'rejected' && result.reason.code === 'ETIMEOUT') throw result.reason
     }
   }
   return []
