@@ -324,7 +324,9 @@ t.test(
     const users = await Promise.all(Array.from({ length: 7 }, registerUser))
     const [user, ...others] = users
     if (user === undefined) throw new Error('no user')
-    const device = `${cookieHeaderOf(await api.logIn(user))}`
+    const deviceOf = async (login: { mobile: string; password: string }) => `${cookieHeaderOf(await api.logIn(login))}`
+    const device = await deviceOf(user)
+    const devices = await Promise.all(others.map(deviceOf))
     const hashes = holdHashes(t)
     const queued: Promise<Reply>[] = []
     const send = (body: object, from: string, cookie = '') => logIn(body, { from, headers: { cookie } })
@@ -349,10 +351,16 @@ t.test(
     await refusals(5, { mobile: newMobile(), password: 'wrong' }, '203.0.113.1')
     queued.push(send({ mobile: newMobile(), password: 'wrong' }, '203.0.113.2'))
     await until('another network has a place', () => hashes.count() === 25)
+    // One address with accounts and devices of its own.
+    for (let n = 0; n < 18; n++) queued.push(send({ ...others[n % 6] }, '198.51.100.9', devices[n % 6]))
+    queued.push(send(user, '198.51.100.9', device), send(user, '198.51.100.9', device))
+    await until('known devices of a network have their 20', () => hashes.count() === 45)
+    await refusals(2, user, '198.51.100.9', device)
+    await refusals(1, { ...others[0] }, '198.51.100.9', devices[0])
 
     hashes.release()
     const statuses = (await Promise.all(queued)).map(({ statusCode }) => statusCode)
-    t.equal(statuses.filter((status) => status === 201).length, 22)
+    t.equal(statuses.filter((status) => status === 201).length, 42)
     t.equal(statuses.filter((status) => status === 401).length, 3)
     t.strictSame(await redis.keys(`login_failures:*${user.mobile}*`), [])
     t.equal((await send(user, '203.0.113.1')).statusCode, 201, 'every place has been given back')

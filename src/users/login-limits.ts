@@ -45,14 +45,15 @@ export class LoginPlaces {
 
   /**
    * Takes one of 3 places of the mobile, and one of 20 of each network. Strangers cannot take those of devices that know the
-   * mobile: they have 3 others.
+   * mobile: these have others.
    *
    * @returns a function that gives them back
    * @throws {Refusal} if there is none
    */
   take(mobile: string, address: string, deviceId: string | undefined): () => void {
-    const networks = networksOf(address).map(({ network, share }) => ({ key: network, max: 20 * share }))
-    const groups = deviceId ? [{ key: `device ${mobile}`, max: 3 }] : [{ key: mobile, max: 3 }, ...networks]
+    const side = deviceId === undefined ? '' : 'device '
+    const networks = networksOf(address).map(({ network, share }) => ({ key: `${side}${network}`, max: 20 * share }))
+    const groups = [{ key: `${side}${mobile}`, max: 3 }, ...networks]
     const count = (key: string) => this.taken.get(key) ?? 0
     if (groups.some(({ key, max }) => count(key) >= max)) {
       throw new Refusal('too_many_requests', undefined, { retryAfterSeconds: 1 })
