@@ -36,38 +36,50 @@ t.test('a request is one log line at level info, with what operators need', asyn
   })
 })
 
-t.test('X-Request-Id is logged and returned, and replaced if it is not safe to log', async (t) => {
-  const { app, lines } = await buildWithLog(t)
-  const safeIds = ['a', 'x'.repeat(128), '4bf92f3577b34da6:00f067aa0ba902b7-01']
-  const unsafeIds = [
-    '',
-    ' ',
-    'a b',
-    'x'.repeat(129),
-    '{"a":1}',
-    '号',
-    newMobile(),
-    `m=${newMobile()}`,
-    `86${newMobile()}`,
-    // In other digits, letters and signs; percent-encoded.
-    `0${newMobile()}`,
-    `1${newMobile()}9`,
-    `+86${newMobile()}x`,
-    `trace_${newMobile()}00000000`,
-    [...newMobile()].map((digit) => `%3${digit}`).join('')
-  ]
-  for (const id of [...safeIds, ...unsafeIds]) {
-    const reply = await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
-    const reqId = lines.at(-1)?.reqId
-    t.equal(reply.headers['x-request-id'], reqId)
-    if (unsafeIds.includes(id)) t.match(reqId, /^[0-9a-f-]{36}$/, `not ${id.slice(0, 20)}`)
-    else t.equal(reqId, id)
+t.test(
+  'X-Request-Id is logged and returned, masked if it has a mobile number, and replaced if it is no id',
+  async (t) => {
+    const { app, lines } = await buildWithLog(t)
+    const safeIds = ['a', 'x'.repeat(128), '4bf92f3577b34da6:00f067aa0ba902b7-01']
+    const unsafeIds = [
+      '',
+      ' ',
+      'a b',
+      'x'.repeat(129),
+      '{"a":1}',
+      '号',
+      [...newMobile()].map((digit) => `%3${digit}`).join('')
+    ]
+    const mobile = '13812345678'
+    for (const id of [
+      mobile,
+      `m=${mobile}`,
+      `86${mobile}`,
+      `0${mobile}`,
+      `9${mobile}9`,
+      `+86${mobile}x`,
+      `trace_${mobile}00000000`,
+      '138-1234-5678',
+      '138.1234.5678',
+      '138_1234:5678'
+    ]) {
+      const reply = await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
+      t.equal(reply.headers['x-request-id'], id.replace(/138.*5678/, '138****5678'))
+      t.equal(lines.at(-1)?.reqId, reply.headers['x-request-id'])
+    }
+    for (const id of [...safeIds, ...unsafeIds]) {
+      const reply = await app.inject({ url: '/api/v1.0/session', headers: { 'x-request-id': id } })
+      const reqId = lines.at(-1)?.reqId
+      t.equal(reply.headers['x-request-id'], reqId)
+      if (unsafeIds.includes(id)) t.match(reqId, /^[0-9a-f-]{36}$/, `not ${id.slice(0, 20)}`)
+      else t.equal(reqId, id)
+    }
+    for (const url of ['/nowhere', '/health/live', '/api/v1.0/%zz']) {
+      const reply = await app.inject({ url, headers: { 'x-request-id': 'gateway-7f3a' } })
+      t.equal(reply.headers['x-request-id'], 'gateway-7f3a', url)
+    }
   }
-  for (const url of ['/nowhere', '/health/live', '/api/v1.0/%zz']) {
-    const reply = await app.inject({ url, headers: { 'x-request-id': 'gateway-7f3a' } })
-    t.equal(reply.headers['x-request-id'], 'gateway-7f3a', url)
-  }
-})
+)
 
 t.test('G7: no secret of a request is logged, also while a store fails', async (t) => {
   const { app, lines } = await buildWithLog(t, { LOG_LEVEL: 'trace', ...impatient })

@@ -1,15 +1,18 @@
 import { randomUUID } from 'node:crypto'
 import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
-import { maskMobiles } from '../telemetry/log.js'
 
 /** The ids of gateways and tracers. */
 const acceptedId = /^[\w.:/+=-]{1,128}$/
 
-/** Returns the gateway's `X-Request-Id` if it is safe to log, else a new id. One with a mobile number in it is not. */
+/** A mobile number, perhaps with separators in it. */
+const spreadMobile = /1[^\da-z]*[3-9](?:[^\da-z]*\d){9}/gi
+
+/** Returns the gateway's `X-Request-Id`, a mobile number in it masked, or a new id if it is not safe to log. */
 export function requestIdOf({ headers }: Pick<IncomingMessage, 'headers'>): string {
   const id = headers['x-request-id']
-  return typeof id === 'string' && acceptedId.test(id) && maskMobiles(id) === id ? id : randomUUID()
+  if (typeof id !== 'string' || !acceptedId.test(id)) return randomUUID()
+  return id.replace(spreadMobile, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
 }
 
 /**
