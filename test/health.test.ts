@@ -98,6 +98,20 @@ t.test('probes ask the stores at most once a second, and are not logged', async 
   }
 })
 
+t.test('ready is 503 while the table of the users is not there', async (t) => {
+  const app = await build(t)
+  const answer = async () => {
+    const reply = await app.inject('/health/ready')
+    return `${reply.statusCode} ${reply.json().data.failing}`
+  }
+  await postgres.query('ALTER TABLE users RENAME TO former_users')
+  t.teardown(() => postgres.query('ALTER TABLE IF EXISTS former_users RENAME TO users'))
+  await until('ready tells it', async () => (await answer()) === '503 no schema')
+  t.equal((await app.inject('/health/live')).statusCode, 200)
+  await postgres.query('ALTER TABLE former_users RENAME TO users')
+  await until('ready is back', async () => (await answer()) === '200 ')
+})
+
 t.test('a probe keeps its status under LEGACY_STATUS', async (t) => {
   const app = await build(t, { LEGACY_STATUS: 'true' })
   t.equal((await app.inject('/health/nowhere')).statusCode, 200)

@@ -100,8 +100,9 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
   }
 
   async function ready(_request: FastifyRequest, reply: FastifyReply) {
+    const failing = await storeChecks.failing()
     const failure = ownFailure()
     if (failure !== undefined) return reply.outcome('busy', { data: { failing: [failure] } })
-    return reply.outcome('healthy', { data: { failing: await storeChecks.failing() } })
+    return reply.outcome('healthy', { data: { failing } })
   }
 }

@@ -24,7 +24,8 @@ export class Connections {
   constructor(
     private readonly pool: Pool,
     private readonly max: number,
-    private readonly timeoutMs: number
+    private readonly timeoutMs: number,
+    private readonly onOpenError: (error: Error) => void
   ) {
     pool.on('connect', (client) => this.endsAt.set(client, performance.now() + maxAgeMs * (0.8 + 0.4 * Math.random())))
   }
@@ -59,7 +60,7 @@ export class Connections {
     this.pool.connect().then(
       (client) => this.lend(client),
       (error) => {
-        if (this.pool.totalCount > 0) return
+        if (this.pool.totalCount > 0) return this.onOpenError(error)
         for (const { reject, timer } of this.waiters) {
           clearTimeout(timer)
           reject(error)

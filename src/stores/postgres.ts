@@ -27,6 +27,8 @@ export interface Postgres {
   connections(): { total: number; idle: number; waiting: number }
   /** @throws if Postgres does not answer, or is read-only */
   checkWritable(): Promise<void>
+  /** Whether the last check has found the users table. */
+  readonly hasSchema: boolean
 }
 
 /** A name of its own, because a host application may have registered @fastify/postgres, too. */
@@ -37,9 +39,9 @@ const probeIntervalMaxMs = 1_000
 
 const selectOne: NamedStatement = { name: 'select_one', text: 'SELECT 1' }
 
-const isReadOnly: NamedStatement = {
-  name: 'is_read_only',
-  text: `SELECT current_setting('transaction_read_only') = 'on' AS "isReadOnly"`
+const readState: NamedStatement = {
+  name: 'read_state',
+  text: `SELECT current_setting('transaction_read_only') = 'on' AS "isReadOnly", to_regclass('users') IS NOT NULL AS "hasSchema"`
 }
 
 /**
@@ -72,7 +74,9 @@ export async function openPostgres(
   // connection in use emits its own.
   pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
   pool.on('connect', (client) => client.on('error', () => undefined))
-  const connections = new Connections(pool, pgPoolMax, storeTimeoutMs)
+  const connections = new Connections(pool, pgPoolMax, storeTimeoutMs, (err) =>
+    warn(err, 'no Postgres connection can be opened')
+  )
   /** How many statements have succeeded. */
   let successCount = 0
 
@@ -159,13 +163,18 @@ export async function openPostgres(
     }
   }
 
+  let hasSchema = true
   return {
     query,
     assertAvailable,
     connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: connections.waitingCount }),
+    get hasSchema() {
+      return hasSchema
+    },
     async checkWritable() {
-      await query<{ isReadOnly: boolean }>(isReadOnly, [], ([row]) => {
+      await query<{ isReadOnly: boolean; hasSchema: boolean }>(readState, [], ([row]) => {
         if (row?.isReadOnly) throw new Error('Postgres is read-only')
+        hasSchema = row?.hasSchema ?? true
       })
     }
   }
