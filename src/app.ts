@@ -129,6 +129,12 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
 async function registerService(app: FastifyInstance, config: Config): Promise<void> {
   const metrics = config.metricsPort === undefined ? undefined : new Metrics(limitNames)
 
+  const limitsOff = Object.entries(config).flatMap(([field, max]) =>
+    max === 0 && /^(sms|login)/.test(field) ? field.replace(/[A-Z]/g, '_$&').toUpperCase() : []
+  )
+  if (config.production && limitsOff.length > 0)
+    app.log.warn({ limits: limitsOff }, 'limits on strangers are turned off')
+
   await app.register(connections)
   await app.register(replyHeaders)
   await app.register(replies, { config })
@@ -162,7 +168,8 @@ const checksOf = ({ mobileSignup: { postgres, redis } }: FastifyInstance) => ({
   Redis: () => redis.run((client) => client.set('mobile_signup:health', '', 'PX', 1_000))
 })
 
-function ownFailure({ shutdown, startUp }: FastifyInstance): string | undefined {
+function ownFailure({ shutdown, startUp, mobileSignup: { postgres } }: FastifyInstance): string | undefined {
   if (shutdown.isAnnounced) return 'shutting down'
-  return startUp.isComplete ? undefined : 'starting'
+  if (!startUp.isComplete) return 'starting'
+  return postgres.hasSchema ? undefined : 'no schema'
 }

@@ -63,6 +63,23 @@ async function ageGuesses(mobile: string, seconds: number): Promise<void> {
 const buildFailing = (t: Test, env?: Environment) =>
   buildHashingAfter(t, () => Promise.reject(new Error('no memory for a hash')), env)
 
+t.test('G8: in production a limit that is turned off is named at the start', async (t) => {
+  const lines: string[] = []
+  const env = {
+    SESSION_SECRET: 'x'.repeat(32),
+    SMS: 'off',
+    TRUST_PROXY: 'none',
+    HASH_MEMORY_KIB: '7168',
+    HASH_PASSES: '5'
+  }
+  const off = { SMS_GUESS_DAILY_MAX: '0', LOGIN_IP_HOURLY_MAX: '0' }
+  for (const variables of [{ NODE_ENV: 'production', ...env, ...off }, off]) {
+    await build(t, variables, { logStream: { write: (line) => lines.push(line) } })
+  }
+  const limits = lines.map((line) => JSON.parse(line)).flatMap(({ limits }) => (limits === undefined ? [] : [limits]))
+  t.strictSame(limits, [['SMS_GUESS_DAILY_MAX', 'LOGIN_IP_HOURLY_MAX']])
+})
+
 t.test(
   'G8: a wrong code leaves the code; the sixth try of a network in an hour is 429, also a right one',
   async (t) => {
