@@ -1,6 +1,6 @@
 import swagger from '@fastify/swagger'
 import { type TSchema, Type } from '@sinclair/typebox'
-import type { FastifyContextConfig } from 'fastify'
+import type { FastifyContextConfig, FastifyReply } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
 import { type OutcomeName, outcomeNames, outcomes } from '../outcomes.js'
@@ -65,14 +65,11 @@ export const openapi = fp<{ config: Config }>(
     })
     // Serialised once, and kept as bytes: replies that wait to be read share them.
     let description: Buffer | undefined
-    fastify.route({
-      method: 'GET',
-      url: '/openapi.json',
-      async handler(_request, reply) {
-        description ??= Buffer.from(JSON.stringify(fastify.swagger()))
-        return reply.type('application/json; charset=utf-8').send(description)
-      }
-    })
+    function sendDescription(reply: FastifyReply) {
+      description ??= Buffer.from(JSON.stringify(fastify.swagger()))
+      return reply.type('application/json; charset=utf-8').send(description)
+    }
+    fastify.route({ method: 'GET', url: '/openapi.json', handler: (_request, reply) => sendDescription(reply) })
 
     if (config.docs) {
       const { default: swaggerUi } = await import('@fastify/swagger-ui')
@@ -80,6 +77,11 @@ export const openapi = fp<{ config: Config }>(
         // @fastify/static sets another Cache-Control on the files of the page.
         scope.addHook('onSend', async (_request, reply) => {
           reply.header('cache-control', 'no-store')
+        })
+        // The routes of swagger-ui would serialise the description for each request.
+        scope.addHook('onRequest', async ({ routeOptions: { url = '' } }, reply) => {
+          if (url.endsWith('/json')) return sendDescription(reply)
+          if (url.endsWith('/yaml')) return reply.outcome('no_such_route')
         })
         await scope.register(swaggerUi, {
           routePrefix: '/docs',
