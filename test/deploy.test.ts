@@ -69,7 +69,7 @@ t.test('the manifests trust no network of others, and open each port to one peer
     ports.map(({ name }: { name: string }) => [name])
   )
   for (const { from } of ingress) t.match(from, [{ namespaceSelector: { matchLabels: {} } }])
-  t.match(services.redis.command.join(' '), /--maxmemory \d+mb --maxmemory-policy noeviction/)
+  t.match(services.redis.command.join(' '), /--maxmemory \d+[mg]b --maxmemory-policy noeviction/)
 })
 
 t.test(

@@ -217,7 +217,7 @@ export function createCodes(
           throw new Refusal(result[0] === 'wrong' ? 'wrong_code' : 'busy')
       }
     },
-    async release({ mobile, holder, limits, log, usedBy: isRepeat }, how, usedBy = '') {
+    async release({ mobile, holder, limits, log, usedBy: formerUser }, how, usedBy = '') {
       const keys = [claimKey(mobile), guessesKey(mobile), ...limitsInScript(limits).map(({ key }) => key)]
       try {
         const sends = await redis.run((client) =>
@@ -227,7 +227,7 @@ export function createCodes(
           observer?.onCodeUsed()
           track(refundSends(mobile, JSON.parse(sends)), log)
         }
-        const isFirstUse = how === 'used' && !isRepeat && sends !== null
+        const isFirstUse = how === 'used' && formerUser === undefined && sends !== null
         if (redis.isCluster && isFirstUse) track(rateLimits.refundNewest(limits), log)
         return sends !== null
       } catch (err) {

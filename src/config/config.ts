@@ -133,12 +133,7 @@ export function readVariables(read: Read, production: boolean) {
       `TTL of a code, in seconds; at most ${productionCodeTtlMaxS} in production.`
     ),
     smsResendS: read('SMS_RESEND_S', integer(0, day), 60, 'Seconds between two codes for a mobile; 0: no limit.'),
-    smsDailyMax: read(
-      'SMS_DAILY_MAX',
-      integer(0, 1_000_000),
-      10,
-      'Codes for a mobile in the 24 hours from its first; 0: no limit.'
-    ),
+    smsDailyMax: read('SMS_DAILY_MAX', integer(0, 1_000_000), 10, 'Codes for a mobile in 24 hours; 0: no limit.'),
     smsIpHourlyMax: read(
       'SMS_IP_HOURLY_MAX',
       integer(0, 1_000_000_000),

@@ -50,7 +50,10 @@ function isHost(text: string): boolean {
 export function badRequestHandlers({ defaultLanguage }: Config, requestLog: RequestLog) {
   const body = badRequestBody(defaultLanguage)
   return {
-    /** Answers what never becomes a request, such as bytes that are not HTTP, and closes the connection. Fastify calls it with the instance as `this`. */
+    /**
+     * Answers what never becomes a request, such as bytes that are not HTTP, and closes the connection. Fastify calls it with the
+     * instance as `this`.
+     */
     async clientErrorHandler(
       this: FastifyInstance | undefined,
       error: NodeJS.ErrnoException,

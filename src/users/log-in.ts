@@ -7,6 +7,7 @@ import { Refusal } from '../outcomes.js'
 import { QueueFull } from '../passwords/hash-queue.js'
 import { passwordField } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
+import { StoreUnavailable } from '../stores/store-unavailable.js'
 import { LoginPlaces, loginLimits } from './login-limits.js'
 import type { User } from './users.js'
 
@@ -47,7 +48,10 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     const limits = loginLimits(config, mobile, request.ip, deviceId)
     const unit = randomUUID()
     // If it fails, the try counts until the window ends.
-    const logUncounted = (err: unknown) => request.log.error({ err }, 'the count of a login could not be changed')
+    function logUncounted(err: unknown): void {
+      // The store has logged an outage.
+      if (!(err instanceof StoreUnavailable)) request.log.error({ err }, 'the count of a login could not be changed')
+    }
     const refund = () => rateLimits.refund(limits.counted, unit).catch(logUncounted)
 
     // Refuse before any store is touched, if the hash queue is too long.
@@ -68,7 +72,8 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     }
     if (user === undefined) {
       // Not awaited: it does not delay the answer.
-      inFlight.track(rateLimits.markFailed(limits.clearedByReset, unit).catch(logUncounted))
+      if (deviceId === undefined)
+        inFlight.track(rateLimits.markFailed(limits.clearedBySuccess, unit).catch(logUncounted))
       return reply.outcome('wrong_login')
     }
 
