@@ -7,16 +7,13 @@ const usage = `usage:
       and SMS_WEBHOOK_URL (or SMS=off).
   mobile-signup migrate     applies the pending migrations, and exits
       Needs DATABASE_URL.
-  mobile-signup calibrate   finds the argon2id setting that this machine computes fastest, in about a minute
-      Needs an idle machine.
   mobile-signup --help      prints this text
 docs/configuration.md describes all variables.
 `
 
 const commands = new Map<string | undefined, () => Promise<unknown>>([
   [undefined, () => import('./server.js')],
-  ['migrate', () => import('./migrate.js')],
-  ['calibrate', () => import('./calibrate.js')]
+  ['migrate', () => import('./migrate.js')]
 ])
 
 const args = process.argv.slice(2)

@@ -43,8 +43,7 @@ const allowedImports: Record<string, string[]> = {
   users: [...features, ...belowFeatures],
   'app.ts': [...features, 'users', ...belowFeatures],
   'index.ts': ['app.ts', 'config', 'stores'],
-  'calibrate.ts': ['config', 'thread-pool.ts'],
-  'cli.ts': ['calibrate.ts', 'migrate.ts', 'server.ts'],
+  'cli.ts': ['migrate.ts', 'server.ts'],
   'migrate.ts': ['config', 'stores', 'telemetry'],
   'server.ts': ['app.ts', 'config', 'name-lookups.ts', 'stores', 'telemetry', 'thread-pool.ts']
 }
@@ -84,5 +83,5 @@ t.test('OpenTelemetry is imported only on demand', async (t) => {
 
 t.test('only the entry points read the environment', async (t) => {
   const readers = files.filter((file) => readFileSync(join(src, file), 'utf8').includes('process.env'))
-  t.strictSame(readers, ['calibrate.ts', 'migrate.ts', 'server.ts', 'thread-pool.ts'])
+  t.strictSame(readers, ['migrate.ts', 'server.ts', 'thread-pool.ts'])
 })
