@@ -1,5 +1,4 @@
-import { createHmac, randomBytes, timingSafeEqual } from 'node:crypto'
-import { deriveKeys } from './derived-keys.js'
+import { createHmac, hkdfSync, randomBytes, timingSafeEqual } from 'node:crypto'
 
 /** How long a ticket is valid. The window of its wrong codes is longer: it allows `SMS_CODE_ATTEMPTS` in its whole life. */
 const ttlMs = 3_600_000
@@ -19,11 +18,12 @@ export class Tickets {
    * @param purpose users/devices.ts has another one: its tokens are made in the same way
    */
   constructor(
-    secrets: readonly [string, ...string[]],
+    [newest, ...former]: readonly [string, ...string[]],
     purpose = 'ticket',
     private readonly lifeMs = ttlMs
   ) {
-    this.keys = deriveKeys(secrets, `mobile-signup: ${purpose}`)
+    const derive = (secret: string) => Buffer.from(hkdfSync('sha256', secret, '', `mobile-signup: ${purpose}`, 32))
+    this.keys = [derive(newest), ...former.map(derive)] as const
   }
 
   issue(mobile: string, id = randomBytes(9).toString('base64url')): string {
