@@ -17,46 +17,35 @@ const FailingData = Type.Object({
 
 /** Runs the checks of the stores. A check fails if its promise rejects. */
 export class StoreChecks {
-  /** The names of all stores. */
-  readonly names: readonly string[]
-  private readonly checks: readonly StoreCheck[]
+  /** The last result of each check, while it may be used again. */
+  private readonly results = new Map<string, Promise<boolean>>()
 
-  constructor(checks: Record<string, () => Promise<unknown>>) {
-    this.names = Object.keys(checks)
-    this.checks = Object.values(checks).map((check) => new StoreCheck(check))
+  constructor(private readonly checks: Readonly<Record<string, () => Promise<unknown>>>) {}
+
+  /** The names of all stores. */
+  get names(): readonly string[] {
+    return Object.keys(this.checks)
   }
 
   /** Returns the names of the stores that fail, or do not answer within half a second. */
   async failing(): Promise<string[]> {
-    const results = await Promise.all(this.checks.map((check) => check.hasFailed()))
-    return this.names.filter((_, index) => results[index])
-  }
-}
-
-/** The check of one store, which runs at most once at a time, and at most once a second. */
-class StoreCheck {
-  private lastResult: Promise<boolean> | undefined
-  private lastStartAt = Number.NEGATIVE_INFINITY
-  private isRunning = false
-
-  constructor(private readonly check: () => Promise<unknown>) {}
-
-  hasFailed(): Promise<boolean> {
-    if (!this.isRunning && performance.now() - this.lastStartAt > maxAgeMs) this.lastResult = this.run()
-    return Promise.race([this.lastResult ?? true, sleep(patienceMs, true, { ref: false })])
+    const patience = sleep(patienceMs, true, { ref: false })
+    const results = Object.entries(this.checks).map(([name, check]) =>
+      Promise.race([this.results.get(name) ?? this.run(name, check), patience])
+    )
+    const hasFailed = await Promise.all(results)
+    return this.names.filter((_, index) => hasFailed[index])
   }
 
-  private async run(): Promise<boolean> {
-    this.isRunning = true
-    this.lastStartAt = performance.now()
-    try {
-      await this.check()
-      return false
-    } catch {
-      return true
-    } finally {
-      this.isRunning = false
-    }
+  /** A check runs at most once at a time, and at most once a second. */
+  private run(name: string, check: () => Promise<unknown>): Promise<boolean> {
+    const result = check().then(
+      () => false,
+      () => true
+    )
+    this.results.set(name, result)
+    Promise.all([result, sleep(maxAgeMs, undefined, { ref: false })]).then(() => this.results.delete(name))
+    return result
   }
 }
 
