@@ -3,7 +3,6 @@ import './name-lookups.js'
 import { lookup } from 'node:dns/promises'
 import { setDefaultAutoSelectFamilyAttemptTimeout } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { DestinationStream } from 'pino'
 
 /** Whether a signal has been received. */
 let isStopping = false
@@ -57,15 +56,19 @@ async function exit(code: number): Promise<void> {
 
 async function main(): Promise<void> {
   // Before the modules that it instruments are loaded.
-  const stopTracing = process.env.OTEL_EXPORTER_OTLP_ENDPOINT ? await startTracing() : undefined
+  const isTracing = Boolean(process.env.OTEL_EXPORTER_OTLP_ENDPOINT)
+  const stopTracing = isTracing ? (await import('./telemetry/traces.js')).startTracing() : undefined
   const { loadConfig } = await import('./config/config.js')
   const { buildApp } = await import('./app.js')
   const { migrate } = await import('./stores/migrations.js')
+  const { jsonLog } = await import('./telemetry/log.js')
 
   const config = loadConfig(process.env)
   // Each address of a store but the last has this time to connect. Node's 250 ms are short for one that is far away.
   setDefaultAutoSelectFamilyAttemptTimeout(Math.ceil(config.storeTimeoutMs / 2))
-  const app = await buildApp(config, { logStream: await openLog() })
+  const logStream = jsonLog()
+  flushLog = logStream.flush
+  const app = await buildApp(config, { logStream })
   // Node's own report prints every field of an error, and a Redis error carries the arguments of its command.
   process.on('uncaughtException', (err) => {
     app.log.fatal({ err }, 'uncaught exception')
@@ -92,17 +95,4 @@ async function main(): Promise<void> {
   await app.listen({ port: config.port, host: host === '::' ? '' : host })
   await migrated
   app.startUp.isComplete = true
-}
-
-/** Opens the log of JSON lines, which `exit` flushes. */
-async function openLog(): Promise<DestinationStream> {
-  const { jsonLog } = await import('./telemetry/log.js')
-  const log = jsonLog()
-  flushLog = log.flush
-  return log
-}
-
-async function startTracing(): Promise<() => Promise<void>> {
-  const traces = await import('./telemetry/traces.js')
-  return traces.startTracing()
 }
