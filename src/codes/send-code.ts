@@ -3,7 +3,7 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
-import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
+import { bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { outcomes, Refusal } from '../outcomes.js'
 import { StoreUnavailable } from '../stores/store-unavailable.js'
 import type { CodePurpose, Send } from './codes.js'
@@ -51,7 +51,6 @@ export const sendCodeRoute: FastifyPluginAsync<{ config: Config; sms: Sms }> = a
       outcomes: [...bodyOutcomes, 'code_sent', 'too_many_requests', 'sms_gateway_unavailable'],
       data: { code_sent: CodeSentData }
     },
-    bodyLimit: bodyMaxBytes,
     handler: (request: SendCodeRequest, reply: FastifyReply) => inFlight.track(sendCode(request, reply))
   })
 

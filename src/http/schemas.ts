@@ -10,9 +10,6 @@ declare module 'fastify' {
   }
 }
 
-/** The largest request body. A sign-up with the longest password has less than 2 KiB. */
-export const bodyMaxBytes = 4 * 1_024
-
 /** A required text. Absent, null and "" are the same fault. Half of a surrogate pair is malformed. */
 export const requiredText = { minLength: 1, format: 'well-formed' }
 

@@ -6,7 +6,6 @@ import { loggerOptions, RequestLog } from '../telemetry/log.js'
 import { badRequestHandlers } from './bad-requests.js'
 import { trustedProxies } from './forwarded-for.js'
 import { requestIdOf } from './reply-headers.js'
-import { bodyMaxBytes } from './schemas.js'
 
 /** How long a request may take to arrive. A gateway sends its few KiB at once. */
 const requestTimeoutMs = 10_000
@@ -26,7 +25,6 @@ export function serverOptions(config: Config, logStream?: DestinationStream) {
     logController: requestLog,
     genReqId: requestIdOf,
     ...(config.trustProxy.length > 0 && { trustProxy: trustedProxies(config) }),
-    bodyLimit: bodyMaxBytes,
     requestTimeout: requestTimeoutMs,
     keepAliveTimeout: config.keepAliveTimeoutMs,
     pluginTimeout: pluginTimeoutMs,

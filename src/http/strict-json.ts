@@ -3,6 +3,9 @@ import { Ajv, type ErrorObject } from 'ajv'
 import fp from 'fastify-plugin'
 import { type OutcomeName, Refusal } from '../outcomes.js'
 
+/** The largest request body. A sign-up with the longest password has less than 2 KiB. */
+const bodyMaxBytes = 4 * 1_024
+
 /** Accepts JSON bodies only, and validates them without coercing or removing anything. */
 export const strictJson = fp(
   async (fastify) => {
@@ -16,7 +19,8 @@ export const strictJson = fp(
     fastify.removeAllContentTypeParsers()
     // 'ignore' keeps fields such as `__proto__`: unknown fields are ignored, and no code reads these.
     const parseJson = fastify.getDefaultJsonParser('ignore', 'ignore')
-    fastify.addContentTypeParser<Buffer>('application/json', { parseAs: 'buffer' }, (request, body, done) => {
+    const options = { parseAs: 'buffer', bodyLimit: bodyMaxBytes } as const
+    fastify.addContentTypeParser<Buffer>('application/json', options, (request, body, done) => {
       // A coded body would be read as plain text.
       if (!/^(?:identity)?$/i.test(request.headers['content-encoding'] ?? '')) {
         return done(new Refusal('unsupported_content_type'))

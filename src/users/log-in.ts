@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import { type Config, passwordMax } from '../config/config.js'
-import { bodyMaxBytes, bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
+import { bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { Refusal } from '../outcomes.js'
 import { QueueFull } from '../passwords/hash-queue.js'
 import { passwordField } from '../passwords/policy.js'
@@ -35,7 +35,6 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
       outcomes: [...bodyOutcomes, 'logged_in', 'password_length', 'wrong_login', 'too_many_requests'],
       data: { logged_in: LoggedInData }
     },
-    bodyLimit: bodyMaxBytes,
     handler: (request: LoginRequest, reply: FastifyReply) => inFlight.track(logIn(request, reply))
   })
 

@@ -1,6 +1,6 @@
 import type { FastifyPluginAsync, FastifyReply } from 'fastify'
 import type { Config } from '../config/config.js'
-import { bodyMaxBytes, repliesWith } from '../http/schemas.js'
+import { repliesWith } from '../http/schemas.js'
 import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import { loginLimits } from './login-limits.js'
@@ -24,7 +24,6 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       outcomes: [...newPasswordOutcomes, 'password_reset'],
       data: { password_reset: LoggedInData }
     },
-    bodyLimit: bodyMaxBytes,
     handler: (request: NewPasswordRequest, reply: FastifyReply) => inFlight.track(resetPassword(request, reply))
   })
 

@@ -1,7 +1,7 @@
 import type { FastifyPluginAsync, FastifyReply } from 'fastify'
 import type { Hold } from '../codes/codes.js'
 import type { Config } from '../config/config.js'
-import { bodyMaxBytes, repliesWith } from '../http/schemas.js'
+import { repliesWith } from '../http/schemas.js'
 import { Refusal } from '../outcomes.js'
 import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
@@ -27,7 +27,6 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
       outcomes: [...newPasswordOutcomes, 'registered', 'mobile_registered'],
       data: { registered: LoggedInData }
     },
-    bodyLimit: bodyMaxBytes,
     handler: (request: NewPasswordRequest, reply: FastifyReply) => inFlight.track(signUp(request, reply))
   })
 
