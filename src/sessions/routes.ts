@@ -19,38 +19,36 @@ const cookieSchema = { tags: ['session'], security: [{ session: [] }] }
 export const sessionRoutes: FastifyPluginAsync = async (fastify) => {
   const { inFlight, sessions } = fastify.mobileSignup
 
-  await fastify.register(async (scope) => {
-    await scope.register(loadSession)
-    scope.route({
-      method: 'GET',
-      url: '/session',
-      schema: {
-        ...cookieSchema,
-        operationId: 'whoAmI',
-        summary: 'Who is logged in',
-        response: repliesWith(SessionUserData)
-      },
-      config: {
-        outcomes: [...storeOutcomes, 'session_found', 'not_logged_in'],
-        data: { session_found: SessionUserData }
-      },
-      handler: whoAmI
-    })
-    scope.route({
-      method: 'DELETE',
-      url: '/session',
-      schema: {
-        ...cookieSchema,
-        operationId: 'logOut',
-        summary: 'Log out; succeeds also if nobody was logged in',
-        querystring: LogOutQuery,
-        response: repliesWith(Type.Object({}))
-      },
-      config: {
-        outcomes: [...storeOutcomes, 'logged_out', 'malformed_parameter', 'body_too_large', 'unsupported_content_type']
-      },
-      handler: (request: LogOutRequest, reply: FastifyReply) => inFlight.track(logOut(request, reply))
-    })
+  await fastify.register(loadSession)
+  fastify.route({
+    method: 'GET',
+    url: '/session',
+    schema: {
+      ...cookieSchema,
+      operationId: 'whoAmI',
+      summary: 'Who is logged in',
+      response: repliesWith(SessionUserData)
+    },
+    config: {
+      outcomes: [...storeOutcomes, 'session_found', 'not_logged_in'],
+      data: { session_found: SessionUserData }
+    },
+    handler: whoAmI
+  })
+  fastify.route({
+    method: 'DELETE',
+    url: '/session',
+    schema: {
+      ...cookieSchema,
+      operationId: 'logOut',
+      summary: 'Log out; succeeds also if nobody was logged in',
+      querystring: LogOutQuery,
+      response: repliesWith(Type.Object({}))
+    },
+    config: {
+      outcomes: [...storeOutcomes, 'logged_out', 'malformed_parameter', 'body_too_large', 'unsupported_content_type']
+    },
+    handler: (request: LogOutRequest, reply: FastifyReply) => inFlight.track(logOut(request, reply))
   })
 
   async function whoAmI(request: FastifyRequest, reply: FastifyReply) {
