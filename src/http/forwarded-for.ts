@@ -2,11 +2,12 @@ import { compile } from '@fastify/proxy-addr'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
 import { sampler } from '../telemetry/sampled-warnings.js'
+import { bareAddress } from './network.js'
 
-/** Returns a function that tells whether an address is that of a proxy that `TRUST_PROXY` names. Some proxies append a port. */
+/** Returns a function that tells whether an address is that of a proxy that `TRUST_PROXY` names. */
 export function trustedProxies({ trustProxy }: Pick<Config, 'trustProxy'>) {
   const isInRange = compile([...trustProxy])
-  return (address = ''): boolean => isInRange(address.replace(/^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$/, '$1$2'), 0)
+  return (address = ''): boolean => isInRange(bareAddress(address), 0)
 }
 
 /** Logs, at most once a minute each, an X-Forwarded-For that does not tell the client's address. */

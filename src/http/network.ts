@@ -2,8 +2,8 @@ import { isIPv4 } from 'node:net'
 import type { onRequestHookHandler } from 'fastify'
 import ipaddr from 'ipaddr.js'
 
-/** The port that some proxies append to an address. */
-const port = /(?<=^[\d.]+|^\[.*\]):\d+$/
+/** Returns an address without the brackets and the port with which some proxies write it. */
+export const bareAddress = (text: string) => text.replace(/^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$/, '$1$2')
 
 /** A network for which limits count. Its maximum is `share` times the configured number. */
 export interface Network {
@@ -33,12 +33,9 @@ export const requireAddress: onRequestHookHandler = (request, _reply, done) => {
 export function networksOf(address: string, siteShare = 64): [Network, ...Network[]] {
   // The usual case needs no parser.
   if (isIPv4(address)) return [{ network: address, share: 1 }]
-  const bareAddress = address
-    .replace(port, '')
-    .replace(/^\[(.*)\]$/, '$1')
-    .replace(/\/64$/, '')
-  if (!ipaddr.isValid(bareAddress)) return [{ network: 'unknown', share: 1 }]
-  const parsed = ipaddr.parse(bareAddress)
+  const ip = bareAddress(address).replace(/\/64$/, '')
+  if (!ipaddr.isValid(ip)) return [{ network: 'unknown', share: 1 }]
+  const parsed = ipaddr.parse(ip)
   if (!(parsed instanceof ipaddr.IPv6)) return [{ network: parsed.toString(), share: 1 }]
   const offset = ipv4Offsets[parsed.range()]
   if (offset !== undefined) {
