@@ -1,7 +1,7 @@
 import type { FastifyBaseLogger } from 'fastify'
 
-/** More messages than a store has, unless they quote something of a request, such as a slot of a Cluster. */
-const messagesMax = 100
+/** More kinds than there are, unless messages quote something of a request, such as a slot of a Cluster. The others are one. */
+const kindsMax = 100
 
 /**
  * Returns a function that decides on each line of a kind: `linesMax` are written from the first in an interval, and the others
@@ -11,7 +11,8 @@ const messagesMax = 100
  */
 export function sampler(linesMax: number, intervalMs: number) {
   const kinds = new Map<string, { since: number; lines: number; suppressed: number }>()
-  return function sample(kind: string): number | undefined {
+  return function sample(name: string): number | undefined {
+    const kind = kinds.has(name) || kinds.size < kindsMax ? name : 'others'
     const last = kinds.get(kind)
     const now = performance.now()
     if (last === undefined || now - last.since >= intervalMs) {
@@ -32,12 +33,9 @@ export function sampler(linesMax: number, intervalMs: number) {
  * store is away. The next line has the number of those that were left out, as `suppressed`.
  */
 export function sampledWarnings(log: FastifyBaseLogger) {
-  const messages = new Set<string>()
   const sample = sampler(1, 10_000)
   return function warn(err: Error, message: string): void {
-    const text = `${message}: ${err.message}`
-    if (messages.size < messagesMax) messages.add(text)
-    const suppressed = sample(messages.has(text) ? text : 'other messages')
+    const suppressed = sample(`${message}: ${err.message}`)
     if (suppressed !== undefined) log.warn({ err, ...(suppressed > 0 && { suppressed }) }, message)
   }
 }
