@@ -30,9 +30,8 @@ export interface MetricsSources {
 
 /** The registry of all metrics, those of the process included. It observes the capabilities. */
 export class Metrics implements Observer {
-  private readonly registry = new Registry()
+  readonly registry = new Registry()
   private readonly registers = [this.registry]
-  readonly contentType = this.registry.contentType
 
   private readonly requests = new Histogram({
     name: 'mobile_signup_request_duration_seconds',
@@ -88,10 +87,6 @@ export class Metrics implements Observer {
     collectDefaultMetrics({ register: this.registry })
     for (const store of ['postgres', 'redis'] as const) this.storeErrors.inc({ store }, 0)
     for (const limit of limitNames) this.limitRefusals.inc({ limit }, 0)
-  }
-
-  scrape(): Promise<string> {
-    return this.registry.metrics()
   }
 
   /** Prepares the count of failures of a route. `increase()` of Prometheus does not see how a series begins. */
@@ -174,6 +169,7 @@ export class Metrics implements Observer {
 /** Counts requests, and serves `GET /metrics` on a port of its own, which the gateway does not expose. */
 export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: MetricsSources }>(
   async (fastify, { config: { host, metricsPort }, metrics, sources }) => {
+    const { registry } = metrics
     metrics.addSources(sources)
     fastify.addHook('onRoute', ({ method, url, config }) => {
       if (!config?.isProbe) for (const name of [method].flat()) metrics.addRoute(name, url)
@@ -188,7 +184,7 @@ export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: Met
 
     const server = createServer(async ({ url }, response) => {
       if (url !== '/metrics') return response.writeHead(404).end()
-      return response.setHeader('content-type', metrics.contentType).end(await metrics.scrape())
+      return response.setHeader('content-type', registry.contentType).end(await registry.metrics())
     })
     // As src/server.ts does it. During the registration, so that a port in use stops the start before the service listens.
     await once(server.listen(metricsPort, host === '::' ? '' : host), 'listening')
