@@ -149,13 +149,6 @@ t.test('failures are cleared, and units of tries in flight are not', async (t) =
   t.equal(await redis.exists(unused[0]?.key ?? ''), 0, 'no key without a TTL')
 })
 
-t.test('a reset gives all units back', async (t) => {
-  const limits = [newLimit(9, 100), newLimit(9, 100)]
-  await consume(limits, 3)
-  await rateLimits.reset(limits)
-  t.strictSame(await counts(limits), [0, 0])
-})
-
 t.test('if Redis fails, nothing is consumed', async (t) => {
   const [limit, broken] = [newLimit(9, 100), newLimit(9, 100)]
   await redis.hset(broken.key, 'no', 'limit')

@@ -54,8 +54,6 @@ export interface RateLimits {
   markFailed(limits: readonly Limit[], unit: string): Promise<void>
   /** Refunds the units of tries that have failed, and not those of tries in flight. */
   clearFailures(limits: readonly Limit[]): Promise<void>
-  /** Refunds all units. */
-  reset(limits: readonly Limit[]): Promise<void>
 }
 
 declare module 'ioredis' {
@@ -201,9 +199,6 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
     },
     async refundNewest(limits) {
       await Promise.all(keysOf(limits).map((key) => redis.run((client) => client.zpopmax(key))))
-    },
-    async reset(limits) {
-      await Promise.all(keysOf(limits).map((key) => redis.run((client) => client.del(key))))
     }
   }
 }

@@ -56,7 +56,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       await Promise.all([
         sessions.endBefore(user.id, user.sessionEpoch),
         rateLimits
-          .reset(loginLimits(config, mobile, request.ip).clearedByReset)
+          .clearFailures(loginLimits(config, mobile, request.ip).clearedByReset)
           .catch((err) => request.log.error({ err }, 'failed logins could not be forgotten')),
         codes.release(hold, 'used', user.id)
       ])
