@@ -4,7 +4,7 @@ import { isIPv6, type Socket } from 'node:net'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
-import { type Language, outcomes } from '../outcomes.js'
+import { outcomes } from '../outcomes.js'
 import { logRequest, type RequestLog } from '../telemetry/log.js'
 import { refused } from './connections.js'
 import { headersOfReply } from './reply-headers.js'
@@ -15,13 +15,7 @@ import { headersOfReply } from './reply-headers.js'
  */
 const closingGraceMs = 1_000
 
-/** The envelope where no reply can be decorated, in the default language. */
-function badRequestBody(language: Language): string {
-  const { errno, [language]: errmsg } = outcomes.bad_request
-  return JSON.stringify({ errno, errmsg })
-}
-
-/** The headers of a reply with that envelope. */
+/** The headers where no reply can be decorated. */
 const badRequestHeaders = (requestId: string, body: string) => ({
   'content-type': 'application/json; charset=utf-8',
   'content-length': Buffer.byteLength(body),
@@ -48,7 +42,8 @@ function isHost(text: string): boolean {
 
 /** The two handlers of Fastify's options that answer what never becomes a request. */
 export function badRequestHandlers({ defaultLanguage }: Config, requestLog: RequestLog) {
-  const body = badRequestBody(defaultLanguage)
+  const { errno, [defaultLanguage]: errmsg } = outcomes.bad_request
+  const body = JSON.stringify({ errno, errmsg })
   return {
     /**
      * Answers what never becomes a request, such as bytes that are not HTTP, and closes the connection. Fastify calls it with the
