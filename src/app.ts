@@ -10,13 +10,12 @@ import { connections } from './http/connections.js'
 import { forwardedFor } from './http/forwarded-for.js'
 import { healthRoutes, StoreChecks } from './http/health.js'
 import { InFlight } from './http/in-flight.js'
+import { lifecycle } from './http/lifecycle.js'
 import { requireAddress } from './http/network.js'
 import { openapi } from './http/openapi.js'
 import { replies } from './http/replies.js'
 import { replyHeaders } from './http/reply-headers.js'
 import { serverOptions } from './http/server-options.js'
-import { shutdown } from './http/shutdown.js'
-import { startUp } from './http/start-up.js'
 import { strictJson } from './http/strict-json.js'
 import { createPasswords, type Passwords } from './passwords/passwords.js'
 import { sessionRoutes } from './sessions/routes.js'
@@ -141,14 +140,13 @@ async function registerService(app: FastifyInstance, config: Config): Promise<vo
   await app.register(badRequests)
   await app.register(forwardedFor, { config })
   await app.register(strictJson)
-  await app.register(startUp)
-  await app.register(shutdown)
+  await app.register(lifecycle)
   await app.register(capabilities, { config, observer: metrics })
   await app.register(openapi, { config })
   const storeChecks = new StoreChecks(checksOf(app))
   if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app, storeChecks) })
   await app.register(routes, { prefix: config.apiPrefix, config })
-  await app.register(healthRoutes, { storeChecks, ownFailure: () => ownFailure(app) })
+  await app.register(healthRoutes, { storeChecks })
 }
 
 const metricsSources = (
@@ -167,9 +165,3 @@ const checksOf = ({ mobileSignup: { postgres, redis } }: FastifyInstance) => ({
   Postgres: () => postgres.checkWritable(),
   Redis: () => redis.run((client) => client.set('mobile_signup:health', '', 'PX', 1_000))
 })
-
-function ownFailure({ shutdown, startUp, mobileSignup: { postgres } }: FastifyInstance): string | undefined {
-  if (shutdown.isAnnounced) return 'shutting down'
-  if (!startUp.isComplete) return 'starting'
-  return postgres.hasSchema ? undefined : 'no schema'
-}

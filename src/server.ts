@@ -75,7 +75,7 @@ async function main(): Promise<void> {
     exit(1)
   })
   stop = async () => {
-    app.shutdown.announce()
+    app.lifecycle.announceShutdown()
     if (app.server.listening) await sleep(config.shutdownDelayMs)
     setTimeout(() => {
       app.log.error('the shutdown took longer than SHUTDOWN_TIMEOUT_MS')
@@ -88,11 +88,11 @@ async function main(): Promise<void> {
 
   const migrated = config.migrate ? migrate(config.databaseUrl) : undefined
   await Promise.race([migrated, sleep(migrationPatienceMs, undefined, { ref: false })])
-  app.startUp.isComplete = false
+  app.lifecycle.isStarted = false
   // Fastify would open a second server for the other address of localhost, without the handlers of http/.
   const { address: host } = await lookup(config.host, { order: 'ipv4first' })
   // Without a host Node listens on `::`, or on `0.0.0.0` where the kernel has no IPv6.
   await app.listen({ port: config.port, host: host === '::' ? '' : host })
   await migrated
-  app.startUp.isComplete = true
+  app.lifecycle.isStarted = true
 }

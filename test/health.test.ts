@@ -66,13 +66,13 @@ t.test('a store that answers reads but cannot be written is named, too', async (
 
 t.test('before the start is complete, ready fails and requests are refused, while live succeeds', async (t) => {
   const app = await build(t)
-  app.startUp.isComplete = false
+  app.lifecycle.isStarted = false
   const reply = await app.inject('/health/ready')
   t.strictSame([reply.statusCode, reply.json().errno, reply.json().data], [503, '4500', { failing: ['starting'] }])
   t.equal((await app.inject('/health/live')).statusCode, 200)
   const refused = await client(app).signUp(await signUpBody())
   t.strictSame([...statusAndErrno(refused), refused.headers['retry-after']], [503, '4500', '1'])
-  app.startUp.isComplete = true
+  app.lifecycle.isStarted = true
   t.equal((await app.inject('/health/ready')).statusCode, 200)
 })
 
@@ -115,13 +115,13 @@ t.test('ready is 503 while the table of the users is not there', async (t) => {
 t.test('a probe keeps its status under LEGACY_STATUS', async (t) => {
   const app = await build(t, { LEGACY_STATUS: 'true' })
   t.equal((await app.inject('/health/nowhere')).statusCode, 200)
-  app.shutdown.announce()
+  app.lifecycle.announceShutdown()
   t.strictSame(statusAndErrno(await app.inject('/health/ready')), [503, '4500'])
 })
 
 t.test('an announced shutdown makes ready fail at once, while requests are still served', async (t) => {
   const app = await build(t)
-  app.shutdown.announce()
+  app.lifecycle.announceShutdown()
   const reply = await app.inject('/health/ready')
   t.strictSame(
     [reply.statusCode, reply.json()],

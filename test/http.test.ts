@@ -250,7 +250,7 @@ t.test('from its announcement on, a shutdown closes each connection with a reply
   const idle = await openRecorded(app, port)
   idle.socket.write(session)
   await once(idle.socket, 'data')
-  app.shutdown.announce()
+  app.lifecycle.announceShutdown()
   for (const request of [session, `GET /%zz HTTP/1.1\r\n${host}\r\n`, `GET /openapi.json HTTP/1.1\r\n${host}\r\n`]) {
     const { socket, closed, replies } = await openRecorded(app, port)
     socket.write(request)

@@ -162,7 +162,7 @@ t.test('metrics are served until a shutdown has answered the accepted requests',
   const reply = client(url).signUp(await signUpBody())
   await inserts.arrived(1)
   const closed = app.close()
-  await until('the shutdown has begun', () => app.shutdown.isAnnounced)
+  await until('the shutdown has begun', () => app.lifecycle.isEnding)
   t.match(await scrape(app), 'mobile_signup_hash_queue_length 0')
   await inserts.release()
   t.equal((await reply).statusCode, 201)

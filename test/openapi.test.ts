@@ -171,7 +171,7 @@ t.test('the reply of every outcome on every route matches its description', asyn
     check(operation, 'storage_unavailable', await send(await signUpBody()))
   }
   check(sendCode, 'storage_unavailable', await api.sendCode(mobile))
-  app.shutdown.announce()
+  app.lifecycle.announceShutdown()
   check(ready, 'busy', await app.inject('/health/ready'))
 
   // An unknown route has no description.

@@ -55,12 +55,10 @@ export interface HealthOptions {
    * the balancer could neither answer 503 with a `Retry-After` nor, while only Postgres is away, go on with sessions.
    */
   storeChecks: StoreChecks
-  /** Returns why this instance alone cannot serve, or undefined. */
-  ownFailure(): string | undefined
 }
 
 /** The probes of orchestrators and balancers, at the root. */
-export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, { storeChecks, ownFailure }) => {
+export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, { storeChecks }) => {
   fastify.route({
     method: 'GET',
     url: '/health/live',
@@ -93,5 +91,13 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
     const failure = ownFailure()
     if (failure !== undefined) return reply.outcome('busy', { data: { failing: [failure] } })
     return reply.outcome('healthy', { data: { failing } })
+  }
+
+  /** Returns why this instance alone cannot serve. */
+  function ownFailure(): string | undefined {
+    const { isStarted, isEnding } = fastify.lifecycle
+    if (isEnding) return 'shutting down'
+    if (!isStarted) return 'starting'
+    return fastify.mobileSignup.postgres.hasSchema ? undefined : 'no schema'
   }
 }

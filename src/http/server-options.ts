@@ -28,7 +28,7 @@ export function serverOptions(config: Config, logStream?: DestinationStream) {
     requestTimeout: requestTimeoutMs,
     keepAliveTimeout: config.keepAliveTimeoutMs,
     pluginTimeout: pluginTimeoutMs,
-    // http/shutdown.ts answers these requests in the envelope.
+    // http/lifecycle.ts answers these requests in the envelope.
     return503OnClosing: false,
     http: {
       // http/bad-requests.ts answers a missing Host in the envelope.

@@ -1,18 +1,20 @@
 import fp from 'fastify-plugin'
 
-interface Shutdown {
+interface Lifecycle {
+  /** False while the server listens, but the start has more to do. Requests are refused with `busy`; probes are answered. */
+  isStarted: boolean
   /** Whether a shutdown has been announced or has begun. */
-  readonly isAnnounced: boolean
+  readonly isEnding: boolean
   /**
    * Makes the readiness probe fail, so that balancers stop sending requests before the server closes, and replies close their
    * connections, so that few are open then.
    */
-  announce(): void
+  announceShutdown(): void
 }
 
 declare module 'fastify' {
   interface FastifyInstance {
-    shutdown: Shutdown
+    lifecycle: Lifecycle
   }
 }
 
@@ -23,29 +25,26 @@ const arrivalGraceMs = 500
 const idleCheckMs = 25
 
 /**
- * Graceful shutdown: accepted requests are answered, later ones on open connections are refused with `busy`, and connections
- * on which none arrives are closed.
+ * Refuses requests with `busy` before the start is complete, and after the shutdown has begun. A graceful shutdown: accepted
+ * requests are answered, later ones on open connections are refused, and connections on which none arrives are closed.
  */
-export const shutdown = fp(
+export const lifecycle = fp(
   async (fastify) => {
     const { server, connections } = fastify
-    let isAnnounced = false
     let isClosing = false
-
-    function announce(): void {
-      isAnnounced = true
-      connections.closeAfterReplies()
+    const state = {
+      isStarted: true,
+      isEnding: false,
+      announceShutdown() {
+        state.isEnding = true
+        connections.closeAfterReplies()
+      }
     }
-    fastify.decorate('shutdown', {
-      get isAnnounced() {
-        return isAnnounced
-      },
-      announce
-    } satisfies Shutdown)
+    fastify.decorate('lifecycle', state satisfies Lifecycle)
 
     fastify.addHook('preClose', async () => {
       isClosing = true
-      announce()
+      state.announceShutdown()
       // Node's own would cut a request that is on its way, and leaves connections open that never had any.
       server.closeIdleConnections = () => undefined
       const graceEndsAt = performance.now() + arrivalGraceMs
@@ -58,10 +57,11 @@ export const shutdown = fp(
       server.once('close', () => clearInterval(interval))
     })
 
-    fastify.addHook('onRequest', (_request, reply, done) => {
-      if (isClosing) reply.outcome('busy')
+    fastify.addHook('onRequest', (request, reply, done) => {
+      const isRefused = isClosing || !(state.isStarted || request.routeOptions.config.isProbe)
+      if (isRefused) reply.outcome('busy')
       else done()
     })
   },
-  { fastify: '5.x', name: 'shutdown', dependencies: ['replies', 'connections'] }
+  { fastify: '5.x', name: 'lifecycle', dependencies: ['replies', 'connections'] }
 )
