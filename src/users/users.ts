@@ -12,33 +12,6 @@ export interface User {
   sessionEpoch: number
 }
 
-export interface Users {
-  /**
-   * Adds a user, whose name is the mobile at first, in one statement. Of simultaneous calls for one mobile exactly one adds
-   * the row.
-   *
-   * @param passwordHash a PHC string
-   * @returns the id of the new row, or undefined if the mobile is registered
-   */
-  insert(mobile: string, passwordHash: string): Promise<string | undefined>
-  find(mobile: string): Promise<User | undefined>
-  /**
-   * Replaces the password of a user, and begins a session epoch in the same step. So a request reads either the former
-   * password with the former epoch, or the new ones.
-   *
-   * @returns undefined if the mobile has no user
-   */
-  setPassword(mobile: string, passwordHash: string): Promise<Omit<User, 'passwordHash'> | undefined>
-  /** Replaces a hash by another one of the same password, unless the hash has been replaced since. */
-  replaceHash(mobile: string, formerHash: string, passwordHash: string): Promise<void>
-  /**
-   * Begins a session epoch.
-   *
-   * @returns the epoch, or undefined if the user has been deleted
-   */
-  beginSessionEpoch(user: { mobile: string; user_id: string }): Promise<number | undefined>
-}
-
 export const insertUser: NamedStatement = {
   name: 'insert_user',
   text: `INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)
@@ -74,15 +47,24 @@ const beginSessionEpoch: NamedStatement = {
          RETURNING session_epoch AS "sessionEpoch"`
 }
 
+export type Users = ReturnType<typeof createUsers>
+
 /** The users table. A hash that matches no password is logged once for a user, and for at most 10,000. */
-export function createUsers(postgres: Postgres, log: FastifyBaseLogger): Users {
+export function createUsers(postgres: Postgres, log: FastifyBaseLogger) {
   const logged = new Set<string>()
   return {
-    async insert(mobile, passwordHash) {
+    /**
+     * Adds a user, whose name is the mobile at first, in one statement. Of simultaneous calls for one mobile exactly one adds
+     * the row.
+     *
+     * @param passwordHash a PHC string
+     * @returns the id of the new row, or undefined if the mobile is registered
+     */
+    async insert(mobile: string, passwordHash: string): Promise<string | undefined> {
       const { rows } = await postgres.query<{ id: string }>(insertUser, [mobile, passwordHash])
       return rows[0]?.id
     },
-    async find(mobile) {
+    async find(mobile: string): Promise<User | undefined> {
       const { rows } = await postgres.query<User>(findUser, [mobile])
       const [user] = rows
       if (user && !isVerifiable(user.passwordHash) && !logged.has(user.id) && logged.size < 10_000) {
@@ -91,15 +73,27 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger): Users {
       }
       return user
     },
-    async setPassword(mobile, passwordHash) {
+    /**
+     * Replaces the password of a user, and begins a session epoch in the same step. So a request reads either the former
+     * password with the former epoch, or the new ones.
+     *
+     * @returns undefined if the mobile has no user
+     */
+    async setPassword(mobile: string, passwordHash: string): Promise<Omit<User, 'passwordHash'> | undefined> {
       const values = [mobile, passwordHash]
       const { rows } = await postgres.query<Omit<User, 'passwordHash'>>(setPassword, values)
       return rows[0]
     },
-    async replaceHash(mobile, formerHash, passwordHash) {
+    /** Replaces a hash by another one of the same password, unless the hash has been replaced since. */
+    async replaceHash(mobile: string, formerHash: string, passwordHash: string): Promise<void> {
       await postgres.query(replaceHash, [mobile, formerHash, passwordHash])
     },
-    async beginSessionEpoch({ mobile, user_id }) {
+    /**
+     * Begins a session epoch.
+     *
+     * @returns the epoch, or undefined if the user has been deleted
+     */
+    async beginSessionEpoch({ mobile, user_id }: { mobile: string; user_id: string }): Promise<number | undefined> {
       const values = [mobile, user_id]
       const { rows } = await postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, values)
       return rows[0]?.sessionEpoch
