@@ -35,27 +35,6 @@ export interface Limit {
   isPlainKey?: true
 }
 
-export interface RateLimits {
-  /**
-   * Consumes a unit of every limit, or of none if one is exhausted. In a Cluster the limits are consumed in the given order,
-   * slot by slot.
-   *
-   * @param unit identifies the unit for a refund; unique
-   * @returns 0, or the seconds until every limit has room again
-   */
-  consume(limits: readonly Limit[], unit: string): Promise<number>
-  /** Returns what {@link consume} would return, and consumes nothing. */
-  retryAfterSeconds(limits: readonly Limit[]): Promise<number>
-  /** Refunds a unit of every limit. A unit that has expired, or was refunded before, changes nothing. */
-  refund(limits: readonly Limit[], unit: string): Promise<void>
-  /** Refunds the newest unit of every limit. */
-  refundNewest(limits: readonly Limit[]): Promise<void>
-  /** Says that the try with this unit is no longer in flight, and has failed. */
-  markFailed(limits: readonly Limit[], unit: string): Promise<void>
-  /** Refunds the units of tries that have failed, and not those of tries in flight. */
-  clearFailures(limits: readonly Limit[]): Promise<void>
-}
-
 declare module 'ioredis' {
   interface RedisCommander<Context> {
     consumeLimits(
@@ -132,8 +111,10 @@ for _, key in ipairs(KEYS) do
 end
 `
 
+export type RateLimits = ReturnType<typeof createRateLimits>
+
 /** Limits that all instances share, counted in Redis. */
-export function createRateLimits(redis: RedisStore, observer: Observer | undefined): RateLimits {
+export function createRateLimits(redis: RedisStore, observer: Observer | undefined) {
   redis.defineScripts({
     consumeLimits: { lua: consumeLimits },
     refundLimits: { lua: refundLimits },
@@ -171,9 +152,14 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
   }
 
   return {
-    markFailed: settle,
-    clearFailures: settle,
-    async consume(limits, unit) {
+    /**
+     * Consumes a unit of every limit, or of none if one is exhausted. In a Cluster the limits are consumed in the given order,
+     * slot by slot.
+     *
+     * @param unit identifies the unit for a refund; unique
+     * @returns 0, or the seconds until every limit has room again
+     */
+    async consume(limits: readonly Limit[], unit: string): Promise<number> {
       const consumed: Limit[][] = []
       const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, unit)))
       for (const group of groupsOf(limits)) {
@@ -190,15 +176,22 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
       }
       return 0
     },
-    async retryAfterSeconds(limits) {
+    /** Returns what `consume` would return, and consumes nothing. */
+    async retryAfterSeconds(limits: readonly Limit[]): Promise<number> {
       const answers = await Promise.all(groupsOf(limits).map((group) => consumeGroup(group, '')))
       return Math.ceil(Math.max(0, ...answers.map(({ waitMs }) => waitMs)) / 1_000)
     },
-    async refund(limits, unit) {
+    /** Refunds a unit of every limit. A unit that has expired, or was refunded before, changes nothing. */
+    async refund(limits: readonly Limit[], unit: string): Promise<void> {
       await Promise.all(groupsOf(limits).map((group) => refundGroup(group, unit)))
     },
-    async refundNewest(limits) {
+    /** Refunds the newest unit of every limit. */
+    async refundNewest(limits: readonly Limit[]): Promise<void> {
       await Promise.all(keysOf(limits).map((key) => redis.run((client) => client.zpopmax(key))))
-    }
+    },
+    /** Says that the try with this unit is no longer in flight, and has failed. */
+    markFailed: (limits: readonly Limit[], unit: string) => settle(limits, unit),
+    /** Refunds the units of tries that have failed, and not those of tries in flight. */
+    clearFailures: (limits: readonly Limit[]) => settle(limits)
   }
 }
