@@ -7,45 +7,14 @@ import type { Observer } from '../telemetry/observer.js'
 import { HashQueue } from './hash-queue.js'
 import { isVerifiable } from './stored-hash.js'
 
-export interface Passwords {
-  /**
-   * Admission, to be checked before any store is touched.
-   *
-   * @param client counts as queued until it joins the queue by `hash` or `verify`, or is answered: the `raw` of a reply.
-   * Without a client it only checks.
-   * @throws {QueueFull} if the expected wait for a thread is over `HASH_MAX_WAIT_MS`
-   */
-  admit(client?: Writable): void
-  /**
-   * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one
-   * password (NIST SP 800-63B, section 3.1.1.2).
-   *
-   * @param client removes the job from the queue if it closes before the job has started: the `raw` of a reply
-   * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
-   * @throws {ClientDisconnected}
-   */
-  hash(password: string, client?: Writable): Promise<string>
-  /**
-   * Verifies a password against a stored hash, in the same queue as the hashes.
-   *
-   * @param storedHash undefined for an unknown user. Without one that {@link isVerifiable}, the answer is false and takes as long
-   * as for any other.
-   */
-  verify(storedHash: string | undefined, password: string, client: Writable): Promise<boolean>
-  /** The number of passwords that wait for a thread. */
-  readonly queueLength: number
-  /** How long a new password would wait for a thread. */
-  readonly expectedWaitMs: number
-  /** Whether a PHC string has other parameters than the configured ones. */
-  isOutdated(phc: string): boolean
-}
+export type Passwords = Awaited<ReturnType<typeof createPasswords>>
 
 /** @throws if no password can be hashed with the configured parameters */
 export async function createPasswords(
   fastify: FastifyInstance,
   { hashMemoryKib, hashPasses, hashThreads, poolThreads, hashMaxWaitMs }: Config,
   observer: Observer | undefined
-): Promise<Passwords> {
+) {
   // argon2id is the default algorithm of @node-rs/argon2. One lane, so a hash is the work of one thread.
   const parameters = { memoryCost: hashMemoryKib, timeCost: hashPasses, parallelism: 1 }
   // If libuv's pool has a thread for each hash and no other, it gets one job more than it has threads, so that no thread
@@ -71,19 +40,44 @@ export async function createPasswords(
   const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
 
   return {
-    admit: (client) => queue.admit(client),
-    hash: (password, client) => queue.run(() => hash(password.normalize('NFKC'), parameters), client),
-    async verify(storedHash, password, client) {
+    /**
+     * Admission, to be checked before any store is touched.
+     *
+     * @param client counts as queued until it joins the queue by `hash` or `verify`, or is answered: the `raw` of a reply.
+     * Without a client it only checks.
+     * @throws {QueueFull} if the expected wait for a thread is over `HASH_MAX_WAIT_MS`
+     */
+    admit: (client?: Writable) => queue.admit(client),
+    /**
+     * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one
+     * password (NIST SP 800-63B, section 3.1.1.2).
+     *
+     * @param client removes the job from the queue if it closes before the job has started: the `raw` of a reply
+     * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
+     * @throws {ClientDisconnected}
+     */
+    hash: (password: string, client?: Writable) =>
+      queue.run(() => hash(password.normalize('NFKC'), parameters), client),
+    /**
+     * Verifies a password against a stored hash, in the same queue as the hashes.
+     *
+     * @param storedHash undefined for an unknown user. Without one that {@link isVerifiable}, the answer is false and takes as long
+     * as for any other.
+     */
+    async verify(storedHash: string | undefined, password: string, client: Writable): Promise<boolean> {
       const phc = storedHash !== undefined && isVerifiable(storedHash) ? storedHash : undefined
       const matches = await queue.run(() => verify(phc ?? decoyPhc, password.normalize('NFKC')), client)
       return matches && phc !== undefined
     },
+    /** The number of passwords that wait for a thread. */
     get queueLength() {
       return queue.queueLength
     },
+    /** How long a new password would wait for a thread. */
     get expectedWaitMs() {
       return queue.expectedWaitMs
     },
-    isOutdated: (phc) => !phc.startsWith(phcPrefix)
+    /** Whether a PHC string has other parameters than the configured ones. */
+    isOutdated: (phc: string) => !phc.startsWith(phcPrefix)
   }
 }
