@@ -7,22 +7,13 @@ import { logSender } from './senders/log.js'
 import { MessageNotSent, MessageRefused } from './senders/sender.js'
 import { webhookSender } from './senders/webhook.js'
 
-export interface Sms {
-  /** 0, or the seconds until a gateway that keeps failing gets messages again. */
-  pauseSeconds(): number
-  /**
-   * Sends a code to a mobile.
-   *
-   * @throws {MessageNotSent} if the message was certainly not sent; after any other error it may have been
-   */
-  send(mobile: string, code: string, ttlSeconds: number): Promise<void>
-}
+export type Sms = ReturnType<typeof createSms>
 
 export function createSms(
   { smsWebhookUrl, smsWebhookSecret }: Config,
   log: FastifyBaseLogger,
   observer: Observer | undefined
-): Sms {
+) {
   const send = smsWebhookUrl === undefined ? logSender(log) : webhookSender(smsWebhookUrl, smsWebhookSecret)
   const breaker = new GatewayBreaker()
   function record(mobile: string, hasFailed: boolean): void {
@@ -30,8 +21,14 @@ export function createSms(
   }
 
   return {
+    /** 0, or the seconds until a gateway that keeps failing gets messages again. */
     pauseSeconds: () => Math.ceil(breaker.remainingPauseMs / 1_000),
-    async send(mobile, code, ttlSeconds) {
+    /**
+     * Sends a code to a mobile.
+     *
+     * @throws {MessageNotSent} if the message was certainly not sent; after any other error it may have been
+     */
+    async send(mobile: string, code: string, ttlSeconds: number): Promise<void> {
       try {
         await send({ mobile, code, ttlSeconds, id: randomUUID() })
       } catch (error) {
