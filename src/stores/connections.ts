@@ -6,11 +6,8 @@ import type { Pool, PoolClient } from 'pg'
  */
 const maxAgeMs = 30 * 60_000
 
-interface Waiter {
-  resolve(client: PoolClient): void
-  reject(error: unknown): void
-  timer: NodeJS.Timeout
-}
+/** Ends the wait of a caller. Without a client it fails. */
+type Settle = (error: unknown, client?: PoolClient) => void
 
 /**
  * Lends the connections of a pool. `pool.connect()` alone binds its caller to the connection that it opens. If Postgres takes no
@@ -18,7 +15,7 @@ interface Waiter {
  */
 export class Connections {
   /** Oldest first. */
-  private readonly waiters = new Set<Waiter>()
+  private readonly waiters = new Set<Settle>()
   private readonly endsAt = new WeakMap<PoolClient, number>()
 
   constructor(
@@ -37,12 +34,14 @@ export class Connections {
   /** @throws if no connection is free in time, or if none can be opened and the pool has no other */
   take(): Promise<PoolClient> {
     return new Promise((resolve, reject) => {
-      const timer = setTimeout(() => {
-        this.waiters.delete(waiter)
-        reject(new Error('timeout exceeded when trying to connect'))
-      }, this.timeoutMs)
-      const waiter = { resolve, reject, timer }
-      this.waiters.add(waiter)
+      const settle: Settle = (error, client) => {
+        clearTimeout(timer)
+        this.waiters.delete(settle)
+        if (client) resolve(client)
+        else reject(error)
+      }
+      const timer = setTimeout(settle, this.timeoutMs, new Error('timeout exceeded when trying to connect'))
+      this.waiters.add(settle)
       if (this.pool.idleCount > 0 || this.pool.totalCount < this.max) this.open()
     })
   }
@@ -61,22 +60,14 @@ export class Connections {
       (client) => this.lend(client),
       (error) => {
         if (this.pool.totalCount > 0) return this.onOpenError(error)
-        for (const { reject, timer } of this.waiters) {
-          clearTimeout(timer)
-          reject(error)
-        }
-        this.waiters.clear()
+        for (const settle of this.waiters) settle(error)
       }
     )
   }
 
   private lend(client: PoolClient): void {
-    const [waiter] = this.waiters
-    if (waiter === undefined) client.release()
-    else {
-      this.waiters.delete(waiter)
-      clearTimeout(waiter.timer)
-      waiter.resolve(client)
-    }
+    const [settle] = this.waiters
+    if (settle) settle(undefined, client)
+    else client.release()
   }
 }
