@@ -12,9 +12,8 @@ const mobilesToOpen = 5
  * failed. Each mobile counts once, with its last result.
  */
 export class GatewayBreaker {
-  /** The last result of each mobile in the window, oldest first. */
+  /** The last result of each mobile in the window. */
   private readonly results = new Map<string, { hasFailed: boolean; at: number }>()
-  private failedCount = 0
   private pausedUntil = 0
 
   /** 0, or the milliseconds until the gateway gets messages again. */
@@ -27,22 +26,12 @@ export class GatewayBreaker {
     // Messages that were sent before the pause say nothing about the time after it.
     if (this.remainingPauseMs > 0) return false
     const now = performance.now()
-    this.forget(mobile)
     this.results.set(mobile, { hasFailed, at: now })
-    if (hasFailed) this.failedCount++
-    for (const [oldest, { at }] of this.results) {
-      if (now - at < windowMs) break
-      this.forget(oldest)
-    }
-    if (this.failedCount < mobilesToOpen || 2 * this.failedCount < this.results.size) return false
+    for (const [other, { at }] of this.results) if (now - at >= windowMs) this.results.delete(other)
+    const failedCount = [...this.results.values()].filter((result) => result.hasFailed).length
+    if (failedCount < mobilesToOpen || 2 * failedCount < this.results.size) return false
     this.pausedUntil = now + pauseMs
     this.results.clear()
-    this.failedCount = 0
     return true
-  }
-
-  private forget(mobile: string): void {
-    if (this.results.get(mobile)?.hasFailed) this.failedCount--
-    this.results.delete(mobile)
   }
 }
