@@ -24,7 +24,7 @@ import { openPostgres, type Postgres } from './stores/postgres.js'
 import { createRateLimits, limitNames, type RateLimits } from './stores/rate-limits.js'
 import { openRedis, type RedisStore } from './stores/redis.js'
 import { serializers } from './telemetry/log.js'
-import { Metrics, type MetricsSources, metricsServer } from './telemetry/metrics.js'
+import { Metrics, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
 import { Devices } from './users/devices.js'
 import { logInRoute } from './users/log-in.js'
@@ -144,21 +144,11 @@ async function registerService(app: FastifyInstance, config: Config): Promise<vo
   await app.register(capabilities, { config, observer: metrics })
   await app.register(openapi, { config })
   const storeChecks = new StoreChecks(checksOf(app))
-  if (metrics) await app.register(metricsServer, { config, metrics, sources: metricsSources(app, storeChecks) })
+  const sources = { ...app.mobileSignup, storeChecks }
+  if (metrics) await app.register(metricsServer, { config, metrics, sources })
   await app.register(routes, { prefix: config.apiPrefix, config })
   await app.register(healthRoutes, { storeChecks })
 }
-
-const metricsSources = (
-  { mobileSignup: { passwords, postgres } }: FastifyInstance,
-  storeChecks: StoreChecks
-): MetricsSources => ({
-  hashQueueLength: () => passwords.queueLength,
-  hashExpectedWaitMs: () => passwords.expectedWaitMs,
-  postgresConnections: () => postgres.connections(),
-  stores: storeChecks.names,
-  failingStores: () => storeChecks.failing()
-})
 
 /** Each check tests whether its store accepts writes, because a replica also answers reads. */
 const checksOf = ({ mobileSignup: { postgres, redis } }: FastifyInstance) => ({

@@ -19,13 +19,10 @@ const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 const noRoute = 'none'
 
 /** Values that are read at each scrape. */
-export interface MetricsSources {
-  hashQueueLength(): number
-  hashExpectedWaitMs(): number
-  postgresConnections(): { total: number; idle: number; waiting: number }
-  /** The names of all stores. */
-  stores: readonly string[]
-  failingStores(): Promise<string[]>
+interface MetricsSources {
+  readonly passwords: { readonly queueLength: number; readonly expectedWaitMs: number }
+  readonly postgres: { connections(): { total: number; idle: number; waiting: number } }
+  readonly storeChecks: { readonly names: readonly string[]; failing(): Promise<string[]> }
 }
 
 /** The registry of all metrics, those of the process included. It observes the capabilities. */
@@ -121,15 +118,14 @@ export class Metrics implements Observer {
   }
 
   /** Adds the gauges of the service. */
-  addSources(sources: MetricsSources): void {
-    const { hashQueueLength, hashExpectedWaitMs, postgresConnections, stores, failingStores } = sources
+  addSources({ passwords, postgres, storeChecks }: MetricsSources): void {
     const { registers } = this
     new Gauge({
       name: 'mobile_signup_hash_queue_length',
       help: 'Passwords that wait for a thread',
       registers,
       collect() {
-        this.set(hashQueueLength())
+        this.set(passwords.queueLength)
       }
     })
     new Gauge({
@@ -137,7 +133,7 @@ export class Metrics implements Observer {
       help: 'How long a new sign-up would wait for a thread; above HASH_MAX_WAIT_MS it is refused',
       registers,
       collect() {
-        this.set(hashExpectedWaitMs() / 1_000)
+        this.set(passwords.expectedWaitMs / 1_000)
       }
     })
     new Gauge({
@@ -146,7 +142,7 @@ export class Metrics implements Observer {
       labelNames: ['state'] as const,
       registers,
       collect() {
-        const { total, idle, waiting } = postgresConnections()
+        const { total, idle, waiting } = postgres.connections()
         this.set({ state: 'busy' }, total - idle)
         this.set({ state: 'idle' }, idle)
         this.set({ state: 'waiting' }, waiting)
@@ -159,8 +155,8 @@ export class Metrics implements Observer {
       labelNames: ['store'] as const,
       registers,
       async collect() {
-        const failing = await failingStores()
-        for (const name of stores) this.set({ store: name.toLowerCase() }, failing.includes(name) ? 0 : 1)
+        const failing = await storeChecks.failing()
+        for (const name of storeChecks.names) this.set({ store: name.toLowerCase() }, failing.includes(name) ? 0 : 1)
       }
     })
   }
