@@ -140,25 +140,9 @@ export function createCodes(
     inFlight.track(refund.catch((err) => log.error({ err }, 'the limits of a code could not be refunded')))
   }
 
-  /** In a Cluster the limits on wrong codes over all mobiles are on another slot than the code. */
-  const limitsInScript = (limits: readonly Limit[]) => (redis.isCluster ? [] : limits)
-
-  /** Consumes a unit of each limit before a code is presented, in a round trip of its own, and refunds it unless a wrong code counts. */
-  async function countBeside(
-    limits: readonly Limit[],
-    unit: string,
-    log: FastifyBaseLogger,
-    present: () => Promise<HoldReply>
-  ) {
-    const retryAfterSeconds = await rateLimits.consume(limits, unit)
-    if (retryAfterSeconds > 0) throw new Refusal('too_many_requests', undefined, { retryAfterSeconds })
-    const reply = await present().catch((error): never => {
-      track(rateLimits.refund(limits, unit), log)
-      throw error
-    })
-    if (reply[0] !== 'wrong' || reply[1] === 0) track(rateLimits.refund(limits, unit), log)
-    return reply
-  }
+  /** In a Cluster the limits on wrong codes over all mobiles are on another slot than the code, and change in a step of their own. */
+  const split = (limits: readonly Limit[]) =>
+    redis.isCluster ? { inScript: [], beside: limits } : { inScript: limits, beside: [] }
 
   return {
     async issue(mobile, purpose, { id, network }) {
@@ -182,9 +166,13 @@ export function createCodes(
       const limits = ticketId === undefined ? guessLimits(config, ip) : []
       const holder = randomUUID()
       const keys = [codeKey, claimKey, issueKey, guessesKey].map((keyOf) => keyOf(mobile))
-      const inScript = limitsInScript(limits)
-      const present = () =>
-        redis.run((client) =>
+      const { inScript, beside } = split(limits)
+      // Before the code is presented, so that parallel guesses cannot slip through.
+      const retryAfterSeconds = await rateLimits.consume(beside, holder)
+      if (retryAfterSeconds > 0) throw new Refusal('too_many_requests', undefined, { retryAfterSeconds })
+      let result: HoldReply | undefined
+      try {
+        result = await redis.run((client) =>
           client.holdCode(
             keys.length + inScript.length,
             ...keys,
@@ -199,7 +187,10 @@ export function createCodes(
             ...budgets.flatMap(({ field, max, windowMs }) => [field, max, windowMs])
           )
         )
-      const result = await (limits.length === inScript.length ? present() : countBeside(limits, holder, log, present))
+      } finally {
+        const isCounted = result?.[0] === 'wrong' && result[1] === 1
+        if (!isCounted) track(rateLimits.refund(beside, holder), log)
+      }
       switch (result[0]) {
         case 'held': {
           const [, mayHaveWritten, usedBy] = result
@@ -218,7 +209,8 @@ export function createCodes(
       }
     },
     async release({ mobile, holder, limits, log, usedBy: formerUser }, how, usedBy = '') {
-      const keys = [claimKey(mobile), guessesKey(mobile), ...limitsInScript(limits).map(({ key }) => key)]
+      const { inScript, beside } = split(limits)
+      const keys = [claimKey(mobile), guessesKey(mobile), ...inScript.map(({ key }) => key)]
       try {
         const sends = await redis.run((client) =>
           client.releaseCode(keys.length, ...keys, holder, claimTtlMs, how, usedBy)
@@ -228,7 +220,7 @@ export function createCodes(
           track(refundSends(mobile, JSON.parse(sends)), log)
         }
         const isFirstUse = how === 'used' && formerUser === undefined && sends !== null
-        if (redis.isCluster && isFirstUse) track(rateLimits.refundNewest(limits), log)
+        if (isFirstUse) track(rateLimits.refundNewest(beside), log)
         return sends !== null
       } catch (err) {
         log.error({ err }, 'a code could not be released')
