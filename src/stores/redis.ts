@@ -26,8 +26,8 @@ export interface RedisStore {
 /** A separate namespace, because an application that registers the `signUp` plugin may use @fastify/redis, too. */
 const namespace = 'mobileSignup'
 
-/** The longest delay before the next attempt to reconnect. */
-const reconnectDelayMaxMs = 1_000
+/** The longest pause before the next attempt to reconnect. All requests are refused meanwhile. */
+const reconnectPauseMaxMs = 200
 
 /** How often a Cluster client asks for the nodes and their slots. So it detects a dead node even if no command is sent to it. */
 const slotsRefreshIntervalMs = 1_000
@@ -104,17 +104,7 @@ export async function openRedis(
  * resends unanswered ones. A sign-up must fail fast instead, and the hold of a code must never run twice.
  */
 function connect(target: RedisTarget, storeTimeoutMs: number): Redis | Cluster {
-  let isNoMaster = false
-  const onNoMaster = () => {
-    isNoMaster = true
-  }
-  // Exponential backoff with full jitter.
-  const retryStrategy = (attempt: number) => {
-    // A server that is no master accepts connections, so ioredis counts attempts from one each time. But a failover takes a while.
-    const maxMs = isNoMaster ? reconnectDelayMaxMs : Math.min(reconnectDelayMaxMs, 50 * 2 ** attempt)
-    isNoMaster = false
-    return Math.random() * maxMs
-  }
+  const retryStrategy = () => Math.random() * reconnectPauseMaxMs
   const redisOptions = {
     ...target.options,
     connectTimeout: storeTimeoutMs,
@@ -138,7 +128,7 @@ function connect(target: RedisTarget, storeTimeoutMs: number): Redis | Cluster {
       dnsLookup: (address, callback) => callback(null, address)
     })
     cluster.on('+node', (node: Redis) => {
-      dropWhenUnusable(node, onNoMaster)
+      dropWhenUnusable(node)
       hearSocketErrors(node)
     })
     return cluster
@@ -156,7 +146,7 @@ function connect(target: RedisTarget, storeTimeoutMs: number): Redis | Cluster {
           sentinelCommandTimeout: storeTimeoutMs,
           sentinelRetryStrategy: retryStrategy
         })
-  dropWhenUnusable(client, onNoMaster)
+  dropWhenUnusable(client)
   hearSocketErrors(client)
   return client
 }
@@ -200,22 +190,18 @@ const noMasterAnswer = /\b(READONLY|LOADING)\b/
  * Wraps `sendCommand` to remember the socket of each command: after a reconnect the connection has another one. ioredis
  * has no class for the errors, so the message tells (test/stores.test.ts).
  */
-function dropWhenUnusable(connection: Redis, onNoMaster: () => void): void {
+function dropWhenUnusable(connection: Redis): void {
   const sendCommand = connection.sendCommand.bind(connection)
   connection.sendCommand = (command, stream) => {
     // A node of a Cluster queues its first command, and has no socket before it connects. The command comes here again then.
     const socket: Socket | undefined = connection.stream
     writeOncePerTurn(socket)
-    function dropNoMaster(answer: string): void {
-      onNoMaster()
-      socket?.destroy(new Error(answer))
-    }
     command.promise.then(
       (reply) => {
-        if (command.name === 'info' && `${reply}`.includes('\nloading:1')) dropNoMaster('LOADING')
+        if (command.name === 'info' && `${reply}`.includes('\nloading:1')) socket?.destroy(new Error('LOADING'))
       },
       ({ message }: Error) => {
-        if (noMasterAnswer.test(message)) dropNoMaster(message)
+        if (noMasterAnswer.test(message)) socket?.destroy(new Error(message))
         else if (message === 'Command timed out') socket?.destroy(new Error('a command has timed out'))
       }
     )
