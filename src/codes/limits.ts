@@ -16,18 +16,19 @@ export function mobileLimits(config: Config, mobile: string): Limit[] {
   return limits.filter(isEnabled)
 }
 
-const perNetwork = (name: LimitName, prefix: string, max: number, address: string): Limit[] =>
+/** Returns a limit for each network of an address. */
+export const perNetwork = (name: LimitName, prefix: string, max: number, seconds: number, address: string): Limit[] =>
   networksOf(address).map(({ network, share }) => ({
     name,
     key: `${prefix}${network}`,
     max: max * share,
-    seconds: hour
+    seconds
   }))
 
 /** The limits on messages whose codes nobody has used. They are against SMS pumping: attackers who earn money from each message. */
 export function unusedCodeLimits(config: Config, mobile: string, address: string): Limit[] {
   const limits: Limit[] = [
-    ...perNetwork('sms_network', 'sms_codes:network:', config.smsIpHourlyMax, address),
+    ...perNetwork('sms_network', 'sms_codes:network:', config.smsIpHourlyMax, hour, address),
     {
       name: 'sms_prefix',
       key: `sms_codes:prefix:${mobile.slice(0, 7)}`,
@@ -45,7 +46,7 @@ export function unusedCodeLimits(config: Config, mobile: string, address: string
  */
 export function guessLimits({ smsGuessIpHourlyMax, smsGuessHourlyMax }: Config, address: string): Limit[] {
   const limits: Limit[] = [
-    ...perNetwork('guesses_network', '{sms_guesses}:network:', smsGuessIpHourlyMax, address),
+    ...perNetwork('guesses_network', '{sms_guesses}:network:', smsGuessIpHourlyMax, hour, address),
     { name: 'guesses_all', key: '{sms_guesses}:all', max: smsGuessHourlyMax, seconds: hour }
   ]
   return limits.filter(isEnabled)

@@ -1,3 +1,4 @@
+import { perNetwork } from '../codes/limits.js'
 import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
 import { Refusal } from '../outcomes.js'
@@ -11,24 +12,18 @@ const [tenMinutes, hour, day] = [600, 3_600, 86_400]
  * @param deviceId of a device that knows the mobile
  */
 export function loginLimits({ loginIpHourlyMax }: Config, mobile: string, address: string, deviceId?: string) {
-  const networks = networksOf(address)
   const mobileKey = `login_failures:{${mobile}}`
-  const pairs = networks.map(({ network, share }): Limit => {
-    return { name: 'login_mobile_network', key: `${mobileKey}:${network}`, max: 5 * share, seconds: tenMinutes }
-  })
+  const pairs = perNetwork('login_mobile_network', `${mobileKey}:`, 5, tenMinutes, address)
   // NIST SP 800-63B, section 3.2.2, asks for at most 100 in a row. A window that ends, instead of a lock, gives the owner the
   // account back after a day.
   const perMobile: Limit = { name: 'login_mobile', key: mobileKey, max: 100, seconds: day }
-  const perNetwork = networks.map(({ network, share }): Limit => {
-    const max = loginIpHourlyMax * share
-    return { name: 'login_network', key: `login_failures:network:${network}`, max, seconds: hour }
-  })
+  const ofNetworks = perNetwork('login_network', 'login_failures:network:', loginIpHourlyMax, hour, address)
   const deviceKey = `login_failures:{device:${deviceId}}`
   const perDevice: Limit[] = [
     { name: 'login_device', key: deviceKey, max: 5, seconds: tenMinutes },
     { name: 'login_device', key: `${deviceKey}:day`, max: 20, seconds: day }
   ]
-  const ofStrangers = [...pairs, perMobile, ...perNetwork.filter(({ max }) => max > 0)]
+  const ofStrangers = [...pairs, perMobile, ...ofNetworks.filter(({ max }) => max > 0)]
   return {
     /** Every try consumes them, and a success refunds its own unit. */
     counted: deviceId === undefined ? ofStrangers : perDevice,
