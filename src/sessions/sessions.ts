@@ -1,6 +1,5 @@
 import { randomUUID } from 'node:crypto'
 import fastifyCookie, { type CookieSerializeOptions, Signer } from '@fastify/cookie'
-import type fastifySession from '@fastify/session'
 import type { SessionStore } from '@fastify/session'
 import type { FastifyInstance, FastifyReply, FastifyRequest, Session } from 'fastify'
 import type { Result } from 'ioredis'
@@ -19,31 +18,6 @@ export interface SessionUser {
 interface StoredSession {
   user: SessionUser
   epoch: number
-}
-
-export interface Sessions {
-  /**
-   * Logs a user in: stores a session under a new id and sends it as a cookie. The session that the request came with is
-   * destroyed.
-   *
-   * @param epoch the session epoch that Postgres had together with the proof of the login, for example the password hash
-   * @returns false if the epoch has ended; then no cookie is sent
-   */
-  start(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean>
-  /** Like {@link start}, for a request that succeeds without a session, too: an error is logged, and the result false. */
-  tryStart(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean>
-  /** Returns the id in the session cookie that verifies. Of several, it is the first one whose session is stored. */
-  findId(request: FastifyRequest): Promise<string | undefined>
-  /** Returns the user of the request's session. Only in the scope of `loadSession`. */
-  userOf(request: FastifyRequest): SessionUser | undefined
-  /** Logs out: destroys the request's session and clears the cookie. Only in the scope of `loadSession`. */
-  end(request: FastifyRequest, reply: FastifyReply): Promise<void>
-  /** Ends all sessions of a user that have an older epoch, also those that are stored later. */
-  endBefore(userId: string, epoch: number): Promise<void>
-  /** Ends all sessions of the user to whom the request's session belongs. Only in the scope of `loadSession`. */
-  endEverywhere(request: FastifyRequest): Promise<void>
-  /** The options of @fastify/session, for `loadSession`. */
-  readonly options: fastifySession.FastifySessionOptions & { cookieName: string; secret: Signer }
 }
 
 declare module 'fastify' {
@@ -114,6 +88,8 @@ end
 return redis.call('ZRANGE', KEYS[1], 0, -1)
 `
 
+export type Sessions = Awaited<ReturnType<typeof createSessions>>
+
 /**
  * Sessions in Redis behind a signed cookie. A route that starts a session needs only this plugin. A route that reads or
  * ends one also needs {@link loadSession} in its scope.
@@ -125,7 +101,7 @@ export async function createSessions(
   { sessionSecrets, cookieSecure }: Config,
   redis: RedisStore,
   beginEpoch: (user: SessionUser) => Promise<number | undefined>
-): Promise<Sessions> {
+) {
   redis.defineScripts({
     indexSession: { numberOfKeys: 2, lua: indexSession },
     endSessions: { numberOfKeys: 2, lua: endSessions }
@@ -139,18 +115,6 @@ export async function createSessions(
     cookieValues(request, cookieName).flatMap((cookie) => signer.unsign(cookie).value ?? [])
 
   const destroy = (sessionId: string) => redis.run((client) => client.del(sessionKey(sessionId)))
-  const addToIndex = (userId: string, sessionId: string, epoch: number, formerIds: string[]) =>
-    redis.run((client) =>
-      client.indexSession(
-        indexKey(userId),
-        epochKey(userId),
-        sessionId,
-        epoch,
-        sessionTtlSeconds,
-        sessionsPerUserMax,
-        ...formerIds
-      )
-    )
   const removeFromIndex = (userId: string, sessionIds: string[]) =>
     redis.run((client) => client.zrem(indexKey(userId), sessionIds))
   /** Destroys sessions, and then removes them from the index. Other services read sessions without their epoch. */
@@ -173,9 +137,17 @@ export async function createSessions(
     return { cookie, owner: { user, epoch, currentEpoch: Number(currentEpoch ?? firstSessionEpoch) } }
   }
 
-  // Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three
-  // times; and it would read the former session before the body is validated.
-  const start: Sessions['start'] = async (request, reply, user, epoch) => {
+  /**
+   * Logs a user in: stores a session under a new id and sends it as a cookie. The session that the request came with is
+   * destroyed.
+   *
+   * Not with @fastify/session: it would create a session for every request, also for refused ones, and hash it three times;
+   * and it would read the former session before the body is validated.
+   *
+   * @param epoch the session epoch that Postgres had together with the proof of the login, for example the password hash
+   * @returns false if the epoch has ended; then no cookie is sent
+   */
+  async function start(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number) {
     const formerIds = signedIds(request)
     // 244 random bits. Node.js makes UUIDs from random bytes in stock; randomBytes() took a tenth of the event loop's JavaScript.
     const sessionId = `${randomUUID()}${randomUUID()}`
@@ -193,7 +165,10 @@ export async function createSessions(
     if (redis.isCluster) await stored
     const [, excessIds] = await Promise.all([
       stored,
-      addToIndex(user.user_id, sessionId, epoch, formerIds),
+      redis.run((client) => {
+        const keys = [indexKey(user.user_id), epochKey(user.user_id)] as const
+        return client.indexSession(...keys, sessionId, epoch, sessionTtlSeconds, sessionsPerUserMax, ...formerIds)
+      }),
       ...formerIds.map(destroy)
     ])
     if (excessIds === null) {
@@ -205,6 +180,7 @@ export async function createSessions(
     return true
   }
 
+  /** Ends all sessions of a user that have an older epoch, also those that are stored later. */
   async function endBefore(userId: string, epoch: number): Promise<void> {
     const sessionIds = await redis.run((client) =>
       client.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
@@ -233,6 +209,7 @@ export async function createSessions(
   if (!fastify.hasRequestDecorator('cookies')) await fastify.register(fastifyCookie)
 
   return {
+    /** The options of @fastify/session, for `loadSession`. */
     options: {
       secret: signer,
       store: sessionStore,
@@ -245,25 +222,29 @@ export async function createSessions(
 
     start,
 
-    tryStart(request, ...args) {
-      return start(request, ...args).catch((err) => {
+    /** Like `start`, for a request that succeeds without a session, too: an error is logged, and the result false. */
+    tryStart(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean> {
+      return start(request, reply, user, epoch).catch((err) => {
         request.log.error({ err }, 'a session could not be stored')
         return false
       })
     },
 
-    async findId(request) {
+    /** Returns the id in the session cookie that verifies. Of several, it is the first one whose session is stored. */
+    async findId(request: FastifyRequest): Promise<string | undefined> {
       const ids = signedIds(request)
       if (ids.length < 2) return ids[0]
       const stored = await Promise.all(ids.map(read))
       return ids.find((_, n) => stored[n] !== null) ?? ids[0]
     },
 
-    userOf({ session: { owner } }) {
+    /** Returns the user of the request's session. Only in the scope of `loadSession`. */
+    userOf({ session: { owner } }: FastifyRequest): SessionUser | undefined {
       return owner === undefined || owner.epoch < owner.currentEpoch ? undefined : owner.user
     },
 
-    async end(request, reply) {
+    /** Logs out: destroys the request's session and clears the cookie. Only in the scope of `loadSession`. */
+    async end(request: FastifyRequest, reply: FastifyReply): Promise<void> {
       const ids = signedIds(request)
       await Promise.all(ids.map(destroy))
       const { owner } = request.session
@@ -275,7 +256,8 @@ export async function createSessions(
 
     endBefore,
 
-    async endEverywhere({ session: { owner } }) {
+    /** Ends all sessions of the user to whom the request's session belongs. Only in the scope of `loadSession`. */
+    async endEverywhere({ session: { owner } }: FastifyRequest): Promise<void> {
       if (owner === undefined) return
       const { user, epoch, currentEpoch } = owner
       // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
