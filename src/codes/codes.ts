@@ -45,38 +45,6 @@ export interface Send {
   network: string
 }
 
-export interface Codes {
-  /**
-   * Returns the code of a mobile that this service has made, if at least half of its life is left: people type the first of two
-   * messages. Otherwise makes a code of six random digits, which replaces the present one.
-   *
-   * @param purpose undefined: the code is for everything
-   */
-  issue(mobile: string, purpose: CodePurpose | undefined, send: Send): Promise<{ code: string; ttlSeconds: number }>
-  /** Lets the present code of a mobile, if this service has made it, serve a further purpose. */
-  addPurpose(mobile: string, purpose: CodePurpose | undefined): Promise<void>
-  /** Deletes a code whose only message was certainly not sent. */
-  withdraw(mobile: string, code: string): Promise<void>
-  /** Returns a ticket: it proves that the client that sends it has asked for a code of the mobile. */
-  createTicket(mobile: string): string
-  /**
-   * Presents the code of a request, and holds it if it is right.
-   *
-   * @returns `used_in_vain` if an earlier request has used the code so; then this one does not hold it
-   * @throws {Refusal} `wrong_code`; `busy` if another request holds the code; `too_many_requests` if the guesser, or all without a
-   * ticket, have no wrong codes left
-   */
-  hold(request: CodeRequest, purpose: CodePurpose): Promise<Hold | 'used_in_vain'>
-  /**
-   * Ends a hold.
-   *
-   * @param usedBy only with `used`: the id of the user
-   * @returns whether the request has held the code until now; if not, another request may have used it. Undefined if Redis does not
-   * answer: then the lease may have to end the hold.
-   */
-  release(hold: Hold, how: Release, usedBy?: string): Promise<boolean | undefined>
-}
-
 /** See {@link scripts.holdCode}. */
 type HoldReply =
   | ['spent', waitMs: number, number: number]
@@ -108,13 +76,15 @@ const repeatMs = 300_000
 /** The round trips of a sign-up whose code was taken over: hold, find, INSERT, find, release. */
 const roundTripsMax = 5
 
+export type Codes = ReturnType<typeof createCodes>
+
 export function createCodes(
   config: Config,
   redis: RedisStore,
   rateLimits: RateLimits,
   inFlight: InFlight,
   observer: Observer | undefined
-): Codes {
+) {
   const { sessionSecrets, smsCodeTtlS, hashMaxWaitMs, storeTimeoutMs } = config
   redis.defineScripts({
     holdCode: { lua: scripts.holdCode },
@@ -145,7 +115,13 @@ export function createCodes(
     redis.isCluster ? { inScript: [], beside: limits } : { inScript: limits, beside: [] }
 
   return {
-    async issue(mobile, purpose, { id, network }) {
+    /**
+     * Returns the code of a mobile that this service has made, if at least half of its life is left: people type the first of
+     * two messages. Otherwise makes a code of six random digits, which replaces the present one.
+     *
+     * @param purpose undefined: the code is for everything
+     */
+    async issue(mobile: string, purpose: CodePurpose | undefined, { id, network }: Send) {
       const lifeMs = smsCodeTtlS * 1_000
       const keys = [codeKey(mobile), issueKey(mobile)]
       const [code, ttlMs] = await redis.run((client) =>
@@ -153,14 +129,26 @@ export function createCodes(
       )
       return { code, ttlSeconds: Math.floor(ttlMs / 1_000) }
     },
-    async addPurpose(mobile, purpose) {
+    /** Lets the present code of a mobile, if this service has made it, serve a further purpose. */
+    async addPurpose(mobile: string, purpose: CodePurpose | undefined): Promise<void> {
       await redis.run((client) => client.addPurpose(codeKey(mobile), issueKey(mobile), purpose ?? 'any'))
     },
-    async withdraw(mobile, code) {
+    /** Deletes a code whose only message was certainly not sent. */
+    async withdraw(mobile: string, code: string): Promise<void> {
       await redis.run((client) => client.withdrawCode(codeKey(mobile), issueKey(mobile), code))
     },
-    createTicket: (mobile) => tickets.issue(mobile),
-    async hold({ body: { mobile, sms_code, ticket }, ip, log }, purpose) {
+    /** Returns a ticket: it proves that the client that sends it has asked for a code of the mobile. */
+    createTicket: (mobile: string) => tickets.issue(mobile),
+    /**
+     * Presents the code of a request, and holds it if it is right.
+     *
+     * @returns `used_in_vain` if an earlier request has used the code so; then this one does not hold it
+     * @throws {Refusal} `wrong_code`; `busy` if another request holds the code; `too_many_requests` if the guesser, or all without
+     * a ticket, have no wrong codes left
+     */
+    async hold(request: CodeRequest, purpose: CodePurpose): Promise<Hold | 'used_in_vain'> {
+      const { body, ip, log } = request
+      const { mobile, sms_code, ticket } = body
       const ticketId = ticket === undefined ? undefined : tickets.verify(ticket, mobile)
       const budgets = guessBudgets(config, ticketId, ip)
       const limits = ticketId === undefined ? guessLimits(config, ip) : []
@@ -208,7 +196,15 @@ export function createCodes(
           throw new Refusal(result[0] === 'wrong' ? 'wrong_code' : 'busy')
       }
     },
-    async release({ mobile, holder, limits, log, usedBy: formerUser }, how, usedBy = '') {
+    /**
+     * Ends a hold.
+     *
+     * @param usedBy only with `used`: the id of the user
+     * @returns whether the request has held the code until now; if not, another request may have used it. Undefined if Redis does
+     * not answer: then the lease may have to end the hold.
+     */
+    async release(hold: Hold, how: Release, usedBy = ''): Promise<boolean | undefined> {
+      const { mobile, holder, limits, log, usedBy: formerUser } = hold
       const { inScript, beside } = split(limits)
       const keys = [claimKey(mobile), guessesKey(mobile), ...inScript.map(({ key }) => key)]
       try {
