@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import fastifyPostgres from '@fastify/postgres'
 import type { FastifyInstance } from 'fastify'
-import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResult, type QueryResultRow } from 'pg'
+import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResultRow } from 'pg'
 import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
@@ -13,23 +13,7 @@ import { waitForStore } from './wait-for-store.js'
 /** A prepared statement: it is parsed and planned once for each connection. */
 export type NamedStatement = Required<Pick<QueryConfig, 'name' | 'text'>>
 
-export interface Postgres {
-  /**
-   * Runs a prepared statement in one round trip on a pooled connection.
-   *
-   * @throws {StoreUnavailable} if Postgres cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
-   * @throws {Error} the error of Postgres if it is a bug
-   */
-  query<Row extends QueryResultRow>(statement: NamedStatement, values: unknown[]): Promise<QueryResult<Row>>
-  /** @throws {StoreUnavailable} while Postgres is known not to answer */
-  assertAvailable(): void
-  /** Counts the connections of the pool, the idle ones, and the statements that wait for one. */
-  connections(): { total: number; idle: number; waiting: number }
-  /** @throws if Postgres does not answer, or is read-only */
-  checkWritable(): Promise<void>
-  /** Whether the last check has found the users table. */
-  readonly hasSchema: boolean
-}
+export type Postgres = Awaited<ReturnType<typeof openPostgres>>
 
 /** A name of its own, because a host application may have registered @fastify/postgres, too. */
 const poolName = 'mobileSignup'
@@ -53,7 +37,7 @@ export async function openPostgres(
   fastify: FastifyInstance,
   { databaseUrl, pgPooler, pgPoolMax, storeTimeoutMs }: Config,
   observer: Observer | undefined
-): Promise<Postgres> {
+) {
   // A transaction pooler gives each statement another connection to Postgres. So it knows no prepared statement of ours, and
   // it refuses `statement_timeout` as a startup parameter.
   const hasPooler = pgPooler === 'transaction'
@@ -143,15 +127,22 @@ export async function openPostgres(
     isProbing = false
   }
 
+  /** @throws {StoreUnavailable} while Postgres is known not to answer */
   function assertAvailable(): void {
     if (probeError !== undefined) throw new StoreUnavailable('postgres', probeError)
   }
 
-  const query = async <Row extends QueryResultRow>(
+  /**
+   * Runs a prepared statement in one round trip on a pooled connection.
+   *
+   * @throws {StoreUnavailable} if Postgres cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
+   * @throws {Error} the error of Postgres if it is a bug
+   */
+  async function query<Row extends QueryResultRow>(
     statement: NamedStatement,
     values: unknown[],
     check?: (rows: Row[]) => void
-  ) => {
+  ) {
     assertAvailable()
     try {
       return await observeRoundTrip(observer, 'postgres', runOnPool<Row>(statement, values, check))
@@ -167,11 +158,14 @@ export async function openPostgres(
   return {
     query,
     assertAvailable,
+    /** Counts the connections of the pool, the idle ones, and the statements that wait for one. */
     connections: () => ({ total: pool.totalCount, idle: pool.idleCount, waiting: connections.waitingCount }),
+    /** Whether the last check has found the users table. */
     get hasSchema() {
       return hasSchema
     },
-    async checkWritable() {
+    /** @throws if Postgres does not answer, or is read-only */
+    async checkWritable(): Promise<void> {
       await query<{ isReadOnly: boolean; hasSchema: boolean }>(readState, [], ([row]) => {
         if (row?.isReadOnly) throw new Error('Postgres is read-only')
         hasSchema = row?.hasSchema ?? true
