@@ -9,19 +9,7 @@ import { sampledWarnings } from '../telemetry/sampled-warnings.js'
 import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
-export interface RedisStore {
-  /**
-   * Runs commands on Redis.
-   *
-   * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
-   * @throws {Error} the error of Redis or of `commands` if it is a bug
-   */
-  run<T>(commands: (client: Redis | Cluster) => Promise<T>): Promise<T>
-  /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
-  defineScripts(scripts: Record<string, { lua: string; numberOfKeys?: number }>): void
-  /** Whether the keys are on several nodes. */
-  readonly isCluster: boolean
-}
+export type RedisStore = Awaited<ReturnType<typeof openRedis>>
 
 /** A separate namespace, because an application that registers the `signUp` plugin may use @fastify/redis, too. */
 const namespace = 'mobileSignup'
@@ -41,7 +29,7 @@ export async function openRedis(
   fastify: FastifyInstance,
   { redisUrl, storeTimeoutMs }: Config,
   observer: Observer | undefined
-): Promise<RedisStore> {
+) {
   const client = connect(parseRedisUrl(redisUrl), storeTimeoutMs)
   const warn = sampledWarnings(fastify.log)
   let lastError: Error | undefined
@@ -79,11 +67,19 @@ export async function openRedis(
   await fastify.register(fastifyRedis, { client, namespace })
 
   return {
+    /** Whether the keys are on several nodes. */
     isCluster: client instanceof Cluster,
-    defineScripts(scripts) {
+    /** Adds Lua scripts to the commands of the client. Nothing is sent. Without `numberOfKeys` it is the first argument. */
+    defineScripts(scripts: Record<string, { lua: string; numberOfKeys?: number }>): void {
       for (const [name, script] of Object.entries(scripts)) client.defineCommand(name, script)
     },
-    async run(commands) {
+    /**
+     * Runs commands on Redis.
+     *
+     * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
+     * @throws {Error} the error of Redis or of `commands` if it is a bug
+     */
+    async run<T>(commands: (client: Redis | Cluster) => Promise<T>): Promise<T> {
       try {
         const result = await observeRoundTrip(observer, 'redis', commands(client))
         // After a command, not when it connects: a server that is no master accepts connections, too.
