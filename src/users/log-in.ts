@@ -71,8 +71,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     }
     if (user === undefined) {
       // Not awaited: it does not delay the answer.
-      if (deviceId === undefined)
-        inFlight.track(rateLimits.markFailed(limits.clearedBySuccess, unit).catch(logUncounted))
+      if (deviceId === undefined) inFlight.track(rateLimits.markFailed(limits.clearedByReset, unit).catch(logUncounted))
       return reply.outcome('wrong_login')
     }
 
