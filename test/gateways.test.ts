@@ -62,7 +62,7 @@ const gateways = {
   haproxy: {
     file: 'haproxy.cfg',
     changes: (port: number): [RegExp, string][] => [
-      [/bind :443/, `bind 127.0.0.1:${port}`],
+      [/bind :::443 v4v6/, `bind 127.0.0.1:${port}`],
       [/\S+\/mobile-signup\.pem/, both],
       [/gt \d+/, 'gt 100000']
     ],
