@@ -31,6 +31,7 @@ export interface Results {
 }
 
 export const resultsFolder = new URL('./results/', import.meta.url)
+mkdirSync(resultsFolder, { recursive: true })
 
 /**
  * Returns a row whose figure is the median of the values of the rounds.
@@ -124,7 +125,6 @@ export function writeResults(name: string, rows: readonly Row[], storeVersions: 
       return { ...row, ...(met !== undefined && { met }) }
     })
   }
-  mkdirSync(resultsFolder, { recursive: true })
   const file = fileURLToPath(new URL(`${name}.json`, resultsFolder))
   writeFileSync(file, `${JSON.stringify(results, null, 2)}\n`)
   return file
