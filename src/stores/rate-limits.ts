@@ -47,7 +47,8 @@ declare module 'ioredis' {
 }
 
 /**
- * The score of a unit is the time at which it was consumed, in ms, and half a ms more until its try has failed.
+ * The score of a unit is the time in ms at which it was consumed. While its try is in flight, the score is half a ms less: so failed
+ * tries can be told from tries in flight. Less and not more, so that the wait is never a ms longer than the window.
  *
  * ARGV: the unit, or '' to look only; for each key its maximum (0 for a plain key) and its window in ms. Returns 0, or the ms
  * until there is room, and the number of the key with the longest wait.
@@ -84,7 +85,7 @@ for n, key in ipairs(KEYS) do
   if max == 0 then redis.call('SET', key, unit, 'PX', window)
   else
     -- The first write is one that a full Redis refuses.
-    redis.call('ZADD', key, now + 0.5, unit)
+    redis.call('ZADD', key, now - 0.5, unit)
     redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
     redis.call('PEXPIRE', key, window)
   end
@@ -105,7 +106,7 @@ const settleLimits = `
 for _, key in ipairs(KEYS) do
   local units = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
   for n = 1, #units, 2 do
-    if units[n] == ARGV[1] then redis.call('ZADD', key, math.floor(units[n + 1]), units[n])
+    if units[n] == ARGV[1] then redis.call('ZADD', key, math.ceil(units[n + 1]), units[n])
     elseif not ARGV[1] and units[n + 1] % 1 == 0 then redis.call('ZREM', key, units[n]) end
   end
 end
