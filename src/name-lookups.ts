@@ -40,7 +40,7 @@ function lookup(name: string, given: dns.LookupOptions | number | Callback, last
 
 /** Returns no address if the name server tells none. @throws if it does not answer */
 async function resolve(name: string, { family, hints = 0, order }: dns.LookupOptions): Promise<dns.LookupAddress[]> {
-  // A new one each time: it reads /etc/resolv.conf, which may have changed.
+  // A new resolver for each look-up: a resolver reads /etc/resolv.conf once, and the file may change.
   const resolver = new dns.promises.Resolver(patience)
   const hosts = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? [])
   const mayUse = (version: 4 | 6) =>

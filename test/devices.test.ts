@@ -29,7 +29,7 @@ async function registerUser() {
   return { body, login: { mobile: body.mobile, password: body.password }, device: deviceOf(reply) }
 }
 
-/** Returns the status of a login from an address, with cookies. */
+/** Logs in from an address, with these cookies, and returns the status. */
 const logIn = async (body: object, cookie = '', from = '192.0.2.1', { logIn } = api) =>
   (await logIn(body, { from, headers: { cookie } })).statusCode
 

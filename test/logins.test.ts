@@ -300,7 +300,7 @@ t.test('a success clears the failures of the mobile and network, and no try that
   }
   const fail = () => api.logIn({ mobile, password: 'wrong' }, { from })
   const pair = `login_failures:{${mobile}}:${from}`
-  // In flight before, between and after the failures.
+  // Some tries are in flight: before, between and after the failed ones.
   const inFlight = [client(interrupted).logIn({ mobile, password: 'wrong' }, { from })]
   await until('one is in flight', async () => (await redis.zcard(pair)) === 1)
   for (let n = 0; n < 2; n++) t.equal((await fail()).statusCode, 401)

@@ -3,7 +3,7 @@ import { randomInt } from 'node:crypto'
 /** Returns a new code: six random digits. */
 export const randomCode = () => `${randomInt(1_000_000)}`.padStart(6, '0')
 
-/** The longest text in a request. Six digits pasted twice, with a space after each and invisible marks around them, have 30. */
+/** The longest `sms_code` in a request, in characters. A code that is pasted twice, with spaces and invisible marks, has about 30. */
 export const presentedMaxLength = 64
 
 /** What a messenger or a keyboard adds: white space, hyphens and dashes, and characters that nobody sees. */

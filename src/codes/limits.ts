@@ -16,7 +16,7 @@ export function mobileLimits(config: Config, mobile: string): Limit[] {
   return limits.filter(isEnabled)
 }
 
-/** Returns a limit for each network of an address. */
+/** Returns one limit for each network that an address belongs to. */
 export const perNetwork = (name: LimitName, prefix: string, max: number, seconds: number, address: string): Limit[] =>
   networksOf(address).map(({ network, share }) => ({
     name,

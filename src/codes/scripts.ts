@@ -41,9 +41,14 @@ const guessesTtlMs = 600_000
 /**
  * A request presents a code, and holds it if it is right.
  *
- * KEYS: the code, the claim, the issue, the guesses, the limits on wrong codes over all mobiles. ARGV: the presented text, the six
- * digits in it or '', the purpose, an id of the request, the lease in ms, the shortest life of a claim in ms, for each limit its
- * maximum and its window in ms, and for each budget of wrong codes its field, its maximum and its window in ms.
+ * KEYS: the code, the claim, the issue, the guesses; then the limits on wrong codes over all mobiles.
+ *
+ * ARGV:
+ * - the presented text, and its six digits, or '' if it cannot be a code of this service
+ * - the purpose, and an id of the request
+ * - the lease, and the shortest life of a claim, in ms
+ * - for each limit: its maximum, and its window in ms
+ * - for each budget of wrong codes: its field, its maximum, and its window in ms
  *
  * Returns one of
  * - `{'spent', ms, number}`: until the limit or budget with the longest wait has room again, and its number; limits come first
@@ -99,7 +104,7 @@ if not is_present and not is_repeat then
   -- A used code is nothing to guess: 429 must not tell that the mobile has just signed up.
   local is_unused = stored and not claim.used_by
   local is_foreign = code and not issue.code or is_unused and not claim.sends
-  -- Neither the right code for another purpose nor what cannot be a code costs a try.
+  -- Two things cost no try: the right code for another purpose, and a text that cannot be a code.
   if is_code or is_claimed or digits == '' and not is_foreign then return { 'wrong', 0 } end
   for _, limit in ipairs(limits) do
     redis.call('ZADD', limit.key, now, holder)

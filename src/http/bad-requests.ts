@@ -34,7 +34,7 @@ function statusOfHead({ rawHeaders, headers, httpVersion }: IncomingMessage): nu
   return headers.host === undefined || isHost(headers.host) ? undefined : 400
 }
 
-/** Whether a text is a host name or an IP address, and perhaps a port. */
+/** Whether a text is a host name or an IP address, with or without a port. */
 function isHost(text: string): boolean {
   const [, address] = /^\[(.*)\](?::\d{1,5})?$/.exec(text) ?? []
   return address === undefined ? /^[\w.-]+(?::\d{1,5})?$/.test(text) : isIPv6(address)

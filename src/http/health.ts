@@ -44,6 +44,7 @@ export class StoreChecks {
       () => true
     )
     this.results.set(name, result)
+    // The result is used again for one second, or until the check has ended if that takes longer.
     Promise.all([result, sleep(maxAgeMs, undefined, { ref: false })]).then(() => this.results.delete(name))
     return result
   }

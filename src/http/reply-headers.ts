@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
+import { maskMobiles } from '../telemetry/log.js'
 
 /** The ids of gateways and tracers. */
 const acceptedId = /^[\w.:/+=-]{1,128}$/
@@ -12,7 +13,7 @@ const spreadMobile = /1[^\da-z]*[3-9](?:[^\da-z]*\d){9}/gi
 export function requestIdOf({ headers }: Pick<IncomingMessage, 'headers'>): string {
   const id = headers['x-request-id']
   if (typeof id !== 'string' || !acceptedId.test(id)) return randomUUID()
-  return id.replace(spreadMobile, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
+  return maskMobiles(id, spreadMobile)
 }
 
 /**

@@ -4,7 +4,7 @@ const argon2 = /^\$argon2(?:id|i|d)\$(?:v=1[69]\$)?m=([1-9]\d*),t=([1-9]\d*),p=(
 /** 256 MiB, and ten passes over them. More would take the memory of the instance, or a thread for seconds. */
 const [memoryMaxKib, workMaxKib] = [262_144, 2_621_440]
 
-/** Whether base64 without padding is what an encoder writes: the only form that @node-rs/argon2 decodes. */
+/** Whether a text is base64 without padding, exactly as an encoder writes it. @node-rs/argon2 decodes no other form. */
 const isCanonical = (text: string) => Buffer.from(text, 'base64').toString('base64').replace(/=+$/, '') === text
 
 /**

@@ -136,7 +136,7 @@ export async function openPostgres(
    * Runs a prepared statement in one round trip on a pooled connection.
    *
    * @throws {StoreUnavailable} if Postgres cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
-   * @throws {Error} the error of Postgres if it is a bug
+   * @throws {Error} the error of Postgres itself, if it shows a bug, such as a missing right
    */
   async function query<Row extends QueryResultRow>(
     statement: NamedStatement,

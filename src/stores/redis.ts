@@ -77,7 +77,7 @@ export async function openRedis(
      * Runs commands on Redis.
      *
      * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
-     * @throws {Error} the error of Redis or of `commands` if it is a bug
+     * @throws {Error} the error of Redis or of `commands`, if it shows a bug, such as a missing right
      */
     async run<T>(commands: (client: Redis | Cluster) => Promise<T>): Promise<T> {
       try {

@@ -15,8 +15,8 @@ declare module 'fastify' {
 const mobileNumbers = /1[3-9]\d{9}/g
 
 /** Masks every mobile number in a text, as `138****5678`. */
-export function maskMobiles(text: string): string {
-  return text.replace(mobileNumbers, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
+export function maskMobiles(text: string, pattern = mobileNumbers): string {
+  return text.replace(pattern, (mobile) => `${mobile.slice(0, 3)}****${mobile.slice(-4)}`)
 }
 
 /** Removes what must not be logged. Redis quotes the arguments of an unknown command, codes included. */

@@ -54,8 +54,8 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger) {
   const logged = new Set<string>()
   return {
     /**
-     * Adds a user, whose name is the mobile at first, in one statement. Of simultaneous calls for one mobile exactly one adds
-     * the row.
+     * Adds a user in one statement. The first name of a user is the mobile. If several calls add the same mobile at the same time,
+     * exactly one of them adds the row.
      *
      * @param passwordHash a PHC string
      * @returns the id of the new row, or undefined if the mobile is registered
