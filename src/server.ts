@@ -1,4 +1,4 @@
-import './thread-pool.js'
+import { lowerPoolPriority } from './thread-pool.js'
 import './name-lookups.js'
 import { lookup } from 'node:dns/promises'
 import { setDefaultAutoSelectFamilyAttemptTimeout } from 'node:net'
@@ -68,6 +68,7 @@ async function main(): Promise<void> {
   setDefaultAutoSelectFamilyAttemptTimeout(Math.ceil(config.storeTimeoutMs / 2))
   const logStream = jsonLog()
   flushLog = logStream.flush
+  await lowerPoolPriority(config.poolThreads)
   const app = await buildApp(config, { logStream })
   // Node's own report prints every field of an error, and a Redis error carries the arguments of its command.
   process.on('uncaughtException', (err) => {
