@@ -1,9 +1,9 @@
 import Fastify, { type FastifyInstance, type FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { DestinationStream } from 'pino'
-import { type Codes, createCodes } from './codes/codes.js'
+import { createCodes } from './codes/codes.js'
 import { sendCodeRoute } from './codes/send-code.js'
-import { createSms, type Sms } from './codes/sms.js'
+import { createSms } from './codes/sms.js'
 import type { Config } from './config/config.js'
 import { badRequests } from './http/bad-requests.js'
 import { connections } from './http/connections.js'
@@ -17,36 +17,23 @@ import { replies } from './http/replies.js'
 import { replyHeaders } from './http/reply-headers.js'
 import { serverOptions } from './http/server-options.js'
 import { strictJson } from './http/strict-json.js'
-import { createPasswords, type Passwords } from './passwords/passwords.js'
+import { createPasswords } from './passwords/passwords.js'
 import { sessionRoutes } from './sessions/routes.js'
-import { createSessions, type Sessions } from './sessions/sessions.js'
-import { openPostgres, type Postgres } from './stores/postgres.js'
-import { createRateLimits, limitNames, type RateLimits } from './stores/rate-limits.js'
-import { openRedis, type RedisStore } from './stores/redis.js'
+import { createSessions } from './sessions/sessions.js'
+import { openPostgres } from './stores/postgres.js'
+import { createRateLimits, limitNames } from './stores/rate-limits.js'
+import { openRedis } from './stores/redis.js'
 import { serializers } from './telemetry/log.js'
-import { Metrics, metricsServer } from './telemetry/metrics.js'
+import { createMetrics, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
 import { Devices } from './users/devices.js'
 import { logInRoute } from './users/log-in.js'
 import { resetPasswordRoute } from './users/reset-password.js'
 import { signUpRoute } from './users/sign-up.js'
-import { createUsers, type Users } from './users/users.js'
+import { createUsers } from './users/users.js'
 
 /** What the routes need. It is the one decorator of the plugin, so that it is in nobody's way. */
-export interface MobileSignup {
-  readonly postgres: Postgres
-  readonly redis: RedisStore
-  readonly rateLimits: RateLimits
-  readonly codes: Codes
-  readonly passwords: Passwords
-  readonly users: Users
-  readonly devices: Devices
-  readonly sessions: Sessions
-  /** Undefined with `SMS=off`. */
-  readonly sms: Sms | undefined
-  /** Requests whose work a shutdown finishes, also when their client has disconnected. */
-  readonly inFlight: InFlight
-}
+export type MobileSignup = Awaited<ReturnType<typeof createCapabilities>>
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -81,23 +68,27 @@ export const signUp: FastifyPluginAsync<SignUpOptions> = async (fastify, { confi
 
 const capabilities = fp<SignUpOptions & { observer?: Observer | undefined }>(
   async (fastify, { config, observer }) => {
-    const postgres = await openPostgres(fastify, config, observer)
-    const redis = await openRedis(fastify, config, observer)
-    const rateLimits = createRateLimits(redis, observer)
-    const inFlight = new InFlight()
-    const codes = createCodes(config, redis, rateLimits, inFlight, observer)
-    const passwords = await createPasswords(fastify, config, observer)
-    const users = createUsers(postgres, fastify.log)
-    const devices = new Devices(config)
-    const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
-    const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
-    // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
-    fastify.addHook('onClose', () => inFlight.drain())
-    const stores = { postgres, redis, rateLimits }
-    fastify.decorate('mobileSignup', { ...stores, codes, passwords, users, devices, sessions, sms, inFlight })
+    fastify.decorate('mobileSignup', await createCapabilities(fastify, config, observer))
   },
   { fastify: '5.x', name: 'mobile-signup' }
 )
+
+async function createCapabilities(fastify: FastifyInstance, config: Config, observer: Observer | undefined) {
+  const postgres = await openPostgres(fastify, config, observer)
+  const redis = await openRedis(fastify, config, observer)
+  const rateLimits = createRateLimits(redis, observer)
+  /** Requests whose work a shutdown finishes, also when their client has disconnected. */
+  const inFlight = new InFlight()
+  const codes = createCodes(config, redis, rateLimits, inFlight, observer)
+  const passwords = await createPasswords(fastify, config, observer)
+  const users = createUsers(postgres, fastify.log)
+  const devices = new Devices(config)
+  const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
+  const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
+  // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
+  fastify.addHook('onClose', () => inFlight.drain())
+  return { postgres, redis, rateLimits, codes, passwords, users, devices, sessions, sms, inFlight }
+}
 
 const routes: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) => {
   fastify.addHook('onRequest', requireAddress)
@@ -126,7 +117,7 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
 }
 
 async function registerService(app: FastifyInstance, config: Config): Promise<void> {
-  const metrics = config.metricsPort === undefined ? undefined : new Metrics(limitNames)
+  const metrics = config.metricsPort === undefined ? undefined : createMetrics(limitNames)
 
   const limitsOff = Object.entries(config).flatMap(([field, max]) =>
     max === 0 && /^(sms|login)/.test(field) ? field.replace(/[A-Z]/g, '_$&').toUpperCase() : []
@@ -141,7 +132,7 @@ async function registerService(app: FastifyInstance, config: Config): Promise<vo
   await app.register(forwardedFor, { config })
   await app.register(strictJson)
   await app.register(lifecycle)
-  await app.register(capabilities, { config, observer: metrics })
+  await app.register(capabilities, { config, observer: metrics?.observer })
   await app.register(openapi, { config })
   const storeChecks = new StoreChecks(checksOf(app))
   const sources = { ...app.mobileSignup, storeChecks }

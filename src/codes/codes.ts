@@ -16,7 +16,7 @@ import { Tickets } from './tickets.js'
 export type CodePurpose = 'sign_up' | 'password'
 
 /** A request that presents a code. A wrong one costs the holder of a valid ticket, or else the network. */
-interface CodeRequest {
+export interface CodeRequest {
   readonly body: { readonly mobile: string; readonly sms_code: string; readonly ticket?: string }
   readonly ip: string
   readonly log: FastifyBaseLogger
@@ -75,8 +75,6 @@ const repeatMs = 300_000
 
 /** The round trips of a sign-up whose code was taken over: hold, find, INSERT, find, release. */
 const roundTripsMax = 5
-
-export type Codes = ReturnType<typeof createCodes>
 
 export function createCodes(
   config: Config,

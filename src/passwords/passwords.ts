@@ -7,8 +7,6 @@ import type { Observer } from '../telemetry/observer.js'
 import { HashQueue } from './hash-queue.js'
 import { isVerifiable } from './stored-hash.js'
 
-export type Passwords = Awaited<ReturnType<typeof createPasswords>>
-
 /** @throws if no password can be hashed with the configured parameters */
 export async function createPasswords(
   fastify: FastifyInstance,

@@ -88,8 +88,6 @@ end
 return redis.call('ZRANGE', KEYS[1], 0, -1)
 `
 
-export type Sessions = Awaited<ReturnType<typeof createSessions>>
-
 /**
  * Sessions in Redis behind a signed cookie. A route that starts a session needs only this plugin. A route that reads or
  * ends one also needs {@link loadSession} in its scope.

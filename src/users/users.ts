@@ -47,8 +47,6 @@ const beginSessionEpoch: NamedStatement = {
          RETURNING session_epoch AS "sessionEpoch"`
 }
 
-export type Users = ReturnType<typeof createUsers>
-
 /** The users table. A hash that matches no password is logged once for a user, and for at most 10,000. */
 export function createUsers(postgres: Postgres, log: FastifyBaseLogger) {
   const logged = new Set<string>()
