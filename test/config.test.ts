@@ -111,8 +111,7 @@ t.test('every variable sets its field', async (t) => {
     LOG_LEVEL: 'silent',
     MIGRATE: 'false'
   }
-  // PGSSLROOTCERT is a part of databaseUrl, see below.
-  const names = describeVariables().flatMap(({ name }) => (name === 'PGSSLROOTCERT' ? [] : [name]))
+  const names = describeVariables().map(({ name }) => name)
   t.strictSame(Object.keys(env).sort(), names.sort())
   t.match(loadConfig(env), {
     production: true,
@@ -409,16 +408,4 @@ t.test('a DATABASE_URL has one host; a comma elsewhere is no second one', (t) =>
     t.equal(loadConfig({ ...stores, DATABASE_URL: url }).databaseUrl, url)
   }
   t.end()
-})
-
-t.test('PGSSLROOTCERT is the CA of a DATABASE_URL that asks for TLS and names no CA', async (t) => {
-  const PGSSLROOTCERT = new URL(import.meta.url).pathname
-  const urlOf = (DATABASE_URL: string) => loadConfig({ ...stores, DATABASE_URL, PGSSLROOTCERT }).databaseUrl
-  const verified = 'postgresql://u:p%40ss@db/app?sslmode=verify-full'
-  t.equal(urlOf(verified), `${verified}&sslrootcert=${encodeURIComponent(PGSSLROOTCERT)}`)
-  t.equal(urlOf(`${verified}&sslrootcert=own.crt`), `${verified}&sslrootcert=own.crt`)
-  t.equal(urlOf(stores.DATABASE_URL), stores.DATABASE_URL)
-  for (const path of ['/nowhere', '/tmp']) {
-    t.match(faultsOf({ ...stores, PGSSLROOTCERT: path }), [/^PGSSLROOTCERT: "\/\w+" cannot be read; expected/], path)
-  }
 })

@@ -10,7 +10,6 @@ import {
   onOrOff,
   type Parser,
   pathPrefix,
-  readableFile,
   redisUrl,
   secretMinLength,
   secrets,
@@ -287,25 +286,9 @@ const databaseUrlParser: Parser<string> = {
   }
 }
 
-/** Reads `DATABASE_URL`, and adds the CA of libpq's `PGSSLROOTCERT`, a variable that node-postgres does not read. */
 function readDatabaseUrl(read: Read): string {
-  const databaseUrl = read(
-    'DATABASE_URL',
-    databaseUrlParser,
-    '',
-    'Postgres, `postgresql://…`. Required in production. See [stores](#stores).'
-  )
-  const rootCertificate = read(
-    'PGSSLROOTCERT',
-    readableFile,
-    '',
-    'File of the CA that signed the certificate of Postgres, for a `DATABASE_URL` with an `sslmode`. Default: the public CAs.'
-  )
-  if (!databaseUrl || !rootCertificate) return databaseUrl
-  const withCertificate = new URL(databaseUrl)
-  const { searchParams } = withCertificate
-  if (searchParams.has('sslmode') && !searchParams.has('sslrootcert')) searchParams.set('sslrootcert', rootCertificate)
-  return withCertificate.href
+  const meaning = 'Postgres, `postgresql://…`. Required in production. See [stores](#stores).'
+  return read('DATABASE_URL', databaseUrlParser, '', meaning)
 }
 
 /** An invalid environment. Its message has a line for each fault and prints no secret. */
@@ -381,7 +364,7 @@ function* productionFaults(env: Environment, config: Config) {
 }
 
 /**
- * Reads the variables of `npm run migrate`: DATABASE_URL and PGSSLROOTCERT.
+ * Reads the variable of `npm run migrate`.
  *
  * @throws {ConfigError}
  */

@@ -1,4 +1,3 @@
-import { readFileSync } from 'node:fs'
 import { isIP } from 'node:net'
 import { parseRedisUrl } from './redis-url.js'
 
@@ -80,18 +79,6 @@ function isAddressRange(range: string): boolean {
   if (maxPrefixLength === undefined || rest.length > 0) return false
   // @fastify/proxy-addr refuses a length of 0.
   return prefixLength === undefined || (/^[1-9]\d{0,2}$/.test(prefixLength) && Number(prefixLength) <= maxPrefixLength)
-}
-
-export const readableFile: Parser<string> = {
-  expected: 'the path of a readable file',
-  parse(text) {
-    try {
-      readFileSync(text)
-      return text
-    } catch {
-      throw invalid(text, 'cannot be read')
-    }
-  }
 }
 
 /** A URL may hold a password, so errors never quote it. */
