@@ -317,21 +317,6 @@ t.test(
   }
 )
 
-t.test('with a pooler, a start warns if Postgres has no statement_timeout', async (t) => {
-  const warning = /Postgres has no statement_timeout/
-  for (const [timeout, warns] of [
-    ['0', true],
-    ['5s', true],
-    ['900ms', false]
-  ] as const) {
-    const url = new URL(stores.databaseUrl)
-    url.searchParams.set('options', `-c statement_timeout=${timeout}`)
-    const before = log().length
-    await build(t, { DATABASE_URL: url.href, PG_POOLER: 'transaction', ...impatient })
-    t.equal(warning.test(log().slice(before)), warns, timeout)
-  }
-})
-
 t.test('a start warns if Redis may evict codes and sessions, which have a TTL', async (t) => {
   t.teardown(() => redis.config('SET', 'maxmemory-policy', 'noeviction'))
   for (const [policy, warns] of [

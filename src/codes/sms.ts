@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger } from 'fastify'
 import type { Config } from '../config/config.js'
+import { maskMobiles } from '../telemetry/log.js'
 import type { Observer } from '../telemetry/observer.js'
 import { GatewayBreaker } from './gateway-breaker.js'
-import { logSender } from './senders/log.js'
-import { MessageNotSent, MessageRefused } from './senders/sender.js'
+import { MessageNotSent, MessageRefused, type SmsSender } from './senders/sender.js'
 import { webhookSender } from './senders/webhook.js'
 
 export type Sms = ReturnType<typeof createSms>
@@ -14,7 +14,11 @@ export function createSms(
   log: FastifyBaseLogger,
   observer: Observer | undefined
 ) {
-  const send = smsWebhookUrl === undefined ? logSender(log) : webhookSender(smsWebhookUrl, smsWebhookSecret)
+  // Without a gateway, a developer reads the code from Redis.
+  const logMessage: SmsSender = async ({ mobile }) => {
+    log.info({ mobile: maskMobiles(mobile) }, 'no SMS is sent: SMS_WEBHOOK_URL is unset')
+  }
+  const send = smsWebhookUrl === undefined ? logMessage : webhookSender(smsWebhookUrl, smsWebhookSecret)
   const breaker = new GatewayBreaker()
   function record(mobile: string, hasFailed: boolean): void {
     if (breaker.record(mobile, hasFailed)) log.warn('the SMS gateway keeps failing, and gets no messages for 5 s')

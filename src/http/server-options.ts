@@ -2,7 +2,7 @@ import type { Server } from 'node:http'
 import type { FastifyHttpOptions } from 'fastify'
 import type { DestinationStream } from 'pino'
 import type { Config } from '../config/config.js'
-import { loggerOptions, RequestLog } from '../telemetry/log.js'
+import { RequestLog, serializers } from '../telemetry/log.js'
 import { badRequestHandlers } from './bad-requests.js'
 import { trustedProxies } from './forwarded-for.js'
 import { requestIdOf } from './reply-headers.js'
@@ -21,7 +21,7 @@ const pluginTimeoutMs = 60_000
 export function serverOptions(config: Config, logStream?: DestinationStream) {
   const requestLog = new RequestLog()
   return {
-    logger: loggerOptions(config, logStream),
+    logger: { level: config.logLevel, serializers, ...(logStream && { stream: logStream }) },
     logController: requestLog,
     genReqId: requestIdOf,
     ...(config.trustProxy.length > 0 && { trustProxy: trustedProxies(config) }),

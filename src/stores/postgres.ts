@@ -1,12 +1,12 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import fastifyPostgres from '@fastify/postgres'
 import type { FastifyInstance } from 'fastify'
-import pg, { type ClientConfig, type Pool, type QueryConfig, type QueryResultRow } from 'pg'
+import pg, { type ClientConfig, type QueryConfig, type QueryResultRow } from 'pg'
 import { parseIntoClientConfig } from 'pg-connection-string'
 import type { Config } from '../config/config.js'
 import { type Observer, observeRoundTrip } from '../telemetry/observer.js'
 import { sampledWarnings } from '../telemetry/sampled-warnings.js'
-import { Connections } from './connections.js'
+import { PoolConnections } from './pool-connections.js'
 import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
@@ -51,14 +51,15 @@ export async function openPostgres(
     ...parseIntoClientConfig(databaseUrl)
   }
   await fastify.register(fastifyPostgres, { ...connection, name: poolName, max: pgPoolMax })
-  const pool = poolOf(fastify)
+  const pool = fastify.pg[poolName]?.pool
+  if (pool === undefined) throw new Error('@fastify/postgres created no pool')
 
   const warn = sampledWarnings(fastify.log)
   // An `error` event without a listener ends the process. The pool emits the errors of its idle connections. A
   // connection in use emits its own.
   pool.on('error', (err) => warn(err, 'an idle Postgres connection failed'))
   pool.on('connect', (client) => client.on('error', () => undefined))
-  const connections = new Connections(pool, pgPoolMax, storeTimeoutMs, (err) =>
+  const connections = new PoolConnections(pool, pgPoolMax, storeTimeoutMs, (err) =>
     warn(err, 'no Postgres connection can be opened')
   )
   /** How many statements have succeeded. */
@@ -89,12 +90,6 @@ export async function openPostgres(
   }
 
   await waitForStore('Postgres', () => pool.query('SELECT 1'))
-  if (hasPooler && !(await hasStatementTimeout(pool, storeTimeoutMs))) {
-    fastify.log.warn(
-      'Postgres has no statement_timeout of at most STORE_TIMEOUT_MS: a refused request may still be committed later'
-    )
-  }
-
   // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
   // SQL error) a separate connection and an idle one of the pool probe Postgres. If both fail, and no statement succeeds
   // meanwhile, statements fail at once until a probe succeeds.
@@ -105,7 +100,7 @@ export async function openPostgres(
   fastify.addHook('onClose', async () => {
     isClosed = true
   })
-  async function probeUntilAvailable(): Promise<void> {
+  const probeUntilAvailable = async (): Promise<void> => {
     if (isProbing) return
     isProbing = true
     while (!isClosed) {
@@ -172,20 +167,6 @@ export async function openPostgres(
       })
     }
   }
-}
-
-function poolOf(fastify: FastifyInstance): Pool {
-  const pool = fastify.pg[poolName]?.pool
-  if (pool === undefined) throw new Error('@fastify/postgres created no pool')
-  return pool
-}
-
-async function hasStatementTimeout(pool: Pool, storeTimeoutMs: number): Promise<boolean> {
-  const { rowCount } = await pool.query(
-    `SELECT 1 FROM pg_settings WHERE name = 'statement_timeout' AND setting::int BETWEEN 1 AND $1`,
-    [storeTimeoutMs]
-  )
-  return rowCount === 1
 }
 
 /**

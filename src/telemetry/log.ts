@@ -1,7 +1,6 @@
 import { writeSync } from 'node:fs'
 import { type FastifyBaseLogger, type FastifyReply, type FastifyRequest, LogController } from 'fastify'
-import { type DestinationStream, stdSerializers } from 'pino'
-import type { Config } from '../config/config.js'
+import { stdSerializers } from 'pino'
 import { sampler } from './sampled-warnings.js'
 
 declare module 'fastify' {
@@ -91,15 +90,6 @@ export function jsonLog() {
       else lines += line
       if (chunk.length === 0 && lines.length >= flushAtLength) flush()
     }
-  }
-}
-
-/** Returns the logger's options. Without a stream the lines go to standard output. */
-export function loggerOptions({ logLevel }: Config, stream?: DestinationStream) {
-  return {
-    level: logLevel,
-    serializers,
-    ...(stream && { stream })
   }
 }
 

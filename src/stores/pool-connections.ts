@@ -13,7 +13,7 @@ type Settle = (error: unknown, client?: PoolClient) => void
  * Lends the connections of a pool. `pool.connect()` alone binds its caller to the connection that it opens. If Postgres takes no
  * more connections, the caller would fail, although another connection of the pool is free a moment later.
  */
-export class Connections {
+export class PoolConnections {
   /** Oldest first. */
   private readonly waiters = new Set<Settle>()
   private readonly endsAt = new WeakMap<PoolClient, number>()
