@@ -1,6 +1,6 @@
 /* npm run calibrate: finds which of OWASP's argon2id settings, which are of equal strength, this machine computes fastest. */
 import { availableParallelism } from 'node:os'
-import { owaspArgon2id } from '../dist/config/config.js'
+import { owaspArgon2id } from '#src/config/config.js'
 import { bareHashes } from './bare-hashes.js'
 
 const cores = availableParallelism()

@@ -1,7 +1,7 @@
 import { EventEmitter, once } from 'node:events'
 import { hash } from '@node-rs/argon2'
 import t from 'tap'
-import { StoreUnavailable } from '../dist/stores/store-unavailable.js'
+import { StoreUnavailable } from '#src/stores/store-unavailable.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { claimKey, leaseMsOf, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { digitsOf, randomCode } from '../dist/codes/code-format.js'
+import { digitsOf, randomCode } from '#src/codes/code-format.js'
 
 /*
  * What a code of this service looks like, and in which dress people present it. test/codes.test.ts has what it costs.

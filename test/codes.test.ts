@@ -1,12 +1,12 @@
 import { randomUUID } from 'node:crypto'
 import Fastify from 'fastify'
 import t, { type Test } from 'tap'
-import { type CodePurpose, createCodes, type Hold } from '../dist/codes/codes.js'
-import type { Config } from '../dist/config/config.js'
-import { InFlight } from '../dist/http/in-flight.js'
-import { Refusal } from '../dist/outcomes.js'
-import { createRateLimits, type LimitName } from '../dist/stores/rate-limits.js'
-import { openRedis } from '../dist/stores/redis.js'
+import { type CodePurpose, createCodes, type Hold } from '#src/codes/codes.js'
+import type { Config } from '#src/config/config.js'
+import { InFlight } from '#src/http/in-flight.js'
+import { Refusal } from '#src/outcomes.js'
+import { createRateLimits, type LimitName } from '#src/stores/rate-limits.js'
+import { openRedis } from '#src/stores/redis.js'
 import { claimKey, leaseMsOf, startTestbed } from '../testkit/testbed.js'
 
 /*

@@ -1,7 +1,7 @@
 import { availableParallelism } from 'node:os'
 import t from 'tap'
-import { ConfigError, type Environment, loadConfig, loadDatabaseUrl } from '../dist/config/config.js'
-import { parseRedisUrl } from '../dist/config/redis-url.js'
+import { ConfigError, type Environment, loadConfig, loadDatabaseUrl } from '#src/config/config.js'
+import { parseRedisUrl } from '#src/config/redis-url.js'
 import { describeVariables } from '../testkit/generated-docs.js'
 
 const stores = { DATABASE_URL: 'postgresql://u:p%40ss@db/app', REDIS_URL: 'rediss://:p%40ss@cache:6380/1' }

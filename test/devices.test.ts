@@ -1,6 +1,6 @@
 import { mock } from 'node:test'
 import t from 'tap'
-import { Tickets } from '../dist/codes/tickets.js'
+import { Tickets } from '#src/codes/tickets.js'
 import { client, type Reply } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 

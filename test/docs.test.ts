@@ -2,7 +2,7 @@ import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
-import { outcomeNames, outcomes } from '../dist/outcomes.js'
+import { outcomeNames, outcomes } from '#src/outcomes.js'
 import { checkGeneratedPart, describeVariables, markdownTable } from '../testkit/generated-docs.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))

@@ -1,5 +1,5 @@
 import t, { type Test } from 'tap'
-import { GatewayBreaker } from '../dist/codes/gateway-breaker.js'
+import { GatewayBreaker } from '#src/codes/gateway-breaker.js'
 
 /*
  * When the messages to a gateway that fails are paused. test/sms-codes.test.ts has the answers to requests meanwhile.

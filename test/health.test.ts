@@ -1,5 +1,5 @@
 import t, { type Test } from 'tap'
-import type { Environment } from '../dist/config/config.js'
+import type { Environment } from '#src/config/config.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'

@@ -3,7 +3,7 @@ import fastifyPostgres from '@fastify/postgres'
 import fastifyRedis from '@fastify/redis'
 import Fastify from 'fastify'
 import t from 'tap'
-import * as library from '../dist/index.js'
+import * as library from '#src/index.js'
 import { statusAndErrno } from '../testkit/client.js'
 import { startTestbed } from '../testkit/testbed.js'
 

@@ -1,7 +1,7 @@
 import t from 'tap'
-import { guessBudgets, guessLimits, mobileLimits, unusedCodeLimits } from '../dist/codes/limits.js'
-import { type Environment, loadConfig } from '../dist/config/config.js'
-import { loginLimits } from '../dist/users/login-limits.js'
+import { guessBudgets, guessLimits, mobileLimits, unusedCodeLimits } from '#src/codes/limits.js'
+import { type Environment, loadConfig } from '#src/config/config.js'
+import { loginLimits } from '#src/users/login-limits.js'
 
 /*
  * Every limit with its key, its number and its window, as in docs/api.md and docs/guarantees.md. Other instances, and other

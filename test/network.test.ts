@@ -1,6 +1,6 @@
 import { execFileSync } from 'node:child_process'
 import t from 'tap'
-import { networksOf } from '../dist/http/network.js'
+import { networksOf } from '#src/http/network.js'
 import { client } from '../testkit/client.js'
 import { startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
 import { startTestbed } from '../testkit/testbed.js'

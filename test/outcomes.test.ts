@@ -1,8 +1,8 @@
 import Fastify from 'fastify'
 import t from 'tap'
-import { loadConfig } from '../dist/config/config.js'
-import { replies } from '../dist/http/replies.js'
-import { type OutcomeName, outcomeNames, Refusal } from '../dist/outcomes.js'
+import { loadConfig } from '#src/config/config.js'
+import { replies } from '#src/http/replies.js'
+import { type OutcomeName, outcomeNames, Refusal } from '#src/outcomes.js'
 
 /*
  * The outcome table. The copy here comes from docs/api.md, not from src, so a change of src fails the test.

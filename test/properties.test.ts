@@ -3,12 +3,12 @@ import { randomInt } from 'node:crypto'
 import fc from 'fast-check'
 import Fastify from 'fastify'
 import t, { type Test } from 'tap'
-import { type Codes, createCodes, type Hold } from '../dist/codes/codes.js'
-import { ConfigError, type Environment, loadConfig } from '../dist/config/config.js'
-import { InFlight } from '../dist/http/in-flight.js'
-import { type OutcomeName, outcomes, Refusal } from '../dist/outcomes.js'
-import { createRateLimits } from '../dist/stores/rate-limits.js'
-import { openRedis } from '../dist/stores/redis.js'
+import { createCodes, type Hold } from '#src/codes/codes.js'
+import { ConfigError, type Environment, loadConfig } from '#src/config/config.js'
+import { InFlight } from '#src/http/in-flight.js'
+import { type OutcomeName, outcomes, Refusal } from '#src/outcomes.js'
+import { createRateLimits } from '#src/stores/rate-limits.js'
+import { openRedis } from '#src/stores/redis.js'
 import { client } from '../testkit/client.js'
 import { claimKey, startTestbed } from '../testkit/testbed.js'
 
@@ -228,7 +228,7 @@ const step: fc.Arbitrary<Step> = fc.oneof(
 const sequenceOfSteps = fc.array(step, { minLength: 10, maxLength: 30, size: 'max' })
 
 /** Returns the codes of a mobile, as an instance of the service sees them. */
-async function buildCodes(t: Test): Promise<Codes> {
+async function buildCodes(t: Test) {
   const app = Fastify()
   t.after(() => app.close())
   const unlimited = config({ SMS_CODE_ATTEMPTS: '1000', SMS_GUESS_DAILY_MAX: '0', HASH_MAX_WAIT_MS: '600000' })

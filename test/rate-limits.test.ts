@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import Fastify from 'fastify'
 import t from 'tap'
-import { createRateLimits, type Limit, type LimitName } from '../dist/stores/rate-limits.js'
-import { openRedis } from '../dist/stores/redis.js'
+import { createRateLimits, type Limit, type LimitName } from '#src/stores/rate-limits.js'
+import { openRedis } from '#src/stores/redis.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 /*

@@ -1,6 +1,6 @@
 import { verify } from '@node-rs/argon2'
 import t from 'tap'
-import { outcomes } from '../dist/outcomes.js'
+import { outcomes } from '#src/outcomes.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { claimKey, impatient, sessionIdOf, startTestbed } from '../testkit/testbed.js'
 

@@ -1,6 +1,6 @@
 import { createHmac, hkdfSync } from 'node:crypto'
 import t from 'tap'
-import { Tickets, ticketMaxLength } from '../dist/codes/tickets.js'
+import { Tickets, ticketMaxLength } from '#src/codes/tickets.js'
 
 /*
  * Which tickets are valid. test/strangers.test.ts has what a valid one is good for.

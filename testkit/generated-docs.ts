@@ -1,6 +1,6 @@
 import { readFileSync, writeFileSync } from 'node:fs'
 import type { Test } from 'tap'
-import { readVariables } from '../dist/config/config.js'
+import { readVariables } from '#src/config/config.js'
 
 /**
  * Compares the generated part of a page with what it must be, or writes it if WRITE_DOCS is set (`npm run docs`). The part

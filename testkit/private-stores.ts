@@ -7,8 +7,8 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
+import { migrate } from '#src/stores/migrations.js'
 import { EmbeddedStores } from '../dev/embedded-stores.js'
-import { migrate } from '../dist/stores/migrations.js'
 import { createTemporaryFolder, deleteLeftovers } from './temporary-folder.js'
 
 /** A Postgres with an empty, migrated database and a Redis, both private, with connections as their administrator. */
