@@ -373,8 +373,8 @@ const commandIn = (pattern: RegExp) => {
   if (command === undefined) throw new Error(`no block of docs/operating.md has ${pattern}`)
   return command
 }
-const operatorUpdate = commandIn(/^ *(UPDATE users SET session_epoch[^;]*;)/m)
-const operatorDelete = commandIn(/^ *(DELETE FROM users[^;]*;)/m)
+const operatorUpdate = () => commandIn(/^ *(UPDATE users SET session_epoch[^;]*;)/m)
+const operatorDelete = () => commandIn(/^ *(DELETE FROM users[^;]*;)/m)
 
 /** Ends the sessions of a user as docs/operating.md tells operators to do. */
 async function endAsOperator(statement: string, mobile: string): Promise<void> {
@@ -390,7 +390,7 @@ async function endAsOperator(statement: string, mobile: string): Promise<void> {
 }
 
 t.test('G9: an operator ends all sessions of a user with the statements of docs/operating.md', async (t) => {
-  for (const statement of [operatorUpdate, operatorDelete]) {
+  for (const statement of [operatorUpdate(), operatorDelete()]) {
     const [{ login, cookie, userId, mobile }, other] = [await registerUser(), await registerUser()]
     const foreign = cookieOf(await api.logIn(login))
     await redis.set(sessionKeyOf(foreign), JSON.stringify({ user_id: userId, name: mobile, mobile }))
@@ -401,7 +401,7 @@ t.test('G9: an operator ends all sessions of a user with the statements of docs/
       t.strictSame([await sessionStatus(ended), await isStored(ended)], [401, false], statement)
     }
     t.equal(await sessionStatus(other.cookie), 200, 'the sessions of others live')
-    const isThere = statement === operatorUpdate
+    const isThere = statement === operatorUpdate()
     t.equal((await userRows(mobile)).length, isThere ? 1 : 0)
     const later = isThere ? await api.logIn(login) : await api.signUp(await signUpBody({ mobile }))
     t.equal(await sessionStatus(cookieOf(later)), 200, 'a later login, or sign-up')
@@ -409,7 +409,7 @@ t.test('G9: an operator ends all sessions of a user with the statements of docs/
 })
 
 t.test('G9: an epoch is greater than the former one in every year that an integer can hold', async (t) => {
-  const ofOperators = /SET session_epoch = (.*)$/im.exec(operatorUpdate)?.[1]
+  const ofOperators = /SET session_epoch = (.*)$/im.exec(operatorUpdate())?.[1]
   for (const now of ['2024-01-01', '2038-01-19T03:14:07', '2038-01-19T03:14:08', '2092-01-19T03:14:06']) {
     const seconds = (Date.parse(`${now.padEnd(19, 'T00:00:00')}Z`) - Date.UTC(2024)) / 1_000
     for (const expression of [nextEpoch, `${ofOperators}`]) {
