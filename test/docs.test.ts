@@ -40,9 +40,9 @@ t.test('every internal link of every page leads to a file and a heading', async 
   }
 })
 
-t.test('docs/configuration.md lists every variable with its default and meaning', async (t) => {
+t.test('docs/operating.md lists every variable with its default and meaning', async (t) => {
   const rows = describeVariables().map(({ name, shownDefault, meaning }) => [`\`${name}\``, shownDefault, meaning])
-  checkGeneratedPart(t, 'docs/configuration.md', 'variables', markdownTable(['variable', 'default', 'meaning'], rows))
+  checkGeneratedPart(t, 'docs/operating.md', 'variables', markdownTable(['variable', 'default', 'meaning'], rows))
 })
 
 t.test('docs/api.md has every outcome with its status, errno and messages', async (t) => {
