@@ -13,7 +13,7 @@ import { client } from '../testkit/client.js'
 import { claimKey, startTestbed } from '../testkit/testbed.js'
 
 /*
- * Random inputs. The results are compared with models that were written from docs/api.md, docs/configuration.md and
+ * Random inputs. The results are compared with models that were written from docs/api.md, docs/operating.md and
  * docs/guarantees.md, not from src.
  */
 
@@ -96,7 +96,7 @@ t.test('a body gets the outcome of the first fault in the order of docs/api.md',
   )
 })
 
-/** The bounds of integer variables in docs/configuration.md. */
+/** The bounds of integer variables. */
 const integerBounds = {
   PORT: [0, 65_535],
   PASSWORD_MIN: [1, 128],
