@@ -182,6 +182,21 @@ t.test('a logout everywhere whose answer from Redis is lost is completed by its 
   t.equal(await sessionStatus(later), 200, 'an outdated session cannot end newer ones')
 })
 
+t.test('G9: a logout everywhere that could not destroy another session destroys it when it is retried', async (t) => {
+  const { body, cookie } = await registerUser()
+  const { mobile, password } = body
+  const other = cookieOf(await api.logIn({ mobile, password }))
+  const proxy = await openProxy(t, 'REDIS_URL')
+  const app = client(await build(t, { REDIS_URL: proxy.url }))
+  const key = sessionKeyOf(other)
+  proxy.strike(`del\r\n$${key.length}\r\n${key}`, { kind: 'reset' })
+  t.equal((await app.logOut(cookie, '?everywhere=true')).statusCode, 503)
+  t.equal(await redis.exists(key), 1)
+  await until('the service has connected again', async () => (await app.whoAmI(cookie)).statusCode !== 503)
+  t.equal((await app.logOut(cookie, '?everywhere=true')).statusCode, 200)
+  t.equal(await redis.exists(key, sessionKeyOf(cookie)), 0)
+})
+
 t.test('a logout everywhere of a deleted user ends its sessions', async (t) => {
   const { body, cookie } = await registerUser()
   const { mobile, password } = body

@@ -178,8 +178,8 @@ export async function createSessions(
     return true
   }
 
-  /** Ends all sessions of a user that have an older epoch, also those that are stored later. */
-  async function endBefore(userId: string, epoch: number): Promise<void> {
+  /** Ends all sessions of a user that have an older epoch, also those that are stored later. Those of `kept` stay stored. */
+  async function endBefore(userId: string, epoch: number, kept: readonly string[] = []): Promise<void> {
     const sessionIds = await redis.run((client) =>
       client.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
     )
@@ -187,7 +187,7 @@ export async function createSessions(
     const sessions = await Promise.all(sessionIds.map(read))
     await destroyIndexed(
       userId,
-      sessionIds.filter((_, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch)
+      sessionIds.filter((id, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch && !kept.includes(id))
     )
   }
 
@@ -254,15 +254,18 @@ export async function createSessions(
 
     endBefore,
 
-    /** Ends all sessions of the user to whom the request's session belongs. Only in the scope of `loadSession`. */
-    async endEverywhere({ session: { owner } }: FastifyRequest): Promise<void> {
+    /** Ends all other sessions of the user to whom the request's session belongs. Only in the scope of `loadSession`. */
+    async endEverywhere(request: FastifyRequest): Promise<void> {
+      const { owner } = request.session
       if (owner === undefined) return
       const { user, epoch, currentEpoch } = owner
+      // Its own session stays for `end`: if another one cannot be destroyed, the retry still has it.
+      const kept = signedIds(request)
       // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
-      if (epoch < currentEpoch) return endBefore(user.user_id, currentEpoch)
+      if (epoch < currentEpoch) return endBefore(user.user_id, currentEpoch, kept)
       const newEpoch = await beginEpoch(user)
       // Without a row the user has been deleted, and starts no session any more.
-      await endBefore(user.user_id, newEpoch ?? epoch + 1)
+      await endBefore(user.user_id, newEpoch ?? epoch + 1, kept)
     }
   }
 }

@@ -15,9 +15,6 @@ declare module 'fastify' {
 /** Upper bounds in seconds. */
 const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 
-/** The label of requests without a route. Their URL may contain anything. */
-const noRoute = 'none'
-
 /** Values that are read at each scrape. */
 interface MetricsSources {
   readonly passwords: { readonly queueLength: number; readonly expectedWaitMs: number }
@@ -124,7 +121,8 @@ export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: Met
       if (!config?.isProbe) for (const name of [method].flat()) requests.zero({ method: name, route: url, outcome })
     })
     fastify.addHook('onResponse', (request, reply, done) => {
-      const { config, url: route = noRoute } = request.routeOptions
+      // Not the URL of a request without a route, which may contain anything.
+      const { config, url: route = 'none' } = request.routeOptions
       const labels = { method: request.method, route, outcome: reply.outcomeName ?? 'none' }
       if (!config.isProbe) requests.observe(labels, reply.elapsedTime / 1_000)
       done()
