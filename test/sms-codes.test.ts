@@ -152,6 +152,7 @@ t.test('G8: a code serves what a refused request has asked for, whichever limit 
     await redis.del(codeKey(mobile))
     // A stranger asks for the other purpose, as often as the limit allows, and the owner is refused.
     t.equal((await limited.sendCode(mobile, { purpose: 'password', from })).statusCode, 202)
+    t.equal((await limited.signUp({ ...body, sms_code: messagesTo(mobile)[0]?.code })).statusCode, 422)
     if (refusedBy !== 'SMS_RESEND_S') await minutePasses(mobile)
     if (refusedBy === 'SMS_DAILY_MAX') await addUnits(`sms_codes:mobile:${mobile}`, 1)
     if (refusedBy === 'SMS_IP_HOURLY_MAX') await addUnits(`sms_codes:network:${from}`, 10)
