@@ -183,6 +183,16 @@ t.test('G5: the repeat of a conflict is a conflict, whatever its password and Po
   t.equal((await readClaim(reset.mobile)).used_by, '', 'a reset')
 })
 
+t.test('G5: a conflict that Redis did not hear of is the same conflict, however often it is repeated', async (t) => {
+  const { mobile } = await signUpBody()
+  t.equal((await instance.signUp(await signUpBody({ mobile }))).statusCode, 201)
+  const body = await signUpBody({ mobile })
+  proxies.redis.strike('used_in_vain', { kind: 'reset' })
+  t.strictSame(statusAndErrno(await faulty.signUp(body)), [503, '4001'])
+  await ageClaim(mobile, leaseMs)
+  for (let n = 0; n < 4; n++) t.strictSame(statusAndErrno(await instance.signUp(body)), [409, '4003'])
+})
+
 t.test('G5: if Postgres has lost the row, the same request signs up again, with a new id, and once', async (t) => {
   const body = await signUpBody()
   const lost = await instance.signUp(body)
