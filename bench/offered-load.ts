@@ -16,7 +16,7 @@ export interface LoadPoint {
   refusedP99Ms: number
 }
 
-/** Offers sign-ups to a server, `load` times the capacity, and looks what becomes of those that fail. */
+/** Offers sign-ups to a server, `load` times the capacity. */
 export async function offerLoad(server: Server, redis: Redis, capacity: number, load: number, seconds: number) {
   const perSecond = load * capacity
   const bodies = await issueSignUps(redis, Math.ceil(perSecond * seconds))
@@ -24,15 +24,19 @@ export async function offerLoad(server: Server, redis: Redis, capacity: number, 
   const failed = bodies.filter((_, index) => replies[index]?.status !== 201).map(mobileOf)
   const failedByStatus: Record<string, number> = {}
   for (const { status } of replies) if (status !== 201) failedByStatus[status] = (failedByStatus[status] ?? 0) + 1
-  const codes = await redis.pipeline(failed.map((mobile) => ['exists', codeKey(mobile)])).exec()
+  // The mobiles of those that failed, and what they were answered (0: no answer).
   return {
     point: loadPoint(load, perSecond, seconds, replies),
     done: bodies.length - failed.length,
-    /** The mobiles of all others, what they were answered (0: no answer), and how many of their codes still work. */
     failed,
-    failedByStatus,
-    kept: (codes ?? []).filter(([, exists]) => exists === 1).length
+    failedByStatus
   }
+}
+
+/** Returns how many of these mobiles have a code that still works. */
+export async function countCodes(redis: Redis, mobiles: readonly string[]): Promise<number> {
+  const codes = await redis.pipeline(mobiles.map((mobile) => ['exists', codeKey(mobile)])).exec()
+  return (codes ?? []).filter(([, exists]) => exists === 1).length
 }
 
 function loadPoint(load: number, perSecond: number, seconds: number, replies: readonly Reply[]): LoadPoint {
