@@ -2,6 +2,7 @@ import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import autocannon from 'autocannon'
 import type { Redis } from 'ioredis'
+import { cpuMs, mainThreadMs } from './process-usage.js'
 import { issueSignUps } from './request-bodies.js'
 import type { Server } from './system-under-test.js'
 
@@ -64,15 +65,15 @@ export async function closedLoop(
 
   await sleep(rampMs)
   replies = []
-  const [startedAt, cpuMsBefore, eventLoopMsBefore] = [performance.now(), service.cpuMs(), service.mainThreadMs()]
+  const [startedAt, cpuMsBefore, eventLoopMsBefore] = [performance.now(), cpuMs(service), mainThreadMs(service)]
   await sleep(load.seconds * 1_000)
   const counted = replies
   const result = {
     replies: counted,
     perSecond: (counted.length * 1_000) / (performance.now() - startedAt),
     /** CPU time of the server for each reply, in ms, and the part of it that the event loop has taken. */
-    cpuMs: (service.cpuMs() - cpuMsBefore) / counted.length,
-    eventLoopMs: (service.mainThreadMs() - eventLoopMsBefore) / counted.length
+    cpuMs: (cpuMs(service) - cpuMsBefore) / counted.length,
+    eventLoopMs: (mainThreadMs(service) - eventLoopMsBefore) / counted.length
   }
   cannon.stop()
   await once(cannon, 'done')

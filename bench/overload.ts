@@ -6,6 +6,7 @@ import { closedLoop, requireStatus, warmUp } from './load.js'
 import { countCodes, type LoadPoint, offerLoad } from './offered-load.js'
 import { patienceMs } from './open-loop.js'
 import { drawOverloadChart } from './overload-chart.js'
+import { cpuMs, residentMib } from './process-usage.js'
 import { type Row, ratioRow, resultsFolder, showProgress } from './report.js'
 import { issueSignUps } from './request-bodies.js'
 import { round } from './statistics.js'
@@ -28,7 +29,7 @@ export async function overload(system: SystemUnderTest): Promise<Row[]> {
   const threads = availableParallelism()
   const service = await system.startService()
   await sleep(1_000)
-  const idleMib = service.process.residentMib()
+  const idleMib = residentMib(service.process)
   const plainHandler = await system.startPlainHandler()
   for (const server of [service, plainHandler]) await warmUp(server, redis)
   const { hashMs } = await bareHashes(3)
@@ -58,7 +59,7 @@ export async function overload(system: SystemUnderTest): Promise<Row[]> {
   const capacityBefore = await measureCapacity()
   let peakMib = 0
   const watch = setInterval(() => {
-    peakMib = Math.max(peakMib, service.process.residentMib())
+    peakMib = Math.max(peakMib, residentMib(service.process))
   }, 200)
   const ours = await offer(service, targetLoad, targetSeconds)
   clearInterval(watch)
@@ -70,8 +71,8 @@ export async function overload(system: SystemUnderTest): Promise<Row[]> {
   await warmUp(plainHandler, redis)
   const plain = await offer(plainHandler, targetLoad, targetSeconds)
   showProgress('overload: the plain handler works on for clients that are gone')
-  const cpuMs = () => plainHandler.process.cpuMs()
-  for (let before = 0; cpuMs() - before > 100; await sleep(2_000)) before = cpuMs()
+  const usedMs = () => cpuMs(plainHandler.process)
+  for (let before = 0; usedMs() - before > 100; await sleep(2_000)) before = usedMs()
   const count = 'SELECT count(*)::int AS registered FROM users WHERE mobile = ANY($1)'
   const [{ registered }] = (await postgres.query(count, [plain.failed])).rows
 

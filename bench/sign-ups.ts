@@ -15,7 +15,9 @@ const signUpsPerRound = 600 * availableParallelism() * seconds
 /** P1, P2, P4 and P6: the service beside the plain handler. */
 export async function signUps(system: SystemUnderTest, { isShort }: { isShort: boolean }): Promise<Row[]> {
   const { redis } = system.stores
-  const [service, plainHandler] = [await system.startService(), await system.startPlainHandler()]
+  // On a machine that is busy with other work, nobody is refused: only sign-ups are compared.
+  const service = await system.startService({ HASH_MAX_WAIT_MS: '20000' })
+  const plainHandler = await system.startPlainHandler()
   for (const server of [service, plainHandler]) await warmUp(server, redis)
 
   async function measure(server: Server) {

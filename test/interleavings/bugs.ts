@@ -48,6 +48,13 @@ function around(name: 'holdCode' | 'releaseCode', change: Around): Plant {
   }
 }
 
+/** Changes the claim before a script. */
+const editBefore = (name: 'holdCode' | 'releaseCode', edit: (claim: StoredClaim) => Partial<StoredClaim>) =>
+  around(name, async (client, keys, _args, run) => {
+    await editClaim(client, keys.find((key) => key.endsWith(':claim')) ?? '', edit)
+    return run()
+  })
+
 /** Changes what a request learns that holds a code. */
 function changeHold(change: Partial<Hold>): Plant {
   return ({ codes }) => {
@@ -69,10 +76,7 @@ export const bugs: Record<string, Bug> = {
   },
   'a lease never ends': {
     scenario: 'one client that retries',
-    plant: around('holdCode', async (client, [, claim = ''], _args, run) => {
-      await editClaim(client, claim, ({ until }) => ({ until: until > 0 ? Number.MAX_SAFE_INTEGER : 0 }))
-      return run()
-    })
+    plant: editBefore('holdCode', ({ until }) => ({ until: until > 0 ? Number.MAX_SAFE_INTEGER : 0 }))
   },
   'a request that takes over the code of a dead one does not look for its row': {
     scenario: 'one client that retries',
@@ -123,16 +127,11 @@ export const bugs: Record<string, Bug> = {
   },
   'one code tries any number of passwords': {
     scenario: 'two passwords for one code',
-    plant: around('releaseCode', async (client, [claim = ''], _args, run) => {
-      await editClaim(client, claim, () => ({ wrong_passwords: 0 }))
-      return run()
-    })
+    plant: editBefore('releaseCode', () => ({ wrong_passwords: 0 }))
   },
   'a repeat does not verify the password': {
     scenario: 'two passwords for one code',
-    plant({ passwords }) {
-      passwords.verify = async () => true
-    }
+    plant: ({ passwords }) => Object.assign(passwords, { verify: async () => true })
   },
   'a success does not use the code up': {
     scenario: 'two passwords for one code',
@@ -158,8 +157,6 @@ export const bugs: Record<string, Bug> = {
   },
   'a reset does not end the earlier sessions': {
     scenario: 'two slow resets',
-    plant({ sessions }) {
-      sessions.endBefore = async () => undefined
-    }
+    plant: ({ sessions }) => Object.assign(sessions, { endBefore: async () => undefined })
   }
 }
