@@ -16,7 +16,7 @@ const signUpsPerRound = 600 * availableParallelism() * seconds
 export async function signUps(system: SystemUnderTest, { isShort }: { isShort: boolean }): Promise<Row[]> {
   const { redis } = system.stores
   // On a machine that is busy with other work, nobody is refused: only sign-ups are compared.
-  const service = await system.startService({ HASH_MAX_WAIT_MS: '20000' })
+  const service = await system.startService({ HASH_MAX_WAIT_MS: '20000', STORE_TIMEOUT_MS: '20000' })
   const plainHandler = await system.startPlainHandler()
   for (const server of [service, plainHandler]) await warmUp(server, redis)
 
