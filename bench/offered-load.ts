@@ -19,7 +19,7 @@ export interface LoadPoint {
 /** Offers sign-ups to a server, `load` times the capacity. */
 export async function offerLoad(server: Server, redis: Redis, capacity: number, load: number, seconds: number) {
   const perSecond = load * capacity
-  const bodies = await issueSignUps(redis, Math.ceil(perSecond * seconds))
+  const bodies = await issueSignUps(redis, Math.round(perSecond * seconds))
   const replies = await openLoop(server, perSecond, seconds, bodies)
   const failed = bodies.filter((_, index) => replies[index]?.status !== 201).map(mobileOf)
   const failedByStatus: Record<string, number> = {}
