@@ -1,7 +1,7 @@
 import { execFile } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
-import { mkdir, rename, rm } from 'node:fs/promises'
+import { mkdir, rename, rm, utimes } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
@@ -39,6 +39,9 @@ export async function startStores(
   if (externalPostgresUrl === undefined) {
     // fs.cp does not keep the owner, and Postgres insists on its own.
     await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
+    // cp has given the folder the time of its source. It would count as left over.
+    const now = new Date()
+    await utimes(directory, now, now)
   }
   const stores = await EmbeddedStores.prepare(directory)
   await (externalPostgresUrl === undefined ? stores.start() : stores.startRedis())
