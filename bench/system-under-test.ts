@@ -1,4 +1,4 @@
-import { availableParallelism } from 'node:os'
+import { availableParallelism, tmpdir } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { freePort } from '../dev/embedded-stores.js'
 import { type PrivateStores, startStores } from '../testkit/private-stores.js'
@@ -19,7 +19,8 @@ export class SystemUnderTest {
 
   /** Starts the stores, and no server yet. */
   static async start(): Promise<SystemUnderTest> {
-    return new SystemUnderTest(await startStores())
+    // On the disk, as in production, and because the largest benchmark takes gigabytes.
+    return new SystemUnderTest(await startStores(undefined, tmpdir()))
   }
 
   /**
