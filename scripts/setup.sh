@@ -34,7 +34,7 @@ need() {
 
 need redis-server valkey-server
 if [ "${1:-}" = tests ]; then
-  # For testkit/browser.ts, testkit/pooler.ts and test/gateways.test.ts.
+  # For testkit/browser.ts, testkit/topologies.ts and test/deploy.test.ts.
   need chromium chromium-browser google-chrome
   need openssl
   need pgbouncer

@@ -190,7 +190,7 @@ t.test('if Redis fails, nothing is consumed', async (t) => {
 })
 
 t.test('in a Cluster the limits of each slot are consumed in turn, and refunded if a later one fails', async (t) => {
-  // One Redis in place of a Cluster. test/redis-topologies.test.ts has a real one.
+  // One Redis in place of a Cluster. test/topologies.test.ts has a real one.
   const rateLimits = createRateLimits({ ...store, isCluster: true }, observer)
   const consume = (limits: readonly Limit[]) => rateLimits.consume(limits, randomUUID())
   const tag = randomUUID()

@@ -31,7 +31,7 @@ const sessionSecret = 'a secret of at least thirty-two characters'
  * @param parent of the new folder
  */
 export async function startStores(
-  externalPostgresUrl = process.env.TESTBED_DATABASE_URL,
+  externalPostgresUrl: string | undefined = undefined,
   parent = memoryFolder()
 ): Promise<PrivateStores> {
   await deleteLeftovers()

@@ -184,7 +184,7 @@ const noMasterAnswer = /\b(READONLY|LOADING)\b/
  * `reconnectOnError` for the second: while a server loads, the ready check of ioredis waits on the same connection.
  *
  * Wraps `sendCommand` to remember the socket of each command: after a reconnect the connection has another one. ioredis
- * has no class for the errors, so the message tells (test/stores.test.ts).
+ * has no class for the errors, so the message tells (test/outages.test.ts).
  */
 function dropWhenUnusable(connection: Redis): void {
   const sendCommand = connection.sendCommand.bind(connection)
