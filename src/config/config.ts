@@ -206,8 +206,14 @@ export function readVariables(read: Read, production: boolean) {
   }
 }
 
+/** Returns the names of the limits on strangers that are 0. */
+export const limitsTurnedOff = (config: Config) =>
+  Object.entries(config).flatMap(([field, max]) =>
+    max === 0 && /^(sms|login)/.test(field) ? field.replace(/[A-Z]/g, '_$&').toUpperCase() : []
+  )
+
 /** The size of libuv's thread pool, unless the environment sets it. */
-export const defaultPoolThreads = 4
+const defaultPoolThreads = 4
 
 /** Reads how many threads libuv's pool has, and how many of them may hash at a time. */
 function readThreads(read: Read) {

@@ -42,7 +42,7 @@ export function createMetrics(limitNames: readonly string[]) {
     described('hash_wait_seconds', "Time in the hash queue, until libuv's pool gets the job")
   )
   const hashes = new Histogram(described('hash_duration_seconds', "Time of a hash or a verification in libuv's pool"))
-  const tripTime = 'Time of a round trip to a store, failures included; commands sent together are one round trip'
+  const tripTime = 'Time of a Redis command or a Postgres statement, failures included'
   const roundTrips = new Histogram(described('store_round_trip_seconds', tripTime, 'store'))
   const storeErrors = new Counter(described('store_errors_total', 'Failed round trips', 'store'))
   for (const store of ['postgres', 'redis'] as const) storeErrors.inc({ store }, 0)
