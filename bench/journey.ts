@@ -7,7 +7,6 @@ import { type Row, ratioRow } from './report.js'
 import { issueSignUps, newMobiles, signUpBody } from './request-bodies.js'
 import type { SystemUnderTest } from './system-under-test.js'
 
-const rounds = 5
 const seconds = 4
 const perRound = 600 * availableParallelism() * seconds
 
@@ -26,41 +25,39 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
     codes.set(mobile, code)
     response.end()
   })
-  const webhookUrl = await listenOnLoopback(webhook)
-  const service = await system.startService({ ...wideLimits, SMS_WEBHOOK_URL: webhookUrl })
+  const service = await system.startService({ ...wideLimits, SMS_WEBHOOK_URL: await listenOnLoopback(webhook) })
   await warmUp(service, redis)
 
-  async function measureJourneys(): Promise<number> {
+  function journeyRequests(): LoadRequest[] {
     const mobiles = newMobiles(perRound).values()
-    const requests: LoadRequest[] = [
-      {
-        path: '/api/v1.0/sms_codes',
-        body(context) {
-          context.mobile = mobiles.next().value ?? ''
-          return JSON.stringify({ mobile: context.mobile, purpose: 'sign_up' })
-        },
-        onReply(reply, context) {
-          context.ticket = JSON.parse(reply).data.ticket
-        }
+    const askForCode: LoadRequest = {
+      path: '/api/v1.0/sms_codes',
+      body(context) {
+        context.mobile = mobiles.next().value ?? ''
+        return JSON.stringify({ mobile: context.mobile, purpose: 'sign_up' })
       },
-      {
-        path: '/api/v1.0/users',
-        body: ({ mobile = '', ticket }) => signUpBody(mobile, { sms_code: codes.get(mobile), ticket })
+      onReply(reply, context) {
+        context.ticket = JSON.parse(reply).data.ticket
       }
-    ]
-    const { replies, seconds: elapsed } = await closedLoop(service, { seconds, requests })
+    }
+    const body: LoadRequest['body'] = ({ mobile = '', ticket }) =>
+      signUpBody(mobile, { sms_code: codes.get(mobile), ticket })
+    return [askForCode, { path: '/api/v1.0/users', body }]
+  }
+
+  async function measure(load: { requests: LoadRequest[] } | { bodies: string[] }): Promise<number> {
+    const { replies, perSecond } = await closedLoop(service, { seconds, ...load })
     const signUps = replies.filter(({ status }) => status !== 202)
-    requireStatus(signUps, 201, 'sign-ups of journeys')
-    return signUps.length / elapsed
+    requireStatus(signUps, 201, 'sign-ups')
+    return (perSecond * signUps.length) / replies.length
   }
 
-  async function measureSignUps(): Promise<number> {
-    const { replies, perSecond } = await closedLoop(service, { seconds, bodies: await issueSignUps(redis, perRound) })
-    requireStatus(replies, 201, 'sign-ups')
-    return perSecond
-  }
-
-  const results = await alternate(rounds, measureJourneys, measureSignUps, 'journey')
+  const rounds = await alternate(
+    'journey',
+    5,
+    () => measure({ requests: journeyRequests() }),
+    async () => measure({ bodies: await issueSignUps(redis, perRound) })
+  )
   webhook.close()
-  return [ratioRow('whole journeys/s ÷ sign-ups/s alone', results)]
+  return [ratioRow('whole journeys/s ÷ sign-ups/s alone', rounds)]
 }

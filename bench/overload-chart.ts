@@ -1,21 +1,9 @@
-/** The result of one offered load. The rates are per second. Without a refusal, the latencies of refusals are NaN. */
-export interface LoadPoint {
-  /** As a multiple of the capacity. */
-  load: number
-  offered: number
-  goodput: number
-  doneP50Ms: number
-  doneP99Ms: number
-  refusedP50Ms: number
-  refusedP99Ms: number
-}
+import type { LoadPoint } from './offered-load.js'
 
 const [width, panelHeight] = [720, 300]
 
 /** The space between the edges of a panel and its plot. */
 const [left, right, top, bottom] = [60, 20, 40, 40]
-
-const plotHeight = panelHeight - top - bottom
 
 /** The decades of the latency axis, from 1 ms to 10 s. */
 const latencyDecades = 4
@@ -36,11 +24,7 @@ interface Panel {
   scale(value: number): number
 }
 
-/**
- * Returns an SVG with two panels over the offered load: goodput above, latency below.
- *
- * @param plainPoints of the plain handler
- */
+/** Returns an SVG with two panels over the offered load: goodput above, latency below. */
 export function drawOverloadChart(points: readonly LoadPoint[], plainPoints: readonly LoadPoint[]): string {
   const maxRate = Math.ceil(Math.max(...points.map(({ offered }) => offered)) / 100) * 100
   const goodput: Panel = {
@@ -64,36 +48,33 @@ export function drawOverloadChart(points: readonly LoadPoint[], plainPoints: rea
     ticks: [1, 10, 100, 1_000, 10_000],
     scale: (ms) => Math.log10(Math.max(ms, 1)) / latencyDecades
   }
-  return (
-    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${2 * panelHeight}" font-family="sans-serif" font-size="12">` +
-    `<rect width="100%" height="100%" fill="#fff"/>${drawPanel(goodput, 0)}${drawPanel(latency, panelHeight)}</svg>\n`
-  )
+  const box = `viewBox="0 0 ${width} ${2 * panelHeight}" font-family="sans-serif" font-size="12"`
+  const panels = `${drawPanel(goodput, 0)}${drawPanel(latency, panelHeight)}`
+  return `<svg xmlns="http://www.w3.org/2000/svg" ${box}><rect width="100%" height="100%" fill="#fff"/>${panels}</svg>\n`
 }
 
 function drawPanel({ title, curves, ticks, scale }: Panel, offset: number): string {
-  const loadValues = (curves[0]?.points ?? []).map(({ load }) => load)
-  const maxLoad = Math.max(...loadValues)
-  const x = (load: number) => left + (load / maxLoad) * (width - left - right)
-  const y = (value: number) => panelHeight - bottom - scale(value) * plotHeight
+  const loads = (curves[0]?.points ?? []).map(({ load }) => load)
+  const x = (load: number) => left + (load / Math.max(...loads)) * (width - left - right)
+  const y = (value: number) => panelHeight - bottom - scale(value) * (panelHeight - top - bottom)
 
   const grid = ticks.map(
     (tick) =>
       `<path d="M${left} ${y(tick)}H${width - right}" stroke="#ddd"/>` +
       `<text x="${left - 8}" y="${y(tick) + 4}" text-anchor="end">${tick}</text>`
   )
-  const loads = loadValues.map(
+  const axis = loads.map(
     (load) => `<text x="${x(load)}" y="${panelHeight - bottom + 18}" text-anchor="middle">${load}</text>`
   )
   const lines = curves.map(({ name, colour, points, value, isDashed = false }, index) => {
-    const positions = points
+    const path = points
       .filter((point) => Number.isFinite(value(point)))
-      .map((point) => ({ cx: x(point.load).toFixed(1), cy: y(value(point)).toFixed(1) }))
-    const path = positions.map(({ cx, cy }) => `${cx} ${cy}`).join('L')
+      .map((point) => `${x(point.load).toFixed(1)} ${y(value(point)).toFixed(1)}`)
+      .join('L')
     const dash = isDashed ? ' stroke-dasharray="5 4"' : ''
-    const dots = isDashed ? [] : positions.map(({ cx, cy }) => `<circle cx="${cx}" cy="${cy}" r="3" fill="${colour}"/>`)
     const label = `<text x="${left + 10 + index * 165}" y="${top - 6}" fill="${colour}">${name}</text>`
-    return `<path d="M${path}" fill="none" stroke="${colour}" stroke-width="2"${dash}/>${dots.join('')}${label}`
+    return `<path d="M${path}" fill="none" stroke="${colour}" stroke-width="2"${dash}/>${label}`
   })
-  const body = [...grid, ...loads, ...lines].join('')
-  return `<g transform="translate(0 ${offset})"><text x="${left}" y="16" font-weight="bold">${title}</text>${body}</g>`
+  const heading = `<text x="${left}" y="16" font-weight="bold">${title}</text>`
+  return `<g transform="translate(0 ${offset})">${heading}${[...grid, ...axis, ...lines].join('')}</g>`
 }

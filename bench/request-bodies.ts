@@ -2,25 +2,23 @@ import { randomInt } from 'node:crypto'
 import type { Redis } from 'ioredis'
 
 const code = '123456'
+const password = 'a bench password'
 
 /** Long enough for a whole benchmark. */
 const codeTtlSeconds = 3_600
 
 const codesPerPipeline = 1_000
 
-/** Mobiles count up from a random one, so that two runs do not share any. All are below those of `unissuedSignUps`. */
+/** Mobiles count up from a random one, so that two runs do not share any. */
 let nextMobile = 13_000_000_000 + randomInt(5_000_000_000)
 
-const firstUnissuedMobile = 19_900_000_000
-
-const password = 'a bench password'
+export const newMobiles = (count: number) => Array.from({ length: count }, () => `${nextMobile++}`)
 
 export const signUpBody = (mobile: string, fields: object = {}) =>
   JSON.stringify({ mobile, sms_code: code, password, password2: password, ...fields })
 
-export function newMobiles(count: number): string[] {
-  return Array.from({ length: count }, () => `${nextMobile++}`)
-}
+/** The Redis key of a mobile's code. */
+export const codeKey = (mobile: string) => `sms_code_${mobile}`
 
 /** Writes a code for each of so many new mobiles to Redis, and returns the bodies of their sign-ups. */
 export async function issueSignUps(redis: Redis, count: number): Promise<string[]> {
@@ -35,12 +33,4 @@ export async function issueSignUps(redis: Redis, count: number): Promise<string[
   return mobiles.map((mobile) => signUpBody(mobile))
 }
 
-/** Returns valid sign-ups for which no code was issued: the service refuses them as a wrong code. */
-export function unissuedSignUps(count: number): string[] {
-  return Array.from({ length: count }, (_, n) => signUpBody(`${firstUnissuedMobile + n}`))
-}
-
 export const mobileOf = (body: string): string => JSON.parse(body).mobile
-
-/** The Redis key of a mobile's code. */
-export const codeKey = (mobile: string) => `sms_code_${mobile}`

@@ -1,14 +1,13 @@
 import { availableParallelism } from 'node:os'
 import { alternate } from './alternate.js'
 import { bareHashes } from './bare-hashes.js'
-import { closedLoop, requireStatus, saturatingConnections, warmUp } from './load.js'
+import { closedLoop, requireStatus, warmUp } from './load.js'
 import { medianRow, type Row, ratioRow } from './report.js'
 import { issueSignUps } from './request-bodies.js'
 import { median, percentile } from './statistics.js'
 import type { Server, SystemUnderTest } from './system-under-test.js'
 
 const seconds = 4
-const rounds = 9
 
 /** More sign-ups than any machine completes in one round. */
 const signUpsPerRound = 600 * availableParallelism() * seconds
@@ -16,7 +15,9 @@ const signUpsPerRound = 600 * availableParallelism() * seconds
 /** P1, P2, P4 and P6: the service beside the plain handler. */
 export async function signUps(system: SystemUnderTest, { isShort }: { isShort: boolean }): Promise<Row[]> {
   const { redis } = system.stores
-  const [service, plainHandler] = [await system.startService(), await system.startPlainHandler()]
+  // On a machine that is busy with other work, nobody is refused: only sign-ups are compared.
+  const service = await system.startService({ HASH_MAX_WAIT_MS: '20000', STORE_TIMEOUT_MS: '20000' })
+  const plainHandler = await system.startPlainHandler()
   for (const server of [service, plainHandler]) await warmUp(server, redis)
 
   async function measure(server: Server) {
@@ -26,47 +27,36 @@ export async function signUps(system: SystemUnderTest, { isShort }: { isShort: b
     const latencies = replies.map(({ ms }) => ms)
     return { ...result, p50Ms: median(latencies), p99Ms: percentile(latencies, 0.99) }
   }
+  const measureService = () => measure(service)
 
-  const results = await alternate(
-    isShort ? 3 : rounds,
-    () => measure(service),
-    () => measure(plainHandler),
-    'sign-ups: the service and the plain handler'
+  const rounds = await alternate('limit: the service, the plain handler', isShort ? 3 : 9, measureService, () =>
+    measure(plainHandler)
   )
-  const besideBareHashes = await alternate(
-    isShort ? 1 : 3,
-    () => measure(service),
-    () => bareHashes({ seconds }),
-    'sign-ups: the service and bare hashes'
+  const hashRounds = await alternate('limit: the service, bare hashes', isShort ? 1 : 3, measureService, () =>
+    bareHashes(seconds)
   )
+  const ratio = (name: string, key: 'perSecond' | 'cpuMs' | 'eventLoopMs', target: Row['target']) =>
+    ratioRow(
+      name,
+      rounds.map(([ours, plain]) => [ours[key], plain[key]]),
+      target
+    )
   return [
+    ratio('P1: sign-ups/s ÷ those of the plain handler, 32 connections', 'perSecond', { atLeast: 0.97 }),
+    ratio('P2: CPU of a sign-up ÷ that of the plain handler', 'cpuMs', { atMost: 1 }),
     ratioRow(
-      `P1: sign-ups/s ÷ those of the plain handler, ${saturatingConnections} connections`,
-      results.map(([ours, plain]) => [ours.perSecond, plain.perSecond]),
-      { atLeast: 0.97 }
-    ),
-    ratioRow(
-      'P2: CPU of a sign-up ÷ that of the plain handler',
-      results.map(([ours, plain]) => [ours.cpuMs, plain.cpuMs]),
-      { atMost: 1 }
-    ),
-    ratioRow(
-      `P4: p99 ÷ p50 of sign-ups, ${saturatingConnections} connections`,
-      results.map(([{ p99Ms, p50Ms }]) => [p99Ms, p50Ms]),
+      'P4: p99 ÷ p50 of sign-ups, 32 connections',
+      rounds.map(([{ p99Ms, p50Ms }]) => [p99Ms, p50Ms]),
       { atMost: 1.3 }
     ),
-    ratioRow(
-      'P6: event-loop time of a sign-up ÷ that of the plain handler',
-      results.map(([ours, plain]) => [ours.eventLoopMs, plain.eventLoopMs]),
-      { atMost: 1.1 }
-    ),
+    ratio('P6: event-loop time of a sign-up ÷ that of the plain handler', 'eventLoopMs', { atMost: 1.1 }),
     medianRow(
       'sign-ups/s',
-      results.map(([{ perSecond }]) => perSecond)
+      rounds.map(([{ perSecond }]) => perSecond)
     ),
     ratioRow(
       'sign-ups/s ÷ bare hashes/s',
-      besideBareHashes.map(([ours, bare]) => [ours.perSecond, bare.perSecond])
+      hashRounds.map(([ours, bare]) => [ours.perSecond, bare.perSecond])
     )
   ]
 }

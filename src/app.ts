@@ -4,7 +4,7 @@ import type { DestinationStream } from 'pino'
 import { createCodes } from './codes/codes.js'
 import { sendCodeRoute } from './codes/send-code.js'
 import { createSms } from './codes/sms.js'
-import type { Config } from './config/config.js'
+import { type Config, limitsTurnedOff } from './config/config.js'
 import { badRequests } from './http/bad-requests.js'
 import { connections } from './http/connections.js'
 import { forwardedFor } from './http/forwarded-for.js'
@@ -32,7 +32,7 @@ import { resetPasswordRoute } from './users/reset-password.js'
 import { signUpRoute } from './users/sign-up.js'
 import { createUsers } from './users/users.js'
 
-/** What the routes need. It is the one decorator of the plugin, so that it is in nobody's way. */
+/** What the routes need, in one decorator, so that it is in nobody's way. */
 export type MobileSignup = Awaited<ReturnType<typeof createCapabilities>>
 
 declare module 'fastify' {
@@ -119,11 +119,8 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
 async function registerService(app: FastifyInstance, config: Config): Promise<void> {
   const metrics = config.metricsPort === undefined ? undefined : createMetrics(limitNames)
 
-  const limitsOff = Object.entries(config).flatMap(([field, max]) =>
-    max === 0 && /^(sms|login)/.test(field) ? field.replace(/[A-Z]/g, '_$&').toUpperCase() : []
-  )
-  if (config.production && limitsOff.length > 0)
-    app.log.warn({ limits: limitsOff }, 'limits on strangers are turned off')
+  const limits = limitsTurnedOff(config)
+  if (config.production && limits.length > 0) app.log.warn({ limits }, 'limits on strangers are turned off')
 
   await app.register(connections)
   await app.register(replyHeaders)
@@ -138,7 +135,7 @@ async function registerService(app: FastifyInstance, config: Config): Promise<vo
   const sources = { ...app.mobileSignup, storeChecks }
   if (metrics) await app.register(metricsServer, { config, metrics, sources })
   await app.register(routes, { prefix: config.apiPrefix, config })
-  await app.register(healthRoutes, { storeChecks })
+  await app.register(healthRoutes, { storeChecks, hasSchema: () => app.mobileSignup.postgres.hasSchema })
 }
 
 /** Each check tests whether its store accepts writes, because a replica also answers reads. */

@@ -8,7 +8,7 @@ const usage = `usage:
   mobile-signup migrate     applies the pending migrations, and exits
       Needs DATABASE_URL.
   mobile-signup --help      prints this text
-docs/configuration.md describes all variables.
+docs/operating.md describes all variables.
 `
 
 const commands = new Map<string | undefined, () => Promise<unknown>>([

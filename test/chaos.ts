@@ -12,11 +12,11 @@ import { numberFrom } from '../testkit/environment.js'
 import { FaultProxy } from '../testkit/fault-proxy.js'
 import { startStores } from '../testkit/private-stores.js'
 import { ReplicatedPostgres } from '../testkit/replicated-postgres.js'
-import { SeededRandom } from '../testkit/seeded-random.js'
 import { auditRows, findLost } from './chaos/audit.js'
-import { causeFaults } from './chaos/faults.js'
+import { causeFault } from './chaos/faults.js'
 import { signUp, signUpPeople } from './chaos/people.js'
 import { Report } from './chaos/report.js'
+import { SeededRandom } from './chaos/seeded-random.js'
 import { ServiceInstance } from './chaos/service-instance.js'
 
 const seconds = numberFrom('CHAOS_SECONDS', 60)
@@ -37,7 +37,7 @@ const env = {
   HASH_PASSES: '1',
   // A short lease, so that claims are taken over.
   HASH_MAX_WAIT_MS: '500',
-  STORE_TIMEOUT_MS: '300',
+  STORE_TIMEOUT_MS: '1000',
   MIGRATE: 'false'
 }
 const instances: [ServiceInstance, ServiceInstance] = [new ServiceInstance(env), new ServiceInstance(env)]
@@ -45,11 +45,12 @@ await Promise.all(instances.map((instance) => instance.start()))
 
 const until = Date.now() + seconds * 1_000
 const mayLoseRows = replication === 'asynchronous'
-const options = { instances, redis: stores.redis, random, report, concurrency: 24, until, mayLoseRows }
-const [people] = await Promise.all([
-  signUpPeople(options),
-  causeFaults({ instances, postgres, redisProxy }, { random, report, until })
-])
+const options = { instances, redis: stores.redis, random, report, until, mayLoseRows }
+
+async function causeFaults(): Promise<void> {
+  while (Date.now() < until) report.count(await causeFault({ instances, postgres, redisProxy }, random))
+}
+const [people] = await Promise.all([signUpPeople(options), causeFaults()])
 const lost = mayLoseRows ? await findLost(postgres, people) : []
 for (const person of lost) {
   report.count('clients whose row was lost, and who signed up again')

@@ -1,8 +1,6 @@
-import { execFile } from 'node:child_process'
+import { execFileSync } from 'node:child_process'
 import { readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
-import { promisify } from 'node:util'
 import { PG_MIGRATE_LOCK_ID, runner } from 'node-pg-migrate'
 import pg from 'pg'
 import t from 'tap'
@@ -17,44 +15,30 @@ const { build, cookieOf, newMobile, postgres, signUpBody, stores } = await start
 /** Creates an empty database, and returns its URL. */
 async function createDatabase(name: string): Promise<string> {
   await postgres.query(`CREATE DATABASE ${name}`)
-  const url = new URL(stores.databaseUrl)
-  url.pathname = `/${name}`
-  return url.href
+  return Object.assign(new URL(stores.databaseUrl), { pathname: `/${name}` }).href
 }
 
-t.test('parallel migrations of an empty database do not collide', async (t) => {
-  const url = await createDatabase('parallel')
-  const applied = await Promise.all(Array.from({ length: 8 }, () => migrate(url)))
-  t.strictSame(applied.flat(), ['0001_users'], 'each migration is applied once')
-
-  const client = new pg.Client(url)
-  await client.connect()
-  const { rows } = await client.query(
-    `SELECT column_name, data_type, is_nullable FROM information_schema.columns
-     WHERE table_name = 'users' ORDER BY ordinal_position`
-  )
-  await client.end()
-  t.strictSame(
-    rows.map((row) => Object.values(row).join(' ')),
-    [
-      'id bigint NO',
-      'name text NO',
-      'mobile text NO',
-      'password_hash text NO',
-      'created_at timestamp with time zone NO',
-      'session_epoch integer NO'
-    ]
-  )
-})
+t.test(
+  'parallel migrations of an empty database do not collide, and a role that may only insert can use it',
+  async (t) => {
+    const url = await createDatabase('parallel')
+    const applied = await Promise.all(Array.from({ length: 4 }, () => migrate(url)))
+    t.strictSame(applied.flat(), ['0001_users'], 'each migration is applied once')
+    await queryOnce(url, 'CREATE ROLE restricted; GRANT SELECT, INSERT ON users TO restricted')
+    const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ('n', '1', 'h') RETURNING id`
+    const client = new pg.Client(url)
+    await client.connect()
+    t.teardown(() => client.end())
+    await client.query('SET ROLE restricted')
+    t.match((await client.query(insert)).rows, [{ id: /^\d{15,19}$/ }])
+    const [counter] = await queryOnce<{ last: string }>(url, 'SELECT last_value AS last FROM user_id_counter')
+    t.ok(Number(counter?.last) > 1, 'an id does not tell how many users there are')
+  }
+)
 
 t.test('G2: an id has the time, so it is new although the counter goes back, as after a failover', async (t) => {
-  const idOf = async () => {
-    const { rows } = await postgres.query(
-      `INSERT INTO users (name, mobile, password_hash) VALUES ('n', $1, 'h') RETURNING id`,
-      [newMobile()]
-    )
-    return BigInt(rows[0].id)
-  }
+  const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ('n', $1, 'h') RETURNING id`
+  const idOf = async () => BigInt((await postgres.query(insert, [newMobile()])).rows[0].id)
   await postgres.query(`SELECT setval('user_id_counter', 4194302)`)
   const ids = [await idOf(), await idOf(), await idOf()]
   await postgres.query(`SELECT setval('user_id_counter', 4194302)`)
@@ -71,25 +55,12 @@ t.test('G2: an id has the time, so it is new although the counter goes back, as 
   }
 })
 
-t.test('an id does not tell how many users there are: the counter of each database begins elsewhere', async (t) => {
-  const counters = new Set<string>()
-  for (const name of ['first', 'second', 'third']) {
-    const url = await createDatabase(name)
-    await migrate(url)
-    for (const { last_value } of await queryOnce(url, 'SELECT last_value FROM user_id_counter'))
-      counters.add(last_value)
-  }
-  t.equal(counters.size, 3)
-})
-
 t.test('G2: on Citus an id has the node, too, and a node that does not fit is an error', async (t) => {
   const citusSql = await readFile(new URL('../deploy/citus.sql', import.meta.url), 'utf8')
   const [createFunction = ''] = /^CREATE FUNCTION[\s\S]*?^\$\$;$/m.exec(citusSql) ?? []
   await postgres.query(createFunction)
-  const idOf = async (counter: bigint) => {
-    const { rows } = await postgres.query('SELECT make_user_id($1) AS id', [`${counter}`])
-    return BigInt(rows[0].id)
-  }
+  const idOf = async (counter: bigint) =>
+    BigInt((await postgres.query('SELECT make_user_id($1) AS id', [`${counter}`])).rows[0].id)
   // Node group g counts from g * 2^48 + 1. The coordinator counts as on a single Postgres.
   const startOf = (group: bigint) => group << 48n
   for (const [counter, group, shortCounter] of [
@@ -107,19 +78,6 @@ t.test('G2: on Citus an id has the node, too, and a node that does not fit is an
   await t.rejects(idOf(startOf(64n)), /node group 64/)
 })
 
-t.test('a role that may only use the table can insert users', async (t) => {
-  const url = await createDatabase('restricted')
-  await migrate(url)
-  const client = new pg.Client(url)
-  await client.connect()
-  t.teardown(() => client.end())
-  await client.query('CREATE ROLE restricted; GRANT SELECT, INSERT ON users TO restricted; SET ROLE restricted')
-  const { rows } = await client.query(
-    `INSERT INTO users (name, mobile, password_hash) VALUES ('n', '1', 'h') RETURNING id`
-  )
-  t.match(rows, [{ id: /^\d{15,19}$/ }])
-})
-
 t.test('another application that uses node-pg-migrate works in the same database, before and after', async (t) => {
   const dir = createTemporaryFolder()
   t.teardown(() => rm(dir, { recursive: true }))
@@ -132,22 +90,18 @@ t.test('another application that uses node-pg-migrate works in the same database
 
   const before = await createDatabase('other_before')
   t.strictSame(await migrateOther(before), ['0001_orders'])
-  t.strictSame(await migrate(before), ['0001_users'])
+  const other = new pg.Client(before)
+  await other.connect()
+  await other.query('SELECT pg_advisory_lock($1)', [PG_MIGRATE_LOCK_ID])
+  t.strictSame(await migrate(before), ['0001_users'], 'also while the other one migrates')
+  await other.end()
 
   const after = await createDatabase('other_after')
   t.strictSame(await migrate(after), ['0001_users'])
   t.strictSame(await migrateOther(after), ['0001_orders'])
-
   for (const url of [before, after]) {
     t.strictSame([await migrate(url), await migrateOther(url)], [[], []], 'nothing is pending')
   }
-
-  const meanwhile = await createDatabase('other_meanwhile')
-  const other = new pg.Client(meanwhile)
-  await other.connect()
-  t.teardown(() => other.end())
-  await other.query('SELECT pg_advisory_lock($1)', [PG_MIGRATE_LOCK_ID])
-  t.strictSame(await migrate(meanwhile), ['0001_users'], 'also while the other one migrates')
 })
 
 t.test('a table users of another application is refused, and nothing changes; the advised schema works', async (t) => {
@@ -179,8 +133,7 @@ t.test('a table users of another application is refused, and nothing changes; th
   await t.rejects(migrate(url), /another application/, 'the other schema is still refused')
 })
 
-t.test('a table users is refused although the table of the migrations exists, if that is empty', async (t) => {
-  // A start that was killed has left it.
+t.test('a table users is refused although a start that was killed has left an empty table of migrations', async (t) => {
   const url = await createDatabase('killed_start')
   await queryOnce(url, 'CREATE TABLE mobile_signup_migrations (id serial PRIMARY KEY, name text, run_on timestamp)')
   await queryOnce(url, 'CREATE TABLE users (email text)')
@@ -189,19 +142,9 @@ t.test('a table users is refused although the table of the migrations exists, if
   t.strictSame(await migrate(url), ['0001_users'])
 })
 
-t.test('a migration fails with the reason of Postgres', async (t) => {
-  await t.rejects(migrate(stores.databaseUrl.replace(/:[0-9a-f]+@/, ':wrong@')), /password authentication failed/)
-})
-
 t.test('the migrate command applies pending migrations and prints their names', async (t) => {
-  const url = await createDatabase('by_command')
-  const command = fileURLToPath(new URL('../dist/migrate.js', import.meta.url))
-  const run = (env: Record<string, string>) => promisify(execFile)(process.execPath, [command], { env })
-
-  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: 0001_users\n')
-  t.equal((await run({ DATABASE_URL: url })).stdout, 'applied: nothing was pending\n')
-  await t.rejects(run({}), {
-    code: 1,
-    stderr: /^migrate: invalid environment:\n {2}DATABASE_URL: is unset; expected a URL/
-  })
+  const DATABASE_URL = await createDatabase('by_command')
+  const printed = () => execFileSync(process.execPath, ['dist/migrate.js'], { env: { DATABASE_URL }, encoding: 'utf8' })
+  t.equal(printed(), 'applied: 0001_users\n')
+  t.equal(printed(), 'applied: nothing was pending\n')
 })

@@ -340,6 +340,20 @@ t.test('G9: a logout or a reset that cannot end the sessions is no success, and 
   t.equal(await sessionStatus(later), 200, 'an outdated session cannot end newer ones')
 })
 
+t.test('G9: a logout everywhere that could not destroy another session destroys it when it is retried', async (t) => {
+  const { login, cookie } = await registerUser()
+  const other = cookieOf(await api.logIn(login))
+  // A user of Redis that may destroy only the session of the logout.
+  const rights = ['on', '>password', '~*', '&*', '+@all', '-del', `(+del ~${sessionKeyOf(cookie)})`]
+  await redis.acl('SETUSER', 'limited', ...rights)
+  const url = Object.assign(new URL(stores.redisUrl), { username: 'limited', password: 'password' })
+  const limited = client(await build(t, { REDIS_URL: url.href }))
+  t.strictSame([(await limited.logOut(cookie, everywhere)).statusCode, await isStored(other)], [500, true])
+  await redis.acl('SETUSER', 'limited', '+del')
+  t.equal((await limited.logOut(cookie, everywhere)).statusCode, 200)
+  t.strictSame([await isStored(other), await isStored(cookie)], [false, false])
+})
+
 t.test('G9: all sessions end also if Postgres has lost their epoch in a failover', async (t) => {
   const users = []
   for (const end of ['reset', 'logout everywhere'] as const) {

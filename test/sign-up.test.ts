@@ -213,7 +213,11 @@ class CodeModel {
     if (how === 'may_have_written') claim.mayHaveWritten = true
     if (how === 'used') Object.assign(claim, { usedBy: '7', mayHaveWritten: false })
     if (how === 'used_in_vain') claim.usedBy = ''
-    if (how === 'wrong_password' && ++claim.wrong === 2) this.claim = undefined
+    if (how === 'wrong_password' && ++claim.wrong === 2) {
+      // An unused code has met the row of another: the conflict stays one (G5).
+      if (claim.usedBy === undefined) claim.usedBy = ''
+      else this.claim = undefined
+    }
     return true
   }
 }
@@ -223,11 +227,11 @@ const step = fc.record({
     { weight: 2, arbitrary: fc.constantFrom('hold', 'release') },
     { weight: 1, arbitrary: fc.constantFrom('issue', 'code expires', 'lease expires') }
   ),
-  code: fc.constantFrom('111111', '222222', '333333'),
+  code: fc.constantFrom('111111', '222222'),
   isOnOther: fc.boolean(),
-  /** Which of the holds so far ends, and how. */
-  number: fc.nat(20),
-  how: fc.constantFrom('unused', 'may_have_written', 'used', 'used_in_vain', 'wrong_password')
+  /** Which of the holds so far ends, counted from the last one, and how. */
+  number: fc.constantFrom(0, 0, 0, 1, 2),
+  how: fc.constantFrom('unused', 'may_have_written', 'used', 'used_in_vain', 'wrong_password', 'wrong_password')
 })
 
 // Long, because most steps do nothing until a code has been issued and held.
@@ -254,7 +258,7 @@ const randomSteps = fc.asyncProperty(fc.array(step, { minLength: 10, maxLength: 
         holds.push(learnt)
       }
     } else if (kind === 'release') {
-      const index = number % Math.max(1, holds.length)
+      const index = holds.length - 1 - number
       const hold = holds[index]
       if (hold) assert.equal(await mobileSignup.codes.release(hold, how, '7'), model.release(index, how))
     } else if (kind === 'code expires') {
@@ -272,5 +276,5 @@ const randomSteps = fc.asyncProperty(fc.array(step, { minLength: 10, maxLength: 
 })
 
 t.test('G1, G4, G5: random steps of two instances change a code and its claim as in a model', () =>
-  fc.assert(randomSteps, { numRuns: 60 })
+  fc.assert(randomSteps, { numRuns: 100 })
 )

@@ -25,8 +25,8 @@ export type Fault =
 interface Connection {
   client: Socket
   server: Socket
-  /** What to do with the next bytes of a reply. */
-  nextReply: 'forward' | 'drop' | { cutAfter: number } | { from: string; to: string }
+  /** Gets the next bytes of a reply in place of the client. */
+  takeReply: ((reply: Buffer) => void) | undefined
 }
 
 interface ArmedFault {
@@ -48,7 +48,6 @@ export class FaultProxy {
   /** The number of connections since the start. */
   connectionCount = 0
   private readonly connections = new Set<Connection>()
-  private readonly hanging = new Set<Socket>()
   private readonly armedFaults: ArmedFault[] = []
   private isStalled = false
   private isHanging = false
@@ -63,11 +62,11 @@ export class FaultProxy {
 
   /** @param url of the store */
   static async open(url: string): Promise<FaultProxy> {
-    const server = createServer()
+    const [target, server] = [new URL(url), createServer()]
     // Not an ephemeral port: nobody else may take it while the proxy refuses connections.
     const port = await freePort()
     await once(server.listen(port, '127.0.0.1'), 'listening')
-    return new FaultProxy(new URL(url), server, port)
+    return new FaultProxy(target, server, port)
   }
 
   /** The URL of the store through the proxy. */
@@ -95,12 +94,9 @@ export class FaultProxy {
 
   /** Causes a fault of all connections, now. */
   async apply(kind: 'stall' | 'refuse' | 'reset'): Promise<void> {
-    if (kind === 'stall') {
-      this.isStalled = true
-      return
-    }
     const closed = kind === 'refuse' && once(this.server.close(), 'close')
-    this.closeConnections()
+    if (kind === 'stall') this.isStalled = true
+    else this.closeConnections()
     await closed
   }
 
@@ -123,7 +119,6 @@ export class FaultProxy {
   }
 
   private closeConnections(): void {
-    for (const client of this.hanging) client.destroy()
     for (const { client, server } of this.connections) {
       reset(client)
       server.destroy()
@@ -132,12 +127,8 @@ export class FaultProxy {
 
   private forward(client: Socket): void {
     this.connectionCount++
-    if (this.isHanging) {
-      this.hanging.add(client.on('error', () => undefined))
-      return
-    }
-    const server = connect(Number(this.target.port), this.target.hostname)
-    const connection: Connection = { client, server, nextReply: 'forward' }
+    const server = this.isHanging ? client : connect(Number(this.target.port), this.target.hostname)
+    const connection: Connection = { client, server, takeReply: undefined }
     this.connections.add(connection)
     for (const [socket, other] of [
       [client, server],
@@ -150,11 +141,17 @@ export class FaultProxy {
         this.connections.delete(connection)
       })
     }
+    if (this.isHanging) return
     client.on('data', (request) => this.forwardRequest(connection, request))
-    server.on('data', (reply) => this.forwardReply(connection, reply))
+    server.on('data', (reply) => {
+      const { takeReply = (bytes: Buffer) => client.write(bytes) } = connection
+      connection.takeReply = undefined
+      if (!this.isStalled) takeReply(reply)
+    })
   }
 
   private async forwardRequest(connection: Connection, request: Buffer): Promise<void> {
+    const { client, server } = connection
     const index = this.armedFaults.findIndex(({ needle }) => request.includes(needle))
     const armed = this.armedFaults[index]
     const struck = armed !== undefined && armed.skip-- === 0 ? armed : undefined
@@ -166,36 +163,26 @@ export class FaultProxy {
         await sleep(fault.ms)
         break
       case 'hold':
-        connection.client.pause()
+        client.pause()
         await fault.until
-        connection.client.resume()
+        client.resume()
         break
       case 'stall':
       case 'refuse':
         await this.apply(fault.kind)
         break
       case 'reset':
-        reset(connection.client)
+        reset(client)
         return
       case 'cut':
-        connection.nextReply = { cutAfter: fault.bytes }
+        connection.takeReply = (reply) => client.write(reply.subarray(0, fault.bytes), () => client.destroy())
         break
       case 'replace':
-        connection.nextReply = fault
+        connection.takeReply = (reply) => client.write(reply.toString('latin1').replace(fault.from, fault.to), 'latin1')
         break
       case 'drop reply':
-        connection.nextReply = 'drop'
+        connection.takeReply = () => undefined
     }
-    if (!this.isStalled) connection.server.write(request)
-  }
-
-  private forwardReply(connection: Connection, reply: Buffer): void {
-    const { nextReply } = connection
-    connection.nextReply = 'forward'
-    if (this.isStalled || nextReply === 'drop') return
-    if (nextReply === 'forward') connection.client.write(reply)
-    else if ('from' in nextReply)
-      connection.client.write(reply.toString('latin1').replace(nextReply.from, nextReply.to), 'latin1')
-    else connection.client.write(reply.subarray(0, nextReply.cutAfter), () => connection.client.destroy())
+    if (!this.isStalled) server.write(request)
   }
 }

@@ -23,7 +23,7 @@ export function markdownTable(heading: string[], rows: string[][]): string {
   return [line(heading), `|${'---|'.repeat(heading.length)}\n`, ...rows.map(line)].join('')
 }
 
-/** A variable as docs/configuration.md lists it. */
+/** A variable as docs/operating.md lists it. */
 export interface VariableDescription {
   readonly name: string
   readonly shownDefault: string

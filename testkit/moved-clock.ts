@@ -10,6 +10,15 @@ const readsOffset = (lua: string) =>
     `(function() local t = redis.call('TIME') t[1] = t[1] + (redis.call('GET', '${offsetKey}') or 0) return t end)()`
   )
 
+const passTime = `
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local ttl, passed = redis.call('PTTL', key), ARGV[1] * 1000
+  if ttl > passed then redis.call('PEXPIRE', key, ttl - passed)
+  elseif ttl >= 0 then redis.call('DEL', key) end
+end
+redis.call('INCRBY', KEYS[1], ARGV[1])
+`
+
 /**
  * Gives applications a clock that a test moves, instead of waiting for hours. It is that of everything that a limit, a code or a ticket
  * compares: `TIME` in the scripts of the service, `Date.now()`, and the TTLs in Redis.
@@ -30,12 +39,7 @@ export async function withMovedClock<App>(t: Test, redis: Redis, build: () => Pr
 
   async function pass(seconds: number): Promise<void> {
     offsetSeconds += seconds
-    for (const key of await redis.keys('*')) {
-      const ms = await redis.pttl(key)
-      if (ms > seconds * 1_000) await redis.pexpire(key, ms - seconds * 1_000)
-      else if (ms >= 0) await redis.del(key)
-    }
-    await redis.set(offsetKey, offsetSeconds)
+    await redis.eval(passTime, 1, offsetKey, seconds)
   }
   return { app, pass }
 }

@@ -1,15 +1,14 @@
 import { execFile } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
-import { mkdir, readdir, rename, rm } from 'node:fs/promises'
+import { mkdir, rename, rm, utimes } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import { migrate } from '#src/stores/migrations.js'
 import { EmbeddedStores } from '../dev/embedded-stores.js'
-import { createTemporaryFolder, deleteLeftovers } from './temporary-folder.js'
+import { createTemporaryFolder, deleteLeftovers, memoryFolder } from './temporary-folder.js'
 
 /** A Postgres with an empty, migrated database and a Redis, both private, with connections as their administrator. */
 export interface PrivateStores {
@@ -29,13 +28,20 @@ const sessionSecret = 'a secret of at least thirty-two characters'
  *
  * @param externalPostgresUrl a Postgres to use instead of a private one, for example another engine. It must be migrated and
  * empty, and nobody else may use it meanwhile.
+ * @param parent of the new folder
  */
-export async function startStores(externalPostgresUrl = process.env.TESTBED_DATABASE_URL): Promise<PrivateStores> {
+export async function startStores(
+  externalPostgresUrl: string | undefined = undefined,
+  parent = memoryFolder()
+): Promise<PrivateStores> {
   await deleteLeftovers()
-  const directory = createTemporaryFolder()
+  const directory = createTemporaryFolder(parent)
   if (externalPostgresUrl === undefined) {
     // fs.cp does not keep the owner, and Postgres insists on its own.
     await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
+    // cp has given the folder the time of its source. It would count as left over.
+    const now = new Date()
+    await utimes(directory, now, now)
   }
   const stores = await EmbeddedStores.prepare(directory)
   await (externalPostgresUrl === undefined ? stores.start() : stores.startRedis())
@@ -63,20 +69,17 @@ export async function startStores(externalPostgresUrl = process.env.TESTBED_DATA
 /** Returns the folder of stores that were initialized, migrated and stopped. It is created once for each version. */
 export async function initializedFolder(): Promise<string> {
   const cache = fileURLToPath(new URL('../node_modules/.cache/mobile-signup', import.meta.url))
-  const folder = join(cache, `stores-${versionOfStores()}`)
+  const folder = join(cache, versionOfStores())
   if (existsSync(folder)) return folder
+  const { migrate } = await import('#src/stores/migrations.js')
   await mkdir(cache, { recursive: true })
   const unfinished = join(cache, randomUUID())
   const stores = await EmbeddedStores.prepare(unfinished)
   await stores.start()
   await migrate(stores.databaseUrl)
   await stores.stop()
-  const formerFolders = (await readdir(cache)).filter((name) => name.startsWith('stores-'))
   // Another test file may have been faster; then its folder stays.
   await rename(unfinished, folder).catch(() => rm(unfinished, { recursive: true }))
-  for (const name of formerFolders) {
-    if (join(cache, name) !== folder) await rm(join(cache, name), { recursive: true, force: true })
-  }
   return folder
 }
 

@@ -8,78 +8,59 @@ import type { GuardedServer } from '../dev/guarded-server.js'
 import { FaultProxy } from './fault-proxy.js'
 import { postmasterPid, queryOnce } from './postgres-admin.js'
 import { initializedFolder } from './private-stores.js'
-import { createTemporaryFolder } from './temporary-folder.js'
+import { createTemporaryFolder, memoryFolder } from './temporary-folder.js'
 import { until } from './until.js'
 
 /** The name by which a primary knows its standby. */
 const standbyName = 'standby'
 
-/** What a standby may still need after its copy was made. */
-const keptWal = '256MB'
+/** What a standby may still need after its copy was made. A SIGKILL loses nothing that the operating system has. */
+const settings = "wal_keep_size = '256MB'\nfsync = off\n"
 
 const run = promisify(execFile)
 
-/** A Postgres server with its folder. */
-class Server {
-  private process: GuardedServer | undefined
+type Server = Awaited<ReturnType<typeof copyServer>>
 
-  private constructor(
-    readonly directory: string,
-    readonly port: number,
-    readonly url: string
-  ) {}
-
-  /** Creates a folder for a server. Starts nothing. */
-  static async create(): Promise<Server> {
-    const directory = createTemporaryFolder()
-    // The servers do not run as root.
-    await chmod(directory, 0o755)
-    const secret = (await readFile(join(await initializedFolder(), 'secret'), 'utf8')).trim()
-    const port = await freePort()
-    return new Server(directory, port, `postgresql://postgres:${secret}@127.0.0.1:${port}/postgres`)
-  }
-
-  get data(): string {
-    return join(this.directory, 'postgres')
-  }
-
-  /** Writes a file into the data folder, and makes the user of the server its owner. Postgres does not run as root. */
-  async write(name: string, text: string): Promise<void> {
-    const file = join(this.data, name)
-    const { uid, gid } = await stat(this.data)
-    await writeFile(file, text)
-    await chown(file, uid, gid)
-  }
-
-  async start(): Promise<void> {
-    this.process = spawnPostgres(this.data, this.port, join(this.directory, 'log'))
-    await this.process.untilReady(() => connectOnce(this.url))
-  }
-
-  /** Ends it as an administrator does. */
-  async stop(): Promise<void> {
-    await this.process?.stop()
-  }
-
-  /** Ends it as a crash does. */
-  async kill(): Promise<void> {
-    process.kill(postmasterPid(this.data), 'SIGKILL')
-    await this.stop()
-  }
-
-  async remove(): Promise<void> {
-    await this.stop()
-    await rm(this.directory, { recursive: true, force: true })
-  }
-
-  query<Row extends pg.QueryResultRow>(statement: string): Promise<Row[]> {
-    return queryOnce<Row>(this.url, statement)
-  }
-
-  /** Changes a setting without a restart. */
-  async set(name: string, value: string): Promise<void> {
-    await this.query(`ALTER SYSTEM SET ${name} = '${value}'`)
-    await this.query('SELECT pg_reload_conf()')
+/** Copies the data of a server, also of one that runs. Starts nothing. */
+async function copyServer(source: string) {
+  const directory = createTemporaryFolder(memoryFolder())
+  // The servers do not run as root.
+  await chmod(directory, 0o755)
+  const data = join(directory, 'postgres')
+  const secret = (await readFile(join(await initializedFolder(), 'secret'), 'utf8')).trim()
+  const port = await freePort()
+  const url = `postgresql://postgres:${secret}@127.0.0.1:${port}/postgres`
+  // cp fails with 1 if a file vanishes meanwhile. The log has what the file had.
+  await run('cp', ['-a', source, data]).catch((error) => {
+    if (error.code !== 1) throw error
+  })
+  await rm(join(data, 'postmaster.pid'), { force: true })
+  let server: GuardedServer | undefined
+  const stop = async () => server?.stop()
+  return {
+    data,
+    url,
+    /** Writes a file into the data folder, for the user of the server. */
+    async write(name: string, text: string): Promise<void> {
+      const { uid, gid } = await stat(data)
+      await writeFile(join(data, name), text)
+      await chown(join(data, name), uid, gid)
+    },
+    async start(): Promise<void> {
+      server = spawnPostgres(data, port, join(directory, 'log'))
+      await server.untilReady(() => connectOnce(url))
+    },
+    /** Ends it as an administrator does. */
+    stop,
+    /** Ends it as a crash does. */
+    async kill(): Promise<void> {
+      process.kill(postmasterPid(data), 'SIGKILL')
+      await stop()
+    },
+    async remove(): Promise<void> {
+      await stop()
+      await rm(directory, { recursive: true, force: true })
+    }
   }
 }
 
@@ -95,10 +76,9 @@ export class ReplicatedPostgres {
 
   /** @param mode whether a commit waits until the standby has it */
   static async start(mode: 'synchronous' | 'asynchronous'): Promise<ReplicatedPostgres> {
-    const primary = await Server.create()
-    await run('cp', ['-a', join(await initializedFolder(), 'postgres'), primary.data])
+    const primary = await copyServer(join(await initializedFolder(), 'postgres'))
+    await primary.write('postgresql.auto.conf', settings)
     await primary.start()
-    await primary.set('wal_keep_size', keptWal)
     const replicated = new ReplicatedPostgres(mode, primary, await FaultProxy.open(primary.url))
     await replicated.addStandby()
     return replicated
@@ -106,7 +86,7 @@ export class ReplicatedPostgres {
 
   /** Runs a statement on the primary. */
   query<Row extends pg.QueryResultRow>(statement: string): Promise<Row[]> {
-    return this.primary.query<Row>(statement)
+    return queryOnce<Row>(this.primary.url, statement)
   }
 
   /** From now on the standby gets nothing. A failover loses what is committed meanwhile. */
@@ -119,7 +99,7 @@ export class ReplicatedPostgres {
     const { primary, standby } = this
     if (standby === undefined) throw new Error('there is no standby')
     await primary.kill()
-    await standby.server.query('SELECT pg_promote()')
+    await queryOnce(standby.server.url, 'SELECT pg_promote()')
     await standby.link.close()
     this.primary = standby.server
     this.standby = undefined
@@ -135,33 +115,34 @@ export class ReplicatedPostgres {
 
   /** Creates a standby from a copy of the running primary, and waits until it is in sync. */
   async addStandby(): Promise<void> {
-    const { primary } = this
-    const link = await FaultProxy.open(primary.url)
-    const server = await Server.create()
-    const backup = new pg.Client(primary.url)
+    const link = await FaultProxy.open(this.primary.url)
+    const backup = new pg.Client(this.primary.url)
     await backup.connect()
     await backup.query(`SELECT pg_backup_start('${standbyName}', true)`)
-    // cp fails with 1 if a file vanishes meanwhile. The log has what the file had.
-    await run('cp', ['-a', primary.data, server.data]).catch((error) => {
-      if (error.code !== 1) throw error
-    })
+    const server = await copyServer(this.primary.data)
     const { rows } = await backup.query('SELECT labelfile FROM pg_backup_stop(false)')
     await backup.end()
-    await rm(join(server.data, 'postmaster.pid'), { force: true })
     const { hostname, port, username, password } = new URL(link.url)
+    const connection = `host=${hostname} port=${port} user=${username} password=${password}`
     await server.write('backup_label', rows[0].labelfile)
     await server.write('standby.signal', '')
     await server.write(
       'postgresql.auto.conf',
-      `wal_keep_size = ${keptWal}
-primary_conninfo = 'host=${hostname} port=${port} user=${username} password=${password} application_name=${standbyName}'
-`
+      `${settings}primary_conninfo = '${connection} application_name=${standbyName}'\n`
     )
     await server.start()
     this.standby = { server, link }
-    if (this.mode === 'synchronous') await primary.set('synchronous_standby_names', standbyName)
+    if (this.mode === 'synchronous') {
+      await this.query(`ALTER SYSTEM SET synchronous_standby_names = '${standbyName}'`)
+      await this.query('SELECT pg_reload_conf()')
+    }
+    await this.untilReplicated()
+  }
+
+  /** Waits until the standby has all that the primary has, and the mode of replication is that of this server. */
+  async untilReplicated(): Promise<void> {
     await until('the standby has all that the primary has', async () => {
-      const [row] = await primary.query<{ inSync: boolean }>(
+      const [row] = await this.query<{ inSync: boolean }>(
         `SELECT state = 'streaming' AND replay_lsn = pg_current_wal_lsn() AND
            (sync_state = 'sync') = ('${this.mode}' = 'synchronous') AS "inSync" FROM pg_stat_replication`
       )

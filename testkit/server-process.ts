@@ -6,9 +6,6 @@ import { fileURLToPath } from 'node:url'
 import { createTemporaryFolder } from './temporary-folder.js'
 import { until } from './until.js'
 
-/** The unit of the CPU times in /proc, on every Linux. */
-const ticksPerSecond = 100
-
 const builtService = fileURLToPath(new URL('../dist/server.js', import.meta.url))
 
 export interface ServerProcessOptions {
@@ -92,25 +89,5 @@ export class ServerProcess {
     process.off('exit', this.dispose)
     this.kill('SIGKILL')
     rmSync(this.directory, { recursive: true, force: true })
-  }
-
-  /** Returns the CPU time of all its threads, in milliseconds. */
-  cpuMs(): number {
-    // The name may contain spaces. After it, state is field 3, utime 14 and stime 15 (proc(5)).
-    const fields = readFileSync(`/proc/${this.child.pid}/stat`, 'utf8').split(') ')[1]?.split(' ') ?? []
-    return ((Number(fields[11]) + Number(fields[12])) * 1_000) / ticksPerSecond
-  }
-
-  /** Returns the CPU time of its main thread, which runs the event loop, in milliseconds. */
-  mainThreadMs(): number {
-    const { pid } = this.child
-    // The first field is the time on a CPU in nanoseconds (Documentation/scheduler/sched-stats.rst of Linux).
-    return Number(readFileSync(`/proc/${pid}/task/${pid}/schedstat`, 'utf8').split(' ')[0]) / 1e6
-  }
-
-  /** Returns its resident memory, in MiB. */
-  residentMib(): number {
-    const [, kib] = /^VmRSS:\s+(\d+)/m.exec(readFileSync(`/proc/${this.child.pid}/status`, 'utf8')) ?? []
-    return Number(kib) / 1_024
   }
 }

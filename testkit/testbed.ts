@@ -5,9 +5,9 @@ import { type BuildOptions, buildApp } from '#src/app.js'
 import { type Config, type Environment, loadConfig } from '#src/config/config.js'
 import type { Reply } from './client.js'
 import { FaultProxy } from './fault-proxy.js'
-import { poolerTimeoutMs, startPooler } from './pooler.js'
 import { startStores } from './private-stores.js'
 import { ServerProcess } from './server-process.js'
+import { assertNothingRefused, poolerTimeoutMs, startTopology } from './topologies.js'
 import { until } from './until.js'
 
 /** Makes tests fast: cheap hashes, one hash thread, and no page /docs. */
@@ -22,8 +22,11 @@ export const patient = { STORE_TIMEOUT_MS: '30000', HASH_MAX_WAIT_MS: '20000' }
 /** All tests of a file guess from the same addresses. A test of these limits sets its own numbers. */
 export const wideGuessLimits = { SMS_GUESS_IP_HOURLY_MAX: '1000000', SMS_GUESS_HOURLY_MAX: '1000000' }
 
+/** Where the applications of all tests run: unset, `cluster`, `sentinel`, `pooler`, `rights`, or the URL of a migrated Postgres. */
+const { TESTBED_STORES = '' } = process.env
+
 /** For a test in which a store hangs. */
-export const impatient = { STORE_TIMEOUT_MS: process.env.TESTBED_POOLER ? `${poolerTimeoutMs}` : '2000' }
+export const impatient = { STORE_TIMEOUT_MS: TESTBED_STORES === 'pooler' ? `${poolerTimeoutMs}` : '2000' }
 
 export type Testbed = Awaited<ReturnType<typeof startTestbed>>
 export type SignUpBody = Awaited<ReturnType<Testbed['signUpBody']>>
@@ -32,21 +35,19 @@ export type SignUpBody = Awaited<ReturnType<Testbed['signUpBody']>>
  * Starts private stores for a test file, and stops them at its end. Then it checks the log of every application that the file
  * has built: it contains no secret (guarantee G7), and OpenAPI describes every outcome in it.
  *
- * With TESTBED_POOLER the applications connect to Postgres through a PgBouncer in transaction mode (test/pooler.test.ts).
+ * TESTBED_STORES lets the same tests run elsewhere: on a Redis Cluster, with Sentinel, through PgBouncer, with the rights of
+ * docs/operating.md, or on another engine.
  */
 export async function startTestbed(t: Test) {
-  const stores = await startStores()
-  const { postgres, redis } = stores
-  const pooler = process.env.TESTBED_POOLER ? await startPooler(stores.databaseUrl) : undefined
+  const isUrl = TESTBED_STORES.startsWith('postgres')
+  const stores = await startStores(isUrl ? TESTBED_STORES : undefined)
+  const topology = TESTBED_STORES && !isUrl ? await startTopology(t, TESTBED_STORES, stores) : { environment: {} }
+  const { postgres, redis } = { ...stores, ...topology }
   const environment: Record<string, string> = {
     ...stores.environment,
     ...patient,
     ...wideGuessLimits,
-    ...(pooler && {
-      DATABASE_URL: pooler.url,
-      PG_POOLER: 'transaction',
-      STORE_TIMEOUT_MS: `${poolerTimeoutMs}`
-    })
+    ...topology.environment
   }
 
   let log = ''
@@ -60,8 +61,7 @@ export async function startTestbed(t: Test) {
   const describedOutcomes = new Map<string, Set<string>>()
 
   t.teardown(async () => {
-    await pooler?.stop()
-    await stores.stop()
+    await assertNothingRefused(topology).finally(() => stores.stop())
     const leaked = [...secrets].filter((secret) => log.includes(secret))
     if (leaked.length > 0)
       throw new Error(`G7: a password, code, ticket, session id or full mobile is in the log: ${leaked}`)
@@ -141,6 +141,7 @@ export async function startTestbed(t: Test) {
 
   /** Opens a fault proxy in front of a store, and closes it after the test. */
   async function openProxy(t: Test, store: 'DATABASE_URL' | 'REDIS_URL'): Promise<FaultProxy> {
+    if (store === 'REDIS_URL' && /cluster|sentinel/.test(TESTBED_STORES)) skip(t, 'a proxy needs a single Redis')
     const proxy = await FaultProxy.open(environment[store] ?? '')
     t.teardown(() => proxy.close())
     return proxy
@@ -253,6 +254,14 @@ export async function startTestbed(t: Test) {
     readClaim,
     ageClaim
   }
+}
+
+/** Ends a test that has begun. tap itself can only skip one before. */
+function skip(t: Test, reason: string): never {
+  t.options.skip = reason
+  t.end()
+  t.threw = () => undefined
+  throw new Error(reason)
 }
 
 /** What tests read of a claim. */

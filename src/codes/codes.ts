@@ -6,6 +6,7 @@ import type { InFlight } from '../http/in-flight.js'
 import { Refusal } from '../outcomes.js'
 import type { Limit, RateLimits } from '../stores/rate-limits.js'
 import type { RedisStore } from '../stores/redis.js'
+import { bugLogger } from '../stores/store-unavailable.js'
 import type { Observer } from '../telemetry/observer.js'
 import { digitsOf, randomCode } from './code-format.js'
 import { guessBudgets, guessLimits, unusedCodeLimits } from './limits.js'
@@ -105,7 +106,7 @@ export function createCodes(
 
   /** Does not wait for a refund: it does not delay the answer. */
   function track(refund: Promise<unknown>, log: FastifyBaseLogger): void {
-    inFlight.track(refund.catch((err) => log.error({ err }, 'the limits of a code could not be refunded')))
+    inFlight.track(refund.catch(bugLogger(log, 'the limits of a code could not be refunded')))
   }
 
   /** In a Cluster the limits on wrong codes over all mobiles are on another slot than the code, and change in a step of their own. */
@@ -216,8 +217,8 @@ export function createCodes(
         const isFirstUse = how === 'used' && formerUser === undefined && sends !== null
         if (isFirstUse) track(rateLimits.refundNewest(beside), log)
         return sends !== null
-      } catch (err) {
-        log.error({ err }, 'a code could not be released')
+      } catch (error) {
+        bugLogger(log, 'a code could not be released')(error)
         return undefined
       }
     }

@@ -18,12 +18,7 @@ export function mobileLimits(config: Config, mobile: string): Limit[] {
 
 /** Returns one limit for each network that an address belongs to. */
 export const perNetwork = (name: LimitName, prefix: string, max: number, seconds: number, address: string): Limit[] =>
-  networksOf(address).map(({ network, share }) => ({
-    name,
-    key: `${prefix}${network}`,
-    max: max * share,
-    seconds
-  }))
+  networksOf(address).map(({ network, share }) => ({ name, key: `${prefix}${network}`, max: max * share, seconds }))
 
 /** The limits on messages whose codes nobody has used. They are against SMS pumping: attackers who earn money from each message. */
 export function unusedCodeLimits(config: Config, mobile: string, address: string): Limit[] {

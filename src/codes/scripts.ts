@@ -22,18 +22,11 @@
  * - The guesses, a hash. Each field is a budget of wrong codes: their number, and the end of the window in ms since 1970. It lives as
  *   long as its longest window. If there was never anything to guess, it lives for ten minutes, so that strangers cannot fill Redis.
  *
- * On other slots, and therefore not in a Cluster: the limits on wrong codes over all mobiles (limits.ts), as in
- * stores/rate-limits.ts.
+ * The limits on wrong codes over all mobiles (limits.ts) are on another slot. In a Cluster codes.ts changes them in a step of their own.
  *
  * A full Redis refuses a command that needs memory only until the script has written. So the first write of each script is one that
  * Redis can refuse: then the script changes everything or nothing.
  */
-
-/** Defines `now`, in ms since 1970. */
-const readClock = `
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-`
 
 /** How long a wrong code counts where there is nothing to guess. */
 const guessesTtlMs = 600_000
@@ -57,7 +50,9 @@ const guessesTtlMs = 600_000
  * - `{'used_in_vain'}`
  * - `{'wrong', 1 if it was counted, else 0}`: absent, expired, for another purpose, or wrong
  */
-export const holdCode = `${readClock}
+export const holdCode = `
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local code_key, claim_key, issue_key, guesses_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local presented, digits, purpose, holder, lease, shortest_life = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local next_argument = 7
@@ -92,20 +87,20 @@ local stored = redis.call('GET', claim_key)
 local claim = stored and cjson.decode(stored) or {}
 
 -- People type 123-456 or 123456123456. A code of another service may be any text.
-local function is_presented(other) return other == presented or digits ~= '' and other == digits end
-local is_code, is_claimed = is_presented(code), is_presented(claim.code)
-local is_present = is_code and (issue.purposes.any or issue.purposes[purpose])
-local is_repeat = is_claimed and claim.purpose == purpose
+local function matches(other) return other == presented or digits ~= '' and other == digits end
+local matches_code, matches_claim = matches(code), matches(claim.code)
+local may_move = matches_code and (issue.purposes.any or issue.purposes[purpose])
+local is_repeat = matches_claim and claim.purpose == purpose
 -- A request holds 123456, sends its INSERT, and dies. Nobody has released the code, so the next request must look for the row.
 local was_never_released = is_repeat and claim['until'] > 0
 local may_have_written = is_repeat and (claim.may_have_written or was_never_released)
 
-if not is_present and not is_repeat then
+if not may_move and not is_repeat then
   -- A used code is nothing to guess: 429 must not tell that the mobile has just signed up.
   local is_unused = stored and not claim.used_by
   local is_foreign = code and not issue.code or is_unused and not claim.sends
   -- Two things cost no try: the right code for another purpose, and a text that cannot be a code.
-  if is_code or is_claimed or digits == '' and not is_foreign then return { 'wrong', 0 } end
+  if matches_code or matches_claim or digits == '' and not is_foreign then return { 'wrong', 0 } end
   for _, limit in ipairs(limits) do
     redis.call('ZADD', limit.key, now, holder)
     redis.call('ZREMRANGEBYSCORE', limit.key, '-inf', now - limit.window)
@@ -125,7 +120,7 @@ if not is_present and not is_repeat then
   end
   return { 'wrong', 1 }
 end
-if is_present then
+if may_move then
   -- It replaces the claim of an older code. But another service may have sent the same code again: then the claim still counts.
   may_have_written = may_have_written or is_repeat and claim.used_by
   claim = { code = code, purpose = purpose, sends = issue.sends }
@@ -135,12 +130,12 @@ elseif claim['until'] > now then
   return { 'in_progress' }
 end
 
-local ttl = redis.call('PTTL', is_present and code_key or claim_key)
+local ttl = redis.call('PTTL', may_move and code_key or claim_key)
 -- A code without a TTL, of another service, can be repeated for a day.
 if ttl < 0 then ttl = 86400000 end
 claim.holder, claim['until'], claim.may_have_written = holder, now + lease, may_have_written and true or nil
 redis.call('SET', claim_key, cjson.encode(claim), 'PX', math.max(ttl, shortest_life))
-if is_present then
+if may_move then
   redis.call('GETDEL', code_key)
   redis.call('DEL', issue_key)
 end
@@ -180,10 +175,11 @@ elseif how == 'used' then
   claim.used_by, claim.may_have_written, claim.sends = user_id, nil, nil
 elseif how == 'wrong_password' then
   claim.wrong_passwords = (claim.wrong_passwords or 0) + 1
-  if claim.wrong_passwords == 2 then
+  if claim.wrong_passwords == 2 and claim.used_by then
     redis.call('DEL', claim_key)
     return ''
-  end
+  -- The mobile was registered before, and nobody had heard of it. The same request gets the same 409 (G5).
+  elseif claim.wrong_passwords == 2 then claim.used_by = '' end
 end
 redis.call('SET', claim_key, cjson.encode(claim), 'PX', math.max(redis.call('PTTL', claim_key), shortest_life))
 if how == 'used' then redis.call('DEL', guesses_key) end
@@ -207,7 +203,9 @@ local code, ttl = redis.call('GET', code_key), redis.call('PTTL', code_key)
 local issue = cjson.decode(redis.call('GET', issue_key) or '{}')
 local is_new = not code or issue.code ~= code or ttl < tonumber(shortest_ttl)
 if is_new then
-  issue = { code = new_code, purposes = issue.code == code and issue.purposes or {}, sends = {} }
+  -- A code of another service serves everything.
+  local purposes = issue.code == code and issue.purposes or code and { any = true } or {}
+  issue = { code = new_code, purposes = purposes, sends = {} }
   code, ttl = new_code, tonumber(life)
 end
 issue.purposes[purpose] = true

@@ -5,7 +5,7 @@ import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
 import { bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { outcomes, Refusal } from '../outcomes.js'
-import { StoreUnavailable } from '../stores/store-unavailable.js'
+import { bugLogger, StoreUnavailable } from '../stores/store-unavailable.js'
 import type { CodePurpose, Send } from './codes.js'
 import { mobileLimits, unusedCodeLimits } from './limits.js'
 import { MessageNotSent } from './senders/sender.js'
@@ -68,7 +68,7 @@ export const sendCodeRoute: FastifyPluginAsync<{ config: Config; sms: Sms }> = a
     // If Redis does not answer, the units may be consumed. An earlier retry would get 429.
     const retryAfterSeconds = await rateLimits.consume(limits, send.id).catch(refuseUntilResend)
     if (retryAfterSeconds > 0) {
-      await codes.addPurpose(mobile, purpose)
+      await codes.addPurpose(mobile, purpose).catch(refuseUntilResend)
       return reply.outcome('too_many_requests', { retryAfterSeconds })
     }
 
@@ -84,8 +84,8 @@ export const sendCodeRoute: FastifyPluginAsync<{ config: Config; sms: Sms }> = a
       // A message that may arrive keeps its code and its units. The other limits count the failure in any case.
       if (isUnsent) {
         // The code first: a retry must not be sent the code that is withdrawn.
-        await codes.withdraw(mobile, code).catch((err) => log.error({ err }, 'a code could not be withdrawn'))
-        await refundMobile().catch((err) => log.error({ err }, 'a limit could not be refunded'))
+        await codes.withdraw(mobile, code).catch(bugLogger(log, 'a code could not be withdrawn'))
+        await refundMobile().catch(bugLogger(log, 'a limit could not be refunded'))
       }
       const waitSeconds = await rateLimits.retryAfterSeconds(limits).catch(() => config.smsResendS)
       const shortestSeconds = isUnsent ? outcomes.sms_gateway_unavailable.retryAfterSeconds : 1

@@ -4,6 +4,7 @@ import { languages } from '../outcomes.js'
 import {
   addressRanges,
   anyText,
+  databaseUrl,
   hostName,
   integer,
   oneOf,
@@ -51,175 +52,126 @@ const day = 86_400
 /**
  * Reads one variable.
  *
- * @param meaning completes its row in docs/configuration.md
+ * @param meaning completes its row in docs/operating.md
  * @param shownDefault replaces a default value that the page cannot show
  * @returns the parsed value, or `whenAbsent` if the variable is unset, empty or invalid
  */
 type Read = <T>(name: string, parser: Parser<T>, whenAbsent: T, meaning: string, shownDefault?: string) => T
 
-/** Every variable but NODE_ENV: its field, name, parser, default and meaning. docs/configuration.md lists the same. */
+/** Every variable but NODE_ENV: its field, name, parser, default and meaning. docs/operating.md lists the same. */
 export function readVariables(read: Read, production: boolean) {
+  const limit = (name: string, max: number, meaning: string) => read(name, integer(0, 1_000_000_000), max, meaning)
   return {
-    port: read('PORT', integer(0, 65_535), 3000, 'Port to listen on; 0 takes a free one.'),
-    host: read('HOST', hostName, '127.0.0.1', 'Address to listen on.'),
-    databaseUrl: readDatabaseUrl(read),
-    redisUrl: read(
-      'REDIS_URL',
-      redisUrl,
-      '',
-      'Redis, `redis://…` or `rediss://…`. Required in production. See [stores](#stores).'
-    ),
+    port: read('PORT', integer(0, 65_535), 3000, 'Listening port; 0 takes a free one.'),
+    host: read('HOST', hostName, '127.0.0.1', 'Listening address.'),
+    databaseUrl: read('DATABASE_URL', databaseUrl, '', 'See [stores](#stores).'),
+    redisUrl: read('REDIS_URL', redisUrl, '', 'See [stores](#stores).'),
     /** The first one signs, all of them verify. */
     sessionSecrets: read<readonly [string, ...string[]]>(
       'SESSION_SECRET',
       secrets,
       [randomBytes(secretMinLength).toString('base64url')],
-      `Signs the session cookie. At least ${secretMinLength} random characters: see [secrets](operating.md#secrets). Several, separated by commas: the first signs, all verify. Required in production.`,
+      `Signs cookies and tickets; at least ${secretMinLength} characters. Of several, separated by commas, the first signs and all verify.`,
       'random'
     ),
     cookieSecure: read(
       'COOKIE_SECURE',
       trueOrFalse,
       production,
-      'Whether the cookie has `Secure` and the name `__Host-sid`; otherwise it is `sid`.'
+      'Cookies have `Secure` and names such as `__Host-sid` instead of `sid`.'
     ),
     trustProxy: read<readonly string[]>(
       'TRUST_PROXY',
       addressRanges,
       [],
-      'Addresses and CIDRs of the proxies whose `X-Forwarded-*` headers count, separated by commas, or `none`. Required in production: limits count the address of the client.',
+      'Addresses and CIDRs of your proxies, separated by commas, or `none`: see [start](#start).',
       'none'
     ),
     /** Starts with a slash and ends without one; empty for the root. */
-    apiPrefix: read('API_PREFIX', pathPrefix, '/api/v1.0', 'Path in front of all routes; `/` for none.'),
+    apiPrefix: read('API_PREFIX', pathPrefix, '/api/v1.0', 'Path before all routes; `/` for none.'),
     legacyStatus: read(
       'LEGACY_STATUS',
       trueOrFalse,
       false,
-      'Answers every outcome with status 200, as the Flask handler did. Probes keep their status.'
+      'Status 200 for every outcome, as in the Flask handler. Probes keep theirs.'
     ),
     defaultLanguage: read(
       'DEFAULT_LANGUAGE',
       oneOf(...languages),
       'zh',
-      'Language of the messages where `Accept-Language` does not choose: `zh` or `en`.'
+      '`zh` or `en`, where `Accept-Language` does not choose.'
     ),
     /** In code points. */
     passwordMin: read(
       'PASSWORD_MIN',
       integer(production ? productionPasswordMin : 1, passwordMax),
       8,
-      `Shortest password, in characters; at least ${productionPasswordMin} in production.`
+      `Minimum length; at least ${productionPasswordMin} in production.`
     ),
     /** Whether this service sends the codes. If not, another service writes them to Redis. */
-    sms: read('SMS', onOrOff, true, '`off`: another service sends the codes, and `POST /sms_codes` is absent.', 'on'),
+    sms: read('SMS', onOrOff, true, '`off`: another service sends codes; `POST /sms_codes` is absent.', 'on'),
     smsWebhookUrl: read<string | undefined>(
       'SMS_WEBHOOK_URL',
       url('https:', 'http:'),
       undefined,
-      'Receives each code. Required in production unless `SMS=off`. Without it nothing is sent, and the codes stay in Redis.'
+      'Receives each code. Unset: nothing is sent.'
     ),
     smsWebhookSecret: read<string | undefined>(
       'SMS_WEBHOOK_SECRET',
       anyText,
       undefined,
-      'Signs the requests to the webhook. See [secrets](operating.md#secrets).'
+      'Signs requests to [the webhook](#the-sms-webhook).'
     ),
     smsCodeTtlS: read(
       'SMS_CODE_TTL_S',
       integer(1, production ? productionCodeTtlMaxS : day),
       300,
-      `TTL of a code, in seconds; at most ${productionCodeTtlMaxS} in production.`
+      `TTL of a code; at most ${productionCodeTtlMaxS} in production.`
     ),
-    smsResendS: read('SMS_RESEND_S', integer(0, day), 60, 'Seconds between two codes for a mobile; 0: no limit.'),
-    smsDailyMax: read('SMS_DAILY_MAX', integer(0, 1_000_000), 10, 'Codes for a mobile in 24 hours; 0: no limit.'),
-    smsIpHourlyMax: read(
-      'SMS_IP_HOURLY_MAX',
-      integer(0, 1_000_000_000),
-      20,
-      'Codes in an hour that nobody has used, for an IPv4 address or an IPv6 /64; 64 times as many for an IPv6 /48. 0: no limit.'
-    ),
-    smsPrefixHourlyMax: read(
-      'SMS_PREFIX_HOURLY_MAX',
-      integer(0, 1_000_000_000),
-      200,
-      'Codes in an hour that nobody has used, for the first seven digits of a mobile; 0: no limit.'
-    ),
-    smsHourlyMax: read(
-      'SMS_HOURLY_MAX',
-      integer(0, 1_000_000_000),
-      5_000,
-      'Codes in an hour that nobody has used, in all; 0: no limit.'
-    ),
+    smsResendS: read('SMS_RESEND_S', integer(0, day), 60, 'Wait between messages to a mobile.'),
+    smsDailyMax: limit('SMS_DAILY_MAX', 10, 'Messages to a mobile.'),
+    smsIpHourlyMax: limit('SMS_IP_HOURLY_MAX', 20, 'Unused codes for a network.'),
+    smsPrefixHourlyMax: limit('SMS_PREFIX_HOURLY_MAX', 200, 'Unused codes for the first seven digits of a mobile.'),
+    smsHourlyMax: limit('SMS_HOURLY_MAX', 5_000, 'Unused codes in all.'),
     smsCodeAttempts: read(
       'SMS_CODE_ATTEMPTS',
       integer(1, 1_000),
       5,
-      'Wrong codes for a mobile, for a ticket in its life or, without a ticket, for a network in an hour.'
+      'Wrong codes for a mobile, of a ticket or a network.'
     ),
-    smsGuessDailyMax: read(
-      'SMS_GUESS_DAILY_MAX',
-      integer(0, 1_000_000),
-      50,
-      'Wrong codes for a mobile in the 24 hours from the first, for all without a ticket; 0: no limit.'
-    ),
-    smsGuessIpHourlyMax: read(
-      'SMS_GUESS_IP_HOURLY_MAX',
-      integer(0, 1_000_000_000),
-      50,
-      'Wrong codes in an hour over all mobiles, without a ticket, for an IPv4 address or an IPv6 /64; 64 times as many for an IPv6 /48. 0: no limit.'
-    ),
-    smsGuessHourlyMax: read(
-      'SMS_GUESS_HOURLY_MAX',
-      integer(0, 1_000_000_000),
-      1_000,
-      'Wrong codes in an hour over all mobiles, for all without a ticket; 0: no limit.'
-    ),
-    loginIpHourlyMax: read(
-      'LOGIN_IP_HOURLY_MAX',
-      integer(0, 1_000_000_000),
-      100,
-      'Failed logins in an hour for an IPv4 address or an IPv6 /64; 64 times as many for an IPv6 /48. 0: no limit.'
-    ),
+    smsGuessDailyMax: limit('SMS_GUESS_DAILY_MAX', 50, 'Wrong codes for a mobile without a ticket.'),
+    smsGuessIpHourlyMax: limit('SMS_GUESS_IP_HOURLY_MAX', 50, 'Wrong codes without a ticket, of a network.'),
+    smsGuessHourlyMax: limit('SMS_GUESS_HOURLY_MAX', 1_000, 'Wrong codes without a ticket, in all.'),
+    loginIpHourlyMax: limit('LOGIN_IP_HOURLY_MAX', 100, 'Failed logins from a network.'),
     hashMemoryKib: read(
       'HASH_MEMORY_KIB',
       integer(8, 4_194_304),
       12_288,
-      "Memory of one argon2id hash, in KiB. Production refuses settings weaker than [OWASP's list](https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html)."
+      "Memory of a hash. Production refuses settings weaker than [OWASP's list](https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html)."
     ),
-    hashPasses: read('HASH_PASSES', integer(1, 1_000), 3, 'Passes of argon2id over that memory.'),
+    hashPasses: read('HASH_PASSES', integer(1, 1_000), 3, 'Passes over that memory.'),
     ...readThreads(read),
     hashMaxWaitMs: read(
       'HASH_MAX_WAIT_MS',
       integer(0, 600_000),
       2_000,
-      'A request whose hash would wait longer is refused with 503 `4500`. Milliseconds.'
+      'Longest wait for a hash; above it 503 `4500`.'
     ),
-    pgPooler: read(
-      'PG_POOLER',
-      oneOf('none', 'transaction'),
-      'none',
-      '`transaction`: between the service and Postgres is a pooler in transaction mode, such as PgBouncer. See [operating.md](operating.md#poolers).'
-    ),
+    pgPooler: read('PG_POOLER', oneOf('none', 'transaction'), 'none', '`transaction` behind a [pooler](#poolers).'),
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10, 'Connections to Postgres.'),
-    storeTimeoutMs: read(
-      'STORE_TIMEOUT_MS',
-      integer(1, 60_000),
-      1_000,
-      'Timeout of each round trip to Postgres or Redis, in milliseconds.'
-    ),
-    docs: read('DOCS', trueOrFalse, !production, 'Serves the page `/docs`, on which the API can be tried.'),
+    storeTimeoutMs: read('STORE_TIMEOUT_MS', integer(1, 60_000), 1_000, 'Timeout of each round trip to a store.'),
+    docs: read('DOCS', trueOrFalse, !production, 'Serves `/docs`, where you try the API.'),
     metricsPort: read<number | undefined>(
       'METRICS_PORT',
       integer(0, 65_535),
       undefined,
-      'Port on which Prometheus scrapes `/metrics`; 0 takes a free one. Unset: no metrics.'
+      'Port of `/metrics`; 0 takes a free one. Unset: no metrics.'
     ),
     otlpEndpoint: read<string | undefined>(
       'OTEL_EXPORTER_OTLP_ENDPOINT',
       url('https:', 'http:'),
       undefined,
-      'Where OpenTelemetry sends spans. Unset: OpenTelemetry is not loaded.'
+      'Where [spans](#traces) go. Unset: OpenTelemetry is not loaded.'
     ),
     logLevel: read(
       'LOG_LEVEL',
@@ -231,31 +183,37 @@ export function readVariables(read: Read, production: boolean) {
       'KEEP_ALIVE_TIMEOUT_MS',
       integer(1_000, 3_600_000),
       72_000,
-      'How long an idle connection stays open, in milliseconds. At least as long as the gateway keeps it, or requests meet a closing connection.'
+      'How long an idle connection stays open: longer than [the gateway](#the-gateway) keeps it.'
     ),
     shutdownDelayMs: read(
       'SHUTDOWN_DELAY_MS',
       integer(0, 600_000),
       0,
-      'Milliseconds from the signal to the shutdown. Readiness fails meanwhile, so the balancer can react.'
+      'Time for the balancer before [the shutdown](#stop).'
     ),
     shutdownTimeoutMs: read(
       'SHUTDOWN_TIMEOUT_MS',
       integer(1, 600_000),
       15_000,
-      'The longest that the shutdown may take after that, in milliseconds. Less than `HASH_MAX_WAIT_MS` + 5 × `STORE_TIMEOUT_MS` may end requests without an answer.'
+      'Longest shutdown after that; at least `HASH_MAX_WAIT_MS` + 5 × `STORE_TIMEOUT_MS`.'
     ),
     migrate: read(
       'MIGRATE',
       trueOrFalse,
       true,
-      'Whether a start applies pending migrations. It cannot with a pooler, so the default is then `false`.'
+      'A start applies pending migrations. Behind a pooler the default is false.'
     )
   }
 }
 
+/** Returns the names of the limits on strangers that are 0. */
+export const limitsTurnedOff = (config: Config) =>
+  Object.entries(config).flatMap(([field, max]) =>
+    max === 0 && /^(sms|login)/.test(field) ? field.replace(/[A-Z]/g, '_$&').toUpperCase() : []
+  )
+
 /** The size of libuv's thread pool, unless the environment sets it. */
-export const defaultPoolThreads = 4
+const defaultPoolThreads = 4
 
 /** Reads how many threads libuv's pool has, and how many of them may hash at a time. */
 function readThreads(read: Read) {
@@ -263,32 +221,17 @@ function readThreads(read: Read) {
     'UV_THREADPOOL_SIZE',
     integer(1, 1_024),
     defaultPoolThreads,
-    "Threads of libuv's pool. Best as many as `HASH_THREADS`. Before Node.js 24.3, and in a host application, only the environment of the process can change it.",
+    "Threads of libuv's pool. See [sizing](#sizing).",
     `\`HASH_THREADS\`; before Node.js 24.3: ${defaultPoolThreads}`
   )
   const hashThreads = read(
     'HASH_THREADS',
     integer(1, 1_024),
     Math.min(availableParallelism(), poolThreads),
-    'Passwords that are hashed at a time.',
-    'number of cores, at most `UV_THREADPOOL_SIZE`'
+    'Hashes at a time.',
+    'cores, at most `UV_THREADPOOL_SIZE`'
   )
   return { poolThreads, hashThreads }
-}
-
-const databaseUrlParser: Parser<string> = {
-  expected: 'a URL that starts with postgres:// or postgresql://, with one host',
-  parse(text) {
-    // node-postgres looks such a list up as one name.
-    if (/^\w+:\/\/([^/?#]*@)?[^/?#@]*,[^@]*$|[?&]host=[^&]*(,|%2C)/i.test(text))
-      throw new Error('the value has more than one host')
-    return url('postgres:', 'postgresql:').parse(text)
-  }
-}
-
-function readDatabaseUrl(read: Read): string {
-  const meaning = 'Postgres, `postgresql://…`. Required in production. See [stores](#stores).'
-  return read('DATABASE_URL', databaseUrlParser, '', meaning)
 }
 
 /** An invalid environment. Its message has a line for each fault and prints no secret. */
@@ -370,8 +313,8 @@ function* productionFaults(env: Environment, config: Config) {
  */
 export function loadDatabaseUrl(env: Environment): string {
   const faults: string[] = []
-  const databaseUrl = readDatabaseUrl(environmentReader(env, faults))
-  if (!env.DATABASE_URL) faults.push(`DATABASE_URL: is unset; expected ${databaseUrlParser.expected}`)
+  const url = environmentReader(env, faults)('DATABASE_URL', databaseUrl, '', '')
+  if (!env.DATABASE_URL) faults.push(`DATABASE_URL: is unset; expected ${databaseUrl.expected}`)
   if (faults.length > 0) throw new ConfigError(faults)
-  return databaseUrl
+  return url
 }

@@ -95,6 +95,16 @@ export const url = (...schemes: string[]): Parser<string> => ({
   }
 })
 
+export const databaseUrl: Parser<string> = {
+  expected: 'a URL that starts with postgres:// or postgresql://, with one host',
+  parse(text) {
+    // node-postgres looks such a list up as one name.
+    if (/^\w+:\/\/([^/?#]*@)?[^/?#@]*,[^@]*$|[?&]host=[^&]*(,|%2C)/i.test(text))
+      throw new Error('the value has more than one host')
+    return url('postgres:', 'postgresql:').parse(text)
+  }
+}
+
 export const redisUrl: Parser<string> = {
   expected:
     'redis:// or rediss://, a comma-separated list of them (Cluster), or redis+sentinel://host,host/master-name',

@@ -56,10 +56,12 @@ export interface HealthOptions {
    * the balancer could neither answer 503 with a `Retry-After` nor, while only Postgres is away, go on with sessions.
    */
   storeChecks: StoreChecks
+  /** Whether the users table was there at the last check. */
+  hasSchema: () => boolean
 }
 
 /** The probes of orchestrators and balancers, at the root. */
-export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, { storeChecks }) => {
+export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, { storeChecks, hasSchema }) => {
   fastify.route({
     method: 'GET',
     url: '/health/live',
@@ -75,11 +77,7 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
       operationId: 'ready',
       summary: 'Whether this instance can serve, and which stores are away'
     },
-    config: {
-      isProbe: true,
-      outcomes: ['healthy', 'busy'],
-      data: { healthy: FailingData, busy: FailingData }
-    },
+    config: { isProbe: true, outcomes: ['healthy', 'busy'], data: { healthy: FailingData, busy: FailingData } },
     handler: ready
   })
 
@@ -99,6 +97,6 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
     const { isStarted, isEnding } = fastify.lifecycle
     if (isEnding) return 'shutting down'
     if (!isStarted) return 'starting'
-    return fastify.mobileSignup.postgres.hasSchema ? undefined : 'no schema'
+    return hasSchema() ? undefined : 'no schema'
   }
 }

@@ -25,7 +25,7 @@ const arrivalGraceMs = 500
 const idleCheckMs = 25
 
 /**
- * Refuses requests with `busy` before the start is complete, and after the shutdown has begun. A graceful shutdown: accepted
+ * Refuses requests but probes with `busy` before the start is complete, and after the shutdown has begun. A graceful shutdown: accepted
  * requests are answered, later ones on open connections are refused, and connections on which none arrives are closed.
  */
 export const lifecycle = fp(
@@ -58,7 +58,7 @@ export const lifecycle = fp(
     })
 
     fastify.addHook('onRequest', (request, reply, done) => {
-      const isRefused = isClosing || !(state.isStarted || request.routeOptions.config.isProbe)
+      const isRefused = (isClosing || !state.isStarted) && !request.routeOptions.config.isProbe
       if (isRefused) reply.outcome('busy')
       else done()
     })

@@ -4,6 +4,7 @@ import type { FastifyContextConfig, FastifyReply } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Config } from '../config/config.js'
 import { type OutcomeName, outcomeNames, outcomes } from '../outcomes.js'
+import { cookieNameOf } from './cookies.js'
 import { byPreference, messageOf } from './replies.js'
 
 const introduction = `
@@ -53,7 +54,7 @@ export const openapi = fp<{ config: Config }>(
         tags,
         components: {
           securitySchemes: {
-            session: { type: 'apiKey', in: 'cookie', name: config.cookieSecure ? '__Host-sid' : 'sid' }
+            session: { type: 'apiKey', in: 'cookie', name: cookieNameOf('sid', config.cookieSecure) }
           }
         }
       },

@@ -82,7 +82,7 @@ export class HashQueue {
   }
 
   /**
-   * Runs a job when it is its turn. A job joins the queue however long it is: its request holds a code.
+   * Runs a job when it is its turn. A job may join a queue of any length, because its request may hold a code.
    *
    * @param client removes the job from the queue when it closes; a running job is finished
    * @throws {ClientDisconnected}

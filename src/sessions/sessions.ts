@@ -4,8 +4,9 @@ import type { SessionStore } from '@fastify/session'
 import type { FastifyInstance, FastifyReply, FastifyRequest, Session } from 'fastify'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
+import { cookieAttributes, cookieNameOf, cookieValues } from '../http/cookies.js'
 import type { RedisStore } from '../stores/redis.js'
-import { cookieAttributes, cookieNameOf, cookieValues } from './cookies.js'
+import { bugLogger } from '../stores/store-unavailable.js'
 
 /** The user of a session. `user_id` is a 64-bit integer in decimal. */
 export interface SessionUser {
@@ -150,11 +151,7 @@ export async function createSessions(
     // 244 random bits. Node.js makes UUIDs from random bytes in stock; randomBytes() took a tenth of the event loop's JavaScript.
     const sessionId = `${randomUUID()}${randomUUID()}`
     const expires = new Date(Date.now() + sessionTtlSeconds * 1_000)
-    const session = {
-      cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 },
-      ...user,
-      epoch
-    }
+    const session = { cookie: { ...attributes, expires, originalMaxAge: sessionTtlSeconds * 1_000 }, ...user, epoch }
     // In one round trip, except in a Cluster. The session is stored before it is indexed: then the end of its epoch is seen
     // here, or whoever ends the epoch finds the session in the index and destroys it.
     const stored = redis.run((client) =>
@@ -166,20 +163,20 @@ export async function createSessions(
       redis.run((client) => {
         const keys = [indexKey(user.user_id), epochKey(user.user_id)] as const
         return client.indexSession(...keys, sessionId, epoch, sessionTtlSeconds, sessionsPerUserMax, ...formerIds)
-      }),
-      ...formerIds.map(destroy)
+      })
     ])
     if (excessIds === null) {
       await destroy(sessionId)
       return false
     }
-    await destroyIndexed(user.user_id, excessIds)
+    // Not before: a refused request ends no session.
+    await Promise.all([destroyIndexed(user.user_id, excessIds), ...formerIds.map(destroy)])
     reply.setCookie(cookieName, signer.sign(sessionId), cookieOptions)
     return true
   }
 
-  /** Ends all sessions of a user that have an older epoch, also those that are stored later. */
-  async function endBefore(userId: string, epoch: number): Promise<void> {
+  /** Ends all sessions of a user that have an older epoch, also those that are stored later. Those of `kept` stay stored. */
+  async function endBefore(userId: string, epoch: number, kept: readonly string[] = []): Promise<void> {
     const sessionIds = await redis.run((client) =>
       client.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
     )
@@ -187,7 +184,7 @@ export async function createSessions(
     const sessions = await Promise.all(sessionIds.map(read))
     await destroyIndexed(
       userId,
-      sessionIds.filter((_, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch)
+      sessionIds.filter((id, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch && !kept.includes(id))
     )
   }
 
@@ -222,8 +219,8 @@ export async function createSessions(
 
     /** Like `start`, for a request that succeeds without a session, too: an error is logged, and the result false. */
     tryStart(request: FastifyRequest, reply: FastifyReply, user: SessionUser, epoch: number): Promise<boolean> {
-      return start(request, reply, user, epoch).catch((err) => {
-        request.log.error({ err }, 'a session could not be stored')
+      return start(request, reply, user, epoch).catch((error) => {
+        bugLogger(request.log, 'a session could not be stored')(error)
         return false
       })
     },
@@ -254,15 +251,18 @@ export async function createSessions(
 
     endBefore,
 
-    /** Ends all sessions of the user to whom the request's session belongs. Only in the scope of `loadSession`. */
-    async endEverywhere({ session: { owner } }: FastifyRequest): Promise<void> {
+    /** Ends all other sessions of the user to whom the request's session belongs. Only in the scope of `loadSession`. */
+    async endEverywhere(request: FastifyRequest): Promise<void> {
+      const { owner } = request.session
       if (owner === undefined) return
       const { user, epoch, currentEpoch } = owner
+      // Its own session stays for `end`: if another one cannot be destroyed, the retry still has it.
+      const kept = signedIds(request)
       // An outdated session has ended. Its logout may have failed before it destroyed all others, so only that is repeated.
-      if (epoch < currentEpoch) return endBefore(user.user_id, currentEpoch)
+      if (epoch < currentEpoch) return endBefore(user.user_id, currentEpoch, kept)
       const newEpoch = await beginEpoch(user)
       // Without a row the user has been deleted, and starts no session any more.
-      await endBefore(user.user_id, newEpoch ?? epoch + 1)
+      await endBefore(user.user_id, newEpoch ?? epoch + 1, kept)
     }
   }
 }

@@ -162,7 +162,7 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
      */
     async consume(limits: readonly Limit[], unit: string): Promise<number> {
       const consumed: Limit[][] = []
-      const refundConsumed = () => Promise.all(consumed.map((group) => refundGroup(group, unit)))
+      const refundConsumed = () => Promise.allSettled(consumed.map((group) => refundGroup(group, unit)))
       for (const group of groupsOf(limits)) {
         const answer = await consumeGroup(group, unit).catch(async (error) => {
           await refundConsumed()

@@ -38,8 +38,8 @@ export async function openRedis(
     warn(err, 'the connection to Redis failed')
   }
   client.on('error', logError)
-  // Only a Cluster has this event.
-  client.on('node error', logError)
+  // Only a Cluster has this event. Its other nodes answer, so it is no outage that ends.
+  client.on('node error', (err: Error) => warn(err, 'the connection to Redis failed'))
   // Not with `closeClient` of @fastify/redis: it sends QUIT, and if Redis does not answer, the shutdown fails.
   fastify.addHook('onClose', () => {
     client.disconnect()
@@ -74,14 +74,14 @@ export async function openRedis(
       for (const [name, script] of Object.entries(scripts)) client.defineCommand(name, script)
     },
     /**
-     * Runs commands on Redis.
+     * Runs a command on Redis.
      *
      * @throws {StoreUnavailable} if Redis cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
-     * @throws {Error} the error of Redis or of `commands`, if it shows a bug, such as a missing right
+     * @throws {Error} the error of Redis or of `command`, if it shows a bug, such as a missing right
      */
-    async run<T>(commands: (client: Redis | Cluster) => Promise<T>): Promise<T> {
+    async run<T>(command: (client: Redis | Cluster) => Promise<T>): Promise<T> {
       try {
-        const result = await observeRoundTrip(observer, 'redis', commands(client))
+        const result = await observeRoundTrip(observer, 'redis', command(client))
         // After a command, not when it connects: a server that is no master accepts connections, too.
         if (lastError !== undefined) fastify.log.info('Redis answers again')
         lastError = undefined
@@ -184,7 +184,7 @@ const noMasterAnswer = /\b(READONLY|LOADING)\b/
  * `reconnectOnError` for the second: while a server loads, the ready check of ioredis waits on the same connection.
  *
  * Wraps `sendCommand` to remember the socket of each command: after a reconnect the connection has another one. ioredis
- * has no class for the errors, so the message tells (test/stores.test.ts).
+ * has no class for the errors, so the message tells (test/outages.test.ts).
  */
 function dropWhenUnusable(connection: Redis): void {
   const sendCommand = connection.sendCommand.bind(connection)

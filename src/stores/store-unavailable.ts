@@ -1,3 +1,4 @@
+import type { FastifyBaseLogger } from 'fastify'
 import type { StoreName } from '../telemetry/observer.js'
 
 /**
@@ -18,3 +19,8 @@ export class StoreUnavailable extends Error {
 /** Whether JavaScript or Node.js throws such an error for a wrong value. Neither a connection nor a timeout fails so. */
 export const isProgrammingError = (error: Error): boolean =>
   [TypeError, RangeError, ReferenceError, SyntaxError].some((type) => error instanceof type)
+
+/** Returns a function that logs a bug. It does not log an outage: the store has, and the log must not grow with the traffic then. */
+export const bugLogger = (log: FastifyBaseLogger, message: string) => (err: unknown) => {
+  if (!(err instanceof StoreUnavailable)) log.error({ err }, message)
+}

@@ -15,9 +15,6 @@ declare module 'fastify' {
 /** Upper bounds in seconds. */
 const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 
-/** The label of requests without a route. Their URL may contain anything. */
-const noRoute = 'none'
-
 /** Values that are read at each scrape. */
 interface MetricsSources {
   readonly passwords: { readonly queueLength: number; readonly expectedWaitMs: number }
@@ -45,7 +42,7 @@ export function createMetrics(limitNames: readonly string[]) {
     described('hash_wait_seconds', "Time in the hash queue, until libuv's pool gets the job")
   )
   const hashes = new Histogram(described('hash_duration_seconds', "Time of a hash or a verification in libuv's pool"))
-  const tripTime = 'Time of a round trip to a store, failures included; commands sent together are one round trip'
+  const tripTime = 'Time of a Redis command or a Postgres statement, failures included'
   const roundTrips = new Histogram(described('store_round_trip_seconds', tripTime, 'store'))
   const storeErrors = new Counter(described('store_errors_total', 'Failed round trips', 'store'))
   for (const store of ['postgres', 'redis'] as const) storeErrors.inc({ store }, 0)
@@ -124,7 +121,8 @@ export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: Met
       if (!config?.isProbe) for (const name of [method].flat()) requests.zero({ method: name, route: url, outcome })
     })
     fastify.addHook('onResponse', (request, reply, done) => {
-      const { config, url: route = noRoute } = request.routeOptions
+      // Not the URL of a request without a route, which may contain anything.
+      const { config, url: route = 'none' } = request.routeOptions
       const labels = { method: request.method, route, outcome: reply.outcomeName ?? 'none' }
       if (!config.isProbe) requests.observe(labels, reply.elapsedTime / 1_000)
       done()

@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { Tickets } from '../codes/tickets.js'
 import type { Config } from '../config/config.js'
-import { cookieAttributes, cookieNameOf, cookieValues } from '../sessions/cookies.js'
+import { cookieAttributes, cookieNameOf, cookieValues } from '../http/cookies.js'
 
 const yearSeconds = 31_536_000
 

@@ -7,7 +7,7 @@ import { Refusal } from '../outcomes.js'
 import { QueueFull } from '../passwords/hash-queue.js'
 import { passwordField } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
-import { StoreUnavailable } from '../stores/store-unavailable.js'
+import { bugLogger } from '../stores/store-unavailable.js'
 import { LoginPlaces, loginLimits } from './login-limits.js'
 import type { User } from './users.js'
 
@@ -47,10 +47,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     const limits = loginLimits(config, mobile, request.ip, deviceId)
     const unit = randomUUID()
     // If it fails, the try counts until the window ends.
-    function logUncounted(err: unknown): void {
-      // The store has logged an outage.
-      if (!(err instanceof StoreUnavailable)) request.log.error({ err }, 'the count of a login could not be changed')
-    }
+    const logUncounted = bugLogger(request.log, 'the count of a login could not be changed')
     const refund = () => rateLimits.refund(limits.counted, unit).catch(logUncounted)
 
     // Refuse before any store is touched, if the hash queue is too long.
@@ -81,8 +78,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
       refund(),
       rateLimits.clearFailures(limits.clearedBySuccess).catch(logUncounted)
     ])
-    // The password was reset, or the user logged out everywhere, after this login had read the row. Or Postgres has lost that in
-    // a failover; then only a new reset helps, because this may be the former password.
+    // A reset or a logout everywhere overtook this login. Or Postgres has lost one in a failover: then only a new reset helps.
     if (!isLoggedIn) return reply.outcome('wrong_login')
     devices.remember(reply, mobile)
 
@@ -109,7 +105,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
       await users.replaceHash(mobile, passwordHash, await passwords.hash(password))
     } catch (err) {
       const isRefused = err instanceof QueueFull || err instanceof Refusal
-      if (!isRefused) request.log.error({ err }, 'an outdated hash could not be replaced')
+      if (!isRefused) bugLogger(request.log, 'an outdated hash could not be replaced')(err)
     } finally {
       leaveQueue?.()
     }

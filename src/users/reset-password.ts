@@ -3,6 +3,7 @@ import type { Config } from '../config/config.js'
 import { repliesWith } from '../http/schemas.js'
 import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
+import { bugLogger } from '../stores/store-unavailable.js'
 import { loginLimits } from './login-limits.js'
 import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from './schemas.js'
 
@@ -20,10 +21,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       body: NewPasswordBody,
       response: repliesWith(LoggedInData)
     },
-    config: {
-      outcomes: [...newPasswordOutcomes, 'password_reset'],
-      data: { password_reset: LoggedInData }
-    },
+    config: { outcomes: [...newPasswordOutcomes, 'password_reset'], data: { password_reset: LoggedInData } },
     handler: (request: NewPasswordRequest, reply: FastifyReply) => inFlight.track(resetPassword(request, reply))
   })
 
@@ -57,7 +55,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
         sessions.endBefore(user.id, user.sessionEpoch),
         rateLimits
           .clearFailures(loginLimits(config, mobile, request.ip).clearedByReset)
-          .catch((err) => request.log.error({ err }, 'failed logins could not be forgotten')),
+          .catch(bugLogger(request.log, 'failed logins could not be forgotten')),
         codes.release(hold, 'used', user.id)
       ])
       const sessionUser = { user_id: user.id, name: user.name, mobile }

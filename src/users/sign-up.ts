@@ -6,6 +6,7 @@ import { Refusal } from '../outcomes.js'
 import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import { firstSessionEpoch } from '../sessions/sessions.js'
+import { bugLogger } from '../stores/store-unavailable.js'
 import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from './schemas.js'
 import type { User } from './users.js'
 
@@ -47,7 +48,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
 
     // If this instance dies from here on, nobody releases the code. After the lease, the same request holds it again, and looks
     // for the row first.
-    let isInsertSent = false
+    let mayHaveInserted = false
     try {
       // 4. A repeat looks first. Postgres may also have lost the row of a used code; then the sign-up starts again.
       const isRepeat = hold.mayHaveWritten || hold.usedBy !== undefined
@@ -57,10 +58,10 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
         const passwordHash = await passwords.hash(password, reply.raw)
 
         // 6. Insert. From here on the row may be committed, even if the answer of Postgres is lost.
-        isInsertSent = true
+        mayHaveInserted = true
         const userId = await users.insert(mobile, passwordHash)
         if (userId !== undefined) {
-          if (hold.usedBy !== undefined) await endSessionsOfLostUser(request, hold.usedBy)
+          if (hold.usedBy !== undefined) inFlight.track(endSessionsOfLostUser(request, hold.usedBy))
           return await succeed(request, reply, hold, { id: userId, name: mobile, sessionEpoch: firstSessionEpoch })
         }
         // If nobody else has held the code, the mobile was registered before. Otherwise another request may have inserted the row
@@ -84,7 +85,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
       reply.header('idempotent-replayed', 'true')
       return await succeed(request, reply, hold, user)
     } catch (error) {
-      await codes.release(hold, isInsertSent ? 'may_have_written' : 'unused')
+      await codes.release(hold, mayHaveInserted ? 'may_have_written' : 'unused')
       throw error
     }
   }
@@ -115,6 +116,6 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
   async function endSessionsOfLostUser({ log }: NewPasswordRequest, userId: string): Promise<void> {
     await sessions
       .endBefore(userId, firstSessionEpoch + 1)
-      .catch((err) => log.error({ err }, 'the sessions of a lost user could not be ended'))
+      .catch(bugLogger(log, 'the sessions of a lost user could not be ended'))
   }
 }

@@ -1,8 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FaultProxy } from '../../testkit/fault-proxy.js'
 import type { ReplicatedPostgres } from '../../testkit/replicated-postgres.js'
-import type { SeededRandom } from '../../testkit/seeded-random.js'
-import type { Report } from './report.js'
+import type { SeededRandom } from './seeded-random.js'
 import type { ServiceInstance } from './service-instance.js'
 
 /** What the faults happen to. */
@@ -12,20 +11,9 @@ export interface Targets {
   redisProxy: FaultProxy
 }
 
-/** Causes random faults, one after the other, until the given time. Afterwards everything runs again. */
-export async function causeFaults(
-  targets: Targets,
-  { random, report, until }: { random: SeededRandom; report: Report; until: number }
-): Promise<void> {
-  while (Date.now() < until) {
-    await sleep(random.between(200, 1_500))
-    report.count(await causeFault(targets, random, report))
-  }
-}
-
-/** @returns what it has done */
-async function causeFault(targets: Targets, random: SeededRandom, report: Report): Promise<string> {
-  const { instances, postgres, redisProxy } = targets
+/** Causes a random fault, and waits until it has ended. @returns what it was */
+export async function causeFault({ instances, postgres, redisProxy }: Targets, random: SeededRandom): Promise<string> {
+  await sleep(random.between(200, 1_500))
   const instance = random.oneOf(...instances)
   const [store, proxy] = random.oneOf(['Redis', redisProxy] as const, ['Postgres', postgres.address] as const)
   switch (random.oneOf('kill', 'kill', 'pause', 'restart', 'reset', 'reset', 'stall', 'failover')) {
@@ -57,7 +45,6 @@ async function causeFault(targets: Targets, random: SeededRandom, report: Report
         await sleep(random.between(0, 1_000))
       }
       await postgres.failOver()
-      report.onFailover()
       await postgres.addStandby()
       return 'failovers of Postgres'
   }

@@ -4,23 +4,9 @@ const violationsShown = 20
 export class Report {
   private readonly counts = new Map<string, number>()
   readonly violations: string[] = []
-  private failoverAt: number | undefined
-  private longestOutageMs = 0
 
   count(event: string): void {
     this.counts.set(event, (this.counts.get(event) ?? 0) + 1)
-  }
-
-  /** The address of Postgres leads to the new primary. */
-  onFailover(): void {
-    this.failoverAt = performance.now()
-  }
-
-  /** A sign-up has succeeded that has begun at this time, by `performance.now()`. */
-  onSuccess(begunAt: number): void {
-    if (this.failoverAt === undefined || begunAt < this.failoverAt) return
-    this.longestOutageMs = Math.max(this.longestOutageMs, performance.now() - this.failoverAt)
-    this.failoverAt = undefined
   }
 
   violate(violation: string): void {
@@ -28,14 +14,8 @@ export class Report {
   }
 
   print(): void {
-    for (const [event, count] of [...this.counts].sort()) {
-      process.stdout.write(`${`${count}`.padStart(7)}  ${event}\n`)
-    }
-    process.stdout.write(
-      `${`${Math.round(this.longestOutageMs)}`.padStart(7)}  ms at most from a failover to a sign-up\n`
-    )
-    for (const violation of this.violations.slice(0, violationsShown)) {
-      process.stdout.write(`VIOLATION ${violation}\n`)
-    }
+    const lines = [...this.counts].sort().map(([event, count]) => `${`${count}`.padStart(7)}  ${event}\n`)
+    const violations = this.violations.slice(0, violationsShown).map((violation) => `VIOLATION ${violation}\n`)
+    process.stdout.write([...lines, ...violations].join(''))
   }
 }

@@ -1,9 +1,8 @@
 import { verify } from '@node-rs/argon2'
 import type { Reply } from '../../testkit/client.js'
+import type { PrivateStores } from '../../testkit/private-stores.js'
 import { sessionKeyOf } from '../../testkit/testbed.js'
-import { type Attempt, type Client, type History, requestOf } from './history.js'
-import { Protocol } from './protocol.js'
-import type { System } from './system.js'
+import { type Attempt, type Client, type History, Protocol, requestOf } from './protocol.js'
 
 interface Row {
   id: string
@@ -20,23 +19,19 @@ export class Checks {
   readonly violations: string[] = []
 
   constructor(
-    private readonly system: System,
+    private readonly stores: PrivateStores,
     private readonly history: History
   ) {}
 
   /** A code that was presented never lies in Redis again, and one that was not presented still lies there. */
   async checkCode(): Promise<void> {
-    const stored = await this.system.stores.redis.get(`sms_code_${this.history.mobile}`)
+    const stored = await this.stores.redis.get(`sms_code_${this.history.mobile}`)
     const expected = new Protocol(this.history).lying ?? null
     if (stored === expected) return
     this.violations.push(stored === null ? `G4: the code ${expected} is lost` : `G1: the code ${stored} is back`)
   }
 
-  /**
-   * Sends a request once more, and checks its answer. No other request is running.
-   *
-   * @param retry runs the request without a fault
-   */
+  /** Sends a request once more, without a fault and while no other request is running, and checks its answer. */
   async checkRetry(client: Client, retry: () => Promise<void>): Promise<void> {
     const row = await this.readRow()
     const isOwn = row !== undefined && (await verify(row.phc, client.password))
@@ -57,8 +52,7 @@ export class Checks {
   private expectedStatus(client: Client, isRegistered: boolean, isOwn: boolean): number | undefined {
     const protocol = new Protocol(this.history)
     const answer = protocol.answerTo(client)
-    if (answer === 'in progress') return undefined
-    if (answer !== 'held') return answer === 'spent' ? 429 : 422
+    if (answer !== 'held') return { 'in progress': undefined, spent: 429, wrong: 422 }[answer]
     if (client.action === 'sign up') return isOwn || !isRegistered ? 201 : 409
     return isOwn || (isRegistered && protocol.usedFor(client) === undefined) ? 200 : 422
   }
@@ -120,7 +114,7 @@ export class Checks {
     else if (!(await verify(row.phc, writer.password))) violations.push(`G3: the password of ${writer.name} is lost`)
     const isLive = await this.hasSession(reply, userId)
     if (session && resets.length === 0 && !isLive) violations.push(`G3: ${client.name} has no session`)
-    const isReset = resets.some(({ attempt }) => this.successes().includes(attempt))
+    const isReset = resets.some(({ attempt }) => isSuccess(attempt))
     if (isReset && isLive) violations.push(`G9: the session of ${client.name} lives after a later reset`)
   }
 
@@ -129,10 +123,8 @@ export class Checks {
   }
 
   private async readRow(): Promise<Row | undefined> {
-    const { rows } = await this.system.stores.postgres.query<Row>(
-      'SELECT id, password_hash AS phc FROM users WHERE mobile = $1',
-      [this.history.mobile]
-    )
+    const select = 'SELECT id, password_hash AS phc FROM users WHERE mobile = $1'
+    const { rows } = await this.stores.postgres.query<Row>(select, [this.history.mobile])
     if (rows.length > 1) this.violations.push(`G2: the mobile has ${rows.length} rows`)
     return rows[0]
   }
@@ -140,7 +132,7 @@ export class Checks {
   /** Whether the session of a reply is stored and has a current epoch. */
   private async hasSession({ cookies }: Reply, userId: string): Promise<boolean> {
     const sessionKey = sessionKeyOf(`sid=${cookies[0]?.value}`)
-    const [stored, epoch] = await this.system.stores.redis.mget(sessionKey, `{sessions_of:${userId}}:epoch`)
+    const [stored, epoch] = await this.stores.redis.mget(sessionKey, `{sessions_of:${userId}}:epoch`)
     if (!stored) return false
     const session = JSON.parse(stored)
     return session.user_id === userId && Number(session.epoch) >= Number(epoch ?? 0)

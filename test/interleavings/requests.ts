@@ -5,7 +5,7 @@ import type { FastifyInstance } from 'fastify'
 import type { RedisStore } from '#src/stores/redis.js'
 import { StoreUnavailable } from '#src/stores/store-unavailable.js'
 import type { Reply } from '../../testkit/client.js'
-import type { Attempt, Client } from './history.js'
+import type { Attempt, Client } from './protocol.js'
 
 /**
  * What may happen to a round trip. After a lost reply or request the service has waited for its timeout. A late request is
@@ -45,7 +45,7 @@ const timeout = () => new StoreUnavailable('redis', new Error('Command timed out
 /** The passes of the event loop after which a request that does not wait for a step has ended. */
 const passes = 6
 
-type RedisClient = Parameters<Parameters<RedisStore['run']>[0]>[0]
+export type RedisClient = Parameters<Parameters<RedisStore['run']>[0]>[0]
 
 /** Stops the requests of an application before each step. The caller decides when a step goes on, and how it ends. */
 export class Requests {
@@ -55,9 +55,9 @@ export class Requests {
 
   constructor(app: FastifyInstance, redis: RedisClient) {
     const { redis: store, postgres, passwords } = app.mobileSignup
-    const { run: withRedis } = store
+    const { run } = store
+    store.run = (commands) => this.stop(nameOf(commands, redis), () => run(commands))
     const { query } = postgres
-    store.run = (run) => this.stop(this.nameOf(run, redis), () => withRedis(run))
     Object.assign(postgres, {
       query: (...args: Parameters<typeof query>) => {
         const { name } = args[0]
@@ -78,21 +78,16 @@ export class Requests {
     const fault = client.sent.length === 0 ? client.firstAttempt : undefined
     const attempt: Attempt = { client, fault, steps: [], isDead: false }
     client.sent.push(attempt)
-    this.current.run(attempt, () => {
-      send().then((reply) => {
-        this.events++
-        if (!attempt.isDead) attempt.reply = reply
-      })
+    this.current.run(attempt, async () => {
+      const reply = await send()
+      this.events++
+      if (!attempt.isDead) attempt.reply = reply
     })
     await this.settle()
     return attempt
   }
 
-  /**
-   * Ends a step of a request.
-   *
-   * @returns the steps that the store may still run
-   */
+  /** Ends a step of a request. @returns the steps that the store may still run */
   async end(attempt: Attempt, step: Step, ending: Ending): Promise<readonly Step[]> {
     const { steps } = attempt
     attempt.isDead = ending.startsWith('the process dies')
@@ -135,23 +130,21 @@ export class Requests {
       attempt.steps = [...attempt.steps, { name, perform, answer: () => resolve(result), fail: reject }]
     })
   }
-
-  /** Returns the name of the first command that `run` sends: it gets a client that sends nothing, and never answers. */
-  private nameOf(run: (redis: RedisClient) => Promise<unknown>, redis: RedisClient): string {
-    let name = ''
-    const get = (_: unknown, command: string | symbol) => {
-      return (...args: unknown[]) => {
-        name ||= stepName(String(command), args)
-        return new Promise(() => undefined)
-      }
-    }
-    run(new Proxy<RedisClient>(redis, { get }))
-    return name
-  }
 }
 
-/** Returns for example `holdCode`, `release used` or `set session`. */
-function stepName(command: string, args: readonly unknown[]): string {
-  if (command === 'releaseCode') return `release ${args.at(-2)}`
-  return String(args[0]).startsWith('session:') ? `${command} session` : command
+/**
+ * Returns the name of the first command that `commands` sends, for example `holdCode`, `release used` or `set session`: it gets a
+ * client that sends nothing, and never answers.
+ */
+function nameOf(commands: (redis: RedisClient) => Promise<unknown>, redis: RedisClient): string {
+  let name = ''
+  const get = (_: unknown, command: string | symbol) => {
+    return (...args: unknown[]) => {
+      const plain = String(args[0]).startsWith('session:') ? `${String(command)} session` : String(command)
+      name ||= command === 'releaseCode' ? `release ${args.at(-2)}` : plain
+      return new Promise(() => undefined)
+    }
+  }
+  commands(new Proxy<RedisClient>(redis, { get }))
+  return name
 }

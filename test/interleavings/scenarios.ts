@@ -31,15 +31,10 @@ export interface Scenario {
 const ann = { password: 'a password of Ann', address: '192.0.2.1' }
 const bob = { password: 'a password of Bob', address: '192.0.2.2' }
 
-type Details = Pick<Partial<ClientSpec>, 'presents' | 'firstAttempt'>
-
-function signUp(name: string, person: typeof ann, attempts: number, details?: Details): ClientSpec {
+const signUp = (name: string, person: typeof ann, attempts: number, details?: Partial<ClientSpec>): ClientSpec => {
   return { name, action: 'sign up', ...person, attempts, presents: 'the code', ...details }
 }
-
-function reset(name: string, person: typeof ann, attempts: number, details?: Details): ClientSpec {
-  return { ...signUp(name, person, attempts, details), action: 'reset' }
-}
+const reset = (...args: Parameters<typeof signUp>): ClientSpec => ({ ...signUp(...args), action: 'reset' })
 
 const wrong = { presents: 'a wrong code' } as const
 const newer = { presents: 'the new code' } as const
@@ -48,11 +43,14 @@ const stale = { firstAttempt: 'reads from a former primary' } as const
 
 const twoSignUps = [signUp('A', ann, 2), signUp('B', bob, 1)]
 const twoSlowSignUps = [signUp('A', ann, 1), signUp('B', bob, 1)]
+const twoRetries = [signUp('A1', ann, 2), signUp('A2', ann, 2)]
+const twoResets = [reset('A', ann, 2), reset('B', bob, 1)]
+const newCode = ['a new code is sent'] as const
 const withdrawal = ['a code is issued', 'that code is withdrawn'] as const
 
 export const scenarios = {
   'one client that retries': { clients: [signUp('A', ann, 3)] },
-  'two requests with one password': { clients: [signUp('A1', ann, 2), signUp('A2', ann, 2)] },
+  'two requests with one password': { clients: twoRetries },
   'two slow requests with one password': { clients: [signUp('A1', ann, 1), signUp('A2', ann, 1)], isSlow: true },
   'two requests, one with a failed hash': { clients: [signUp('A1', ann, 2, failing), signUp('A2', ann, 2)] },
   'a repeat that reads from a former primary': { clients: [signUp('A1', ann, 2), signUp('A2', ann, 2, stale)] },
@@ -62,18 +60,12 @@ export const scenarios = {
   'two sign-ups of a registered mobile': { clients: twoSignUps, isRegistered: true },
   'a sign-up and a wrong guess': { clients: [signUp('A', ann, 2), signUp('guesser', bob, 1, wrong)] },
   'one wrong code left': { clients: [signUp('guess', bob, 1, wrong), signUp('right', bob, 1)], guesses: 1 },
-  'two resets': { clients: [reset('A', ann, 2), reset('B', bob, 1)], isRegistered: true },
+  'two resets': { clients: twoResets, isRegistered: true },
   'two slow resets': { clients: [reset('A', ann, 1), reset('B', bob, 1)], isRegistered: true, isSlow: true },
-  'two resets, one reads from a former primary': {
-    clients: [reset('A', ann, 2), reset('B', bob, 1, stale)],
-    isRegistered: true
-  },
+  'two resets, one with a stale read': { clients: [reset('A', ann, 2), reset('B', bob, 1, stale)], isRegistered: true },
   'a sign-up and a reset with one code': { clients: [signUp('A', ann, 2), reset('R', bob, 1)] },
-  'a sign-up and a new code': { clients: [signUp('A', ann, 3)], events: ['a new code is sent'] },
-  'two sign-ups, one with a new code': {
-    clients: [signUp('A', ann, 1), signUp('N', bob, 2, newer)],
-    events: ['a new code is sent']
-  },
+  'a sign-up and a new code': { clients: [signUp('A', ann, 3)], events: newCode },
+  'two sign-ups, one with a new code': { clients: [signUp('A', ann, 1), signUp('N', bob, 2, newer)], events: newCode },
   'a sign-up and a withdrawn code': { clients: [signUp('A', ann, 3)], events: withdrawal },
   'a failed hash and a withdrawn code': { clients: [signUp('A', ann, 2, failing)], events: withdrawal },
   'a sign-up and the end of the code': {

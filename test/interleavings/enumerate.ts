@@ -1,7 +1,4 @@
-/** Returns which of so many options a run takes, from 0. Option 0 is the usual one. */
-export type Choose = (options: number) => number
-
-/** An option that was taken, and how many options there were. */
+/** An option that a run has taken, from 0, and how many there were. Option 0 is the usual one. */
 interface Choice {
   option: number
   options: number
@@ -15,7 +12,10 @@ interface Choice {
  * @returns the number of runs
  * @throws if the options differ when a choice is repeated: then the search would skip orders, or repeat them
  */
-export async function enumerate(deviations: number, run: (choose: Choose) => Promise<boolean>): Promise<number> {
+export async function enumerate(
+  deviations: number,
+  run: (choose: (options: number) => number) => Promise<boolean>
+): Promise<number> {
   let runs = 0
   for (let given: readonly Choice[] | undefined = []; given !== undefined; runs++) {
     const repeated: readonly Choice[] = given
@@ -23,9 +23,8 @@ export async function enumerate(deviations: number, run: (choose: Choose) => Pro
     const isOver = await run((options) => {
       const former = repeated[made.length]
       if (former && former.options !== options) throw new Error(`${former.options} options have become ${options}`)
-      const option = former?.option ?? 0
-      made.push({ option, options })
-      return option
+      made.push({ option: former?.option ?? 0, options })
+      return former?.option ?? 0
     })
     given = isOver ? undefined : next(made, deviations)
   }

@@ -1,17 +1,32 @@
 import { randomInt, randomUUID } from 'node:crypto'
+import { buildApp } from '#src/app.js'
+import { loadConfig } from '#src/config/config.js'
 import { client as apiClient } from '../../testkit/client.js'
+import type { PrivateStores } from '../../testkit/private-stores.js'
+import { claimKey, patient, wideGuessLimits } from '../../testkit/testbed.js'
+import { type Bug, editClaim } from './bugs.js'
 import { Checks } from './checks.js'
-import type { Choose } from './choices.js'
-import { type Attempt, type Client, codes, type History } from './history.js'
-import { Protocol } from './protocol.js'
-import { type Ending, endings, hasRun, type Step } from './requests.js'
+import { type Attempt, type Client, codes, type History, Protocol } from './protocol.js'
+import { cheapHash, type Ending, endings, hasRun, Requests, type Step } from './requests.js'
 import type { Scenario, ScenarioEvent } from './scenarios.js'
-import type { System } from './system.js'
 
-/** Longer than the clock of a run moves: the end of a code is an event of its own. */
-const codeLifeSeconds = 86_400
+/** Longer than a run. The end of a code is an event of its own. */
+const codeLifeSeconds = 3_600
 
 const [, ...faults] = endings
+
+export type System = Awaited<ReturnType<typeof startSystem>>
+
+/** Starts the service on real stores. Its requests go step by step. */
+export async function startSystem(stores: PrivateStores, { guesses }: Scenario, bug?: Bug) {
+  const guessLimit = guesses !== undefined && { SMS_CODE_ATTEMPTS: `${guesses}` }
+  const settings = { ...stores.environment, ...patient, ...wideGuessLimits, ...guessLimit, DOCS: 'false' }
+  const app = await buildApp(loadConfig(settings), { logStream: { write: () => undefined } })
+  const redis = await app.mobileSignup.redis.run((client) => Promise.resolve(client))
+  const requests = new Requests(app, redis)
+  bug?.plant(app.mobileSignup, redis)
+  return { app, stores, requests }
+}
 
 interface Option {
   text: string
@@ -28,8 +43,8 @@ let nextMobile = 13_000_000_000 + randomInt(1_000_000_000)
 export class Run {
   private readonly history: History
   private readonly checks: Checks
-  /** Requests that a store may still run. */
-  private readonly late: { attempt: Attempt; step: Step }[] = []
+  /** What a store may still run. */
+  private late: { attempt: Attempt; step: Step }[] = []
   /** How many events of the scenario have happened. */
   private events = 0
   private issuedCode = ''
@@ -41,30 +56,33 @@ export class Run {
   constructor(
     private readonly system: System,
     private readonly scenario: Scenario,
-    private readonly chooseOption: Choose
+    private readonly chooseOption: (options: number) => number
   ) {
     const clients = scenario.clients.map((spec) => ({ ...spec, sent: [] }))
     this.history = { mobile: `${nextMobile++}`, clients, guesses: scenario.guesses ?? 5, entries: [] }
-    this.checks = new Checks(system, this.history)
+    this.checks = new Checks(system.stores, this.history)
   }
 
   /** @returns the violations */
   async play(): Promise<readonly string[]> {
-    await this.system.resetClock()
-    if (this.scenario.isRegistered) await this.system.register(this.history.mobile)
+    const { scenario, checks } = this
+    const { mobile, clients } = this.history
+    if (scenario.isRegistered) {
+      const insert = 'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)'
+      await this.system.stores.postgres.query(insert, [mobile, cheapHash('a former password')])
+    }
     await this.happen('the code is sent')
     while ((await this.choose(this.options())) !== end);
     // A request that waits for something else than a step would end the run before its orders have been tried.
-    const attempts = this.history.clients.flatMap(({ sent }) => sent)
-    const unfinished = attempts.find(({ isDead, reply }) => !isDead && reply === undefined)
+    const unfinished = clients.flatMap(({ sent }) => sent).find(({ isDead, reply }) => !isDead && reply === undefined)
     if (unfinished) throw new Error(`a request of ${unfinished.client.name} has neither step nor reply`)
-    await this.checks.checkCode()
+    await checks.checkCode()
     const mayHoldCode = this.late.length > 0
     await this.retryAll()
     // A late request may have held the code while the clients retried.
     if (mayHoldCode) await this.retryAll()
-    await this.checks.checkEnd()
-    return this.checks.violations
+    await checks.checkEnd()
+    return checks.violations
   }
 
   /**
@@ -104,7 +122,7 @@ export class Run {
     const { lastClient } = this
     const { clients } = this.history
     const byTurn = lastClient ? [lastClient, ...clients.filter((client) => client !== lastClient)] : clients
-    const usual = byTurn.flatMap((client) => this.usualOption(client) ?? [])
+    const usual = byTurn.flatMap((client) => this.usualOption(client))
     const others = byTurn.flatMap((client) => this.otherOptions(client))
     const [event, late] = [this.eventOptions(), this.lateOptions()]
     const lease = { text: 'the lease passes', perform: () => this.passLease() }
@@ -115,20 +133,20 @@ export class Run {
   }
 
   /** Returns what a client does next if nothing goes wrong. */
-  private usualOption(sender: Client): Option | undefined {
+  private usualOption(sender: Client): Option[] {
     const attempt = sender.sent.at(-1)
     const [step] = attempt?.steps ?? []
-    if (attempt && step) return this.stepOption(attempt, step, 'done')
+    if (attempt && step) return [this.stepOption(attempt, step, 'done')]
     // It sends its request again after a 5xx, or if the process has died with it.
     const isAnswered = attempt && !attempt.isDead && (attempt.reply?.statusCode ?? 0) < 500
     const hasCode = sender.presents !== 'the new code' || this.events > 0
-    if (isAnswered || sender.sent.length === sender.attempts || !hasCode) return undefined
+    if (isAnswered || sender.sent.length === sender.attempts || !hasCode) return []
     const perform = async () => {
       if (this.scenario.isSlow) await this.passLease()
       await this.arrive(sender)
     }
     const fault = attempt ? undefined : sender.firstAttempt
-    return { text: `${sender.name}: the request arrives${fault ? `, and ${fault}` : ''}`, sender, perform }
+    return [{ text: `${sender.name}: the request arrives${fault ? `, and ${fault}` : ''}`, sender, perform }]
   }
 
   /** Round trips that a request has sent together may run in any order, and the next one may fail. */
@@ -149,7 +167,7 @@ export class Run {
     return this.late.map((lateStep) => {
       const { attempt, step } = lateStep
       const perform = async () => {
-        this.late.splice(this.late.indexOf(lateStep), 1)
+        this.late = this.late.filter((other) => other !== lateStep)
         this.history.entries.push({ kind: 'round trip', attempt, name: step.name })
         await step.perform()
       }
@@ -170,12 +188,11 @@ export class Run {
   private async happen(event: ScenarioEvent | 'the code is sent'): Promise<void> {
     const { app, stores } = this.system
     const { mobile, entries } = this.history
-    const key = `sms_code_${mobile}`
     let code: string | undefined
     if (event === 'the code is sent') code = codes['the code']
     if (event === 'a new code is sent') code = codes['the new code']
-    if (code !== undefined) await stores.redis.set(key, code, 'EX', codeLifeSeconds)
-    if (event === 'the code expires') await stores.redis.del(key)
+    if (code !== undefined) await stores.redis.set(`sms_code_${mobile}`, code, 'EX', codeLifeSeconds)
+    if (event === 'the code expires') await stores.redis.del(`sms_code_${mobile}`)
     if (event === 'a code is issued') {
       code = (await app.mobileSignup.codes.issue(mobile, undefined, { id: randomUUID(), network: '192.0.2.9' })).code
       this.issuedCode = code
@@ -184,9 +201,11 @@ export class Run {
     entries.push({ kind: 'code', code })
   }
 
+  /** Moves the end of the lease into the past, so that nobody waits for it. */
   private async passLease(): Promise<void> {
-    await this.system.passLease()
-    this.history.entries.push({ kind: 'the lease passes' })
+    const { mobile, entries } = this.history
+    await editClaim(this.system.stores.redis, claimKey(mobile), ({ until }) => ({ until: Math.min(until, 1) }))
+    entries.push({ kind: 'the lease passes' })
   }
 
   private async arrive(sender: Client): Promise<Attempt> {

@@ -18,10 +18,10 @@ import { patient } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 /*
- * npm start: dev/start.ts, in folders of their own.
+ * npm start (dev/start.ts), in folders of its own, and the command of the package, mobile-signup.
  */
 
-const command = [
+const npmStart = [
   `--import=${import.meta.resolve('tsx/esm')}`,
   fileURLToPath(new URL('../dev/start.ts', import.meta.url))
 ]
@@ -44,7 +44,7 @@ async function createInitializedFolder(t: Test): Promise<string> {
 
 /** Runs `npm start` as in this folder, where private stores keep their data. */
 function start(t: Test, folder: string, env: Environment = {}): ServerProcess {
-  const service = ServerProcess.start(command, {
+  const service = ServerProcess.start(npmStart, {
     env: { ...patient, ...env },
     cwd: folder,
     announcement: /Sign up at (http:\S+)\//
@@ -82,74 +82,73 @@ async function refusesConnections(port: number): Promise<boolean> {
 /** Returns the counter in the id of a printed reply. */
 const counterOf = (reply: string) => BigInt(/"user_id":"(\d+)"/.exec(reply)?.[1] ?? -1) & 4_194_303n
 
+const signedUp = /^HTTP\/1.1 201 /
+
 /** Fails if a store of the folder runs. */
 async function assertNoStore(t: Test, folder: string): Promise<void> {
   const { stdout } = await promisify(execFile)('ps', ['-eo', 'args'])
   t.notMatch(stdout, folder, 'no store is left')
 }
 
-t.test('without store URLs the service runs on private stores, whose data survives restarts and kills', async (t) => {
+t.test('npm start runs the service on private stores, whose data survives restarts and kills', async (t) => {
   const folder = await createFolder(t)
+  const mobile = '13812345678'
+
+  const interrupted = start(t, folder)
+  await until('Postgres is being initialized', () => existsSync(join(folder, '.data/postgres.unfinished')))
+  // Under npm a Ctrl-C arrives twice. Two of the same signal could arrive as one.
+  interrupted.kill('SIGINT')
+  interrupted.kill('SIGTERM')
+  t.strictSame(await interrupted.exit, [0, null], 'a Ctrl-C ends a first start')
+  t.equal(interrupted.stderr, '')
+  await assertNoStore(t, folder)
 
   const first = start(t, folder)
+  const url = await first.url()
   const firstReply = await runPrintedCommand(first)
-  t.match(firstReply, /^HTTP\/1.1 201 /, 'the printed command signs up')
-  const firstPorts = await storePorts(folder)
-  first.kill('SIGTERM')
-  t.strictSame(await first.exit, [0, null], 'SIGTERM ends it with exit code 0')
-  for (const port of firstPorts) t.ok(await refusesConnections(port), 'the stores end with the service')
-
-  const second = start(t, folder)
-  const nextCounter = (counterOf(firstReply) + 1n) & 4_194_303n
-  t.equal(counterOf(await runPrintedCommand(second)), nextCounter, 'the first user still exists')
-  const secondPorts = await storePorts(folder)
-  second.kill('SIGKILL')
-  await second.exit
-  for (const port of secondPorts) await until(`port ${port} is closed`, () => refusesConnections(port))
-
-  const third = start(t, folder)
-  t.match(await runPrintedCommand(third), /^HTTP\/1.1 201 /, 'a start after a kill works')
+  t.match(firstReply, signedUp, 'the printed command signs up')
+  t.match(await (await fetch(url)).text(), '<title>', 'the sign-up page is at /')
+  t.equal((await client(url).sendCode(mobile)).statusCode, 202)
+  const [, code = ''] = await first.waitFor(/SMS code.*"138\*{4}5678".*"(\d{6})"/)
+  const body = { mobile, sms_code: code, password: 'correct horse', password2: 'correct horse' }
+  t.equal((await client(url).signUp(body)).statusCode, 201, 'the code is in the log')
 
   const rival = start(t, folder)
   t.strictSame(await rival.exit, [1, null], 'a second service in the same folder does not start')
   t.match(rival.stderr, /^mobile-signup: the private Postgres did not start: .*postmaster\.pid.*\n$/)
-  t.match(await runPrintedCommand(third), /^HTTP\/1.1 201 /, 'the running service is not disturbed')
+  t.equal((await client(url).logIn({ mobile, password: body.password })).statusCode, 201, 'it disturbs nobody')
 
-  // Ctrl-C arrives twice: npm passes it on. Two of the same signal could arrive as one.
-  third.kill('SIGINT')
-  third.kill('SIGTERM')
-  t.strictSame(await third.exit, [0, null], 'one Ctrl-C ends it with exit code 0')
-  await assertNoStore(t, folder)
-})
-
-t.test('the sign-up page is at /, and the codes are in the log unless there is a webhook', async (t) => {
-  const folder = await createInitializedFolder(t)
-  const mobile = '13812345678'
-
-  const service = start(t, folder)
-  const url = await service.url()
-  t.match(await (await fetch(url)).text(), '<title>')
-  t.equal((await client(url).sendCode(mobile)).statusCode, 202)
-  const [, code = ''] = await service.waitFor(/SMS code.*"138\*{4}5678".*"(\d{6})"/)
-  const body = { mobile, sms_code: code, password: 'correct horse', password2: 'correct horse' }
-  t.equal((await client(url).signUp(body)).statusCode, 201)
-  t.equal(await service.stop(), 0)
+  const ports = await storePorts(folder)
+  first.kill('SIGKILL')
+  await first.exit
+  for (const port of ports) await until(`port ${port} is closed`, () => refusesConnections(port))
 
   const webhook = await startWebhook(t)
-  const withWebhook = start(t, folder, { SMS_WEBHOOK_URL: webhook.url, SMS_RESEND_S: '0' })
-  t.equal((await client(await withWebhook.url()).sendCode(mobile)).statusCode, 202)
-  t.equal(webhook.received.length, 1)
-  t.equal(await withWebhook.stop(), 0)
-  t.notMatch(withWebhook.stdout, 'SMS code {')
+  const second = start(t, folder, { SMS_WEBHOOK_URL: webhook.url, SMS_RESEND_S: '0' })
+  // The printed command has used one id, and the person above another.
+  t.equal(counterOf(await runPrintedCommand(second)), (counterOf(firstReply) + 2n) & 4_194_303n, 'both users exist')
+  t.equal((await client(await second.url()).sendCode('13912345678')).statusCode, 202)
+  t.equal(webhook.received.length, 1, 'codes go to the webhook')
+  t.notMatch(second.stdout, 'SMS code {')
+
+  const postgres = postmasterPid(postgresData(folder))
+  process.kill(postgres, 'SIGSTOP')
+  second.kill('SIGTERM')
+  const { port } = new URL(await second.url())
+  await until('the service is closed', () => refusesConnections(Number(port)))
+  t.notOk(second.hasExited, 'it waits for its stores')
+  await until('a later signal ends it', () => {
+    second.kill('SIGTERM')
+    return second.hasExited
+  })
+  t.strictSame(await second.exit, [1, null])
+  process.kill(postgres, 'SIGCONT')
+  await until('Postgres has ended', () => !existsSync(join(postgresData(folder), 'postmaster.pid')))
 })
 
-t.test('with a store URL, or in production, it is the service alone', async (t) => {
+t.test('with a store URL, or in production, npm start is the service alone', async (t) => {
   const folder = await createFolder(t)
-  for (const env of [
-    { DATABASE_URL: 'postgresql://127.0.0.1:1/postgres' },
-    { REDIS_URL: 'redis://127.0.0.1:1' },
-    { NODE_ENV: 'production' }
-  ]) {
+  for (const env of [{ DATABASE_URL: 'postgresql://127.0.0.1:1/postgres' }, { NODE_ENV: 'production' }]) {
     const service = start(t, folder, env)
     t.strictSame(await service.exit, [1, null])
     t.match(service.stderr, /^mobile-signup: invalid environment:\n {2}(DATABASE_URL|REDIS_URL).*: unset/)
@@ -157,7 +156,7 @@ t.test('with a store URL, or in production, it is the service alone', async (t) 
   t.notOk(existsSync(join(folder, '.data')))
 })
 
-t.test('a start that fails prints one line that says what to do, and leaves no store behind', async (t) => {
+t.test('an npm start that fails prints one line that says what to do, and leaves no store behind', async (t) => {
   const file = await createFolder(t)
   await writeFile(join(file, '.data'), 'a file')
   const withoutFolder = start(t, file)
@@ -172,36 +171,15 @@ t.test('a start that fails prints one line that says what to do, and leaves no s
   await assertNoStore(t, folder)
 })
 
-t.test('SIGTERM during a first start ends the private stores, too, whatever has been started', async (t) => {
-  for (const file of ['secret', 'postgres.unfinished', 'postgres.log', 'redis.log']) {
-    const folder = await createFolder(t)
-    const service = start(t, folder)
-    await until(`${file} exists`, () => existsSync(join(folder, '.data', file)))
-    service.kill('SIGTERM')
-    t.strictSame(await service.exit, [0, null], file)
-    t.equal(service.stderr, '')
-    await assertNoStore(t, folder)
-    if (file.endsWith('.log')) continue
-    const next = start(t, folder)
-    t.match(await runPrintedCommand(next), /^HTTP\/1.1 201 /, 'the next start works')
-    t.equal(await next.stop(), 0)
+t.test('mobile-signup starts the service, migrates, and says what each command needs', async (t) => {
+  const file = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
+  const run = (...args: string[]) => promisify(execFile)(process.execPath, [file, ...args], { env: {} })
+  const { stdout } = await run('migrate', '--help')
+  for (const text of ['mobile-signup migrate', 'DATABASE_URL', 'TRUST_PROXY']) t.match(stdout, text)
+  for (const args of [['unknown'], ['migrate', 'unknown']]) {
+    await t.rejects(run(...args), { code: 1, stdout: '', stderr: /^usage:/ })
   }
-})
-
-t.test('a second signal does not wait for the stores', async (t) => {
-  const folder = await createInitializedFolder(t)
-  const service = start(t, folder)
-  const port = new URL(await service.url()).port
-  const postgres = postmasterPid(postgresData(folder))
-  process.kill(postgres, 'SIGSTOP')
-  service.kill('SIGTERM')
-  await until('the service is closed', () => refusesConnections(Number(port)))
-  t.notOk(service.hasExited)
-  await until('a later signal ends it', () => {
-    service.kill('SIGTERM')
-    return service.hasExited
-  })
-  t.strictSame(await service.exit, [1, null])
-  process.kill(postgres, 'SIGCONT')
-  await until('Postgres has ended', () => !existsSync(join(postgresData(folder), 'postmaster.pid')))
+  await t.rejects(run('migrate'), { code: 1, stderr: /^migrate: invalid environment:/ })
+  const unset = /^mobile-signup: invalid environment:\n {2}DATABASE_URL, REDIS_URL: unset/
+  await t.rejects(run(), { code: 1, stderr: unset })
 })

@@ -1,10 +1,6 @@
 /** Random numbers that a seed determines (mulberry32). */
 export class SeededRandom {
-  private state: number
-
-  constructor(seed: number) {
-    this.state = seed | 0
-  }
+  constructor(private state: number) {}
 
   /** Returns a number from 0 to less than 1. */
   next(): number {
