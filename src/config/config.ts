@@ -26,6 +26,9 @@ export type Config = Readonly<ReturnType<typeof readVariables>> & {
   readonly production: boolean
 }
 
+/** The greatest cost of an argon2 hash that a login verifies. More would take the memory of the instance, or a thread for seconds. */
+export const argon2Max = { memoryKib: 262_144, passes: 10 }
+
 /** The longest password, in code points. It bounds the work of one request; NIST SP 800-63B asks for at least 64. */
 export const passwordMax = 128
 
@@ -122,6 +125,18 @@ export function readVariables(read: Read, production: boolean) {
       undefined,
       'Signs requests to [the webhook](#the-sms-webhook).'
     ),
+    eventsWebhookUrl: read<string | undefined>(
+      'EVENTS_WEBHOOK_URL',
+      url('https:', 'http:'),
+      undefined,
+      'Receives [events](#events) of users. Unset: none are written.'
+    ),
+    eventsWebhookSecret: read<string | undefined>(
+      'EVENTS_WEBHOOK_SECRET',
+      anyText,
+      undefined,
+      'Signs requests to that webhook.'
+    ),
     smsCodeTtlS: read(
       'SMS_CODE_TTL_S',
       integer(1, production ? productionCodeTtlMaxS : day),
@@ -145,11 +160,11 @@ export function readVariables(read: Read, production: boolean) {
     loginIpHourlyMax: limit('LOGIN_IP_HOURLY_MAX', 100, 'Failed logins from a network.'),
     hashMemoryKib: read(
       'HASH_MEMORY_KIB',
-      integer(8, 4_194_304),
+      integer(8, argon2Max.memoryKib),
       12_288,
       "Memory of a hash. Production refuses settings weaker than [OWASP's list](https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html)."
     ),
-    hashPasses: read('HASH_PASSES', integer(1, 1_000), 3, 'Passes over that memory.'),
+    hashPasses: read('HASH_PASSES', integer(1, argon2Max.passes), 3, 'Passes over that memory.'),
     ...readThreads(read),
     hashMaxWaitMs: read(
       'HASH_MAX_WAIT_MS',

@@ -1,11 +1,11 @@
 import { randomUUID } from 'node:crypto'
 import type { Writable } from 'node:stream'
-import { hash, verify } from '@node-rs/argon2'
+import { hash, verify as verifyArgon2 } from '@node-rs/argon2'
 import type { FastifyInstance } from 'fastify'
 import type { Config } from '../config/config.js'
 import type { Observer } from '../telemetry/observer.js'
 import { HashQueue } from './hash-queue.js'
-import { isVerifiable } from './stored-hash.js'
+import { verifierOf } from './stored-hash.js'
 
 /** @throws if no password can be hashed with the configured parameters */
 export async function createPasswords(
@@ -57,15 +57,22 @@ export async function createPasswords(
     hash: (password: string, client?: Writable) =>
       queue.run(() => hash(password.normalize('NFKC'), parameters), client),
     /**
-     * Verifies a password against a stored hash, in the same queue as the hashes.
+     * Verifies a password against a stored hash, in the same queue as the hashes: as typed, which is what other systems have hashed,
+     * then its NFKC form.
      *
-     * @param storedHash undefined for an unknown user. Without one that {@link isVerifiable}, the answer is false and takes as long
-     * as for any other.
+     * @param storedHash undefined for an unknown user. Without a verifier for it, the answer is false and takes as long as for a hash
+     * of this service.
      */
     async verify(storedHash: string | undefined, password: string, client: Writable): Promise<boolean> {
-      const phc = storedHash !== undefined && isVerifiable(storedHash) ? storedHash : undefined
-      const matches = await queue.run(() => verify(phc ?? decoyPhc, password.normalize('NFKC')), client)
-      return matches && phc !== undefined
+      const verifier = storedHash === undefined ? undefined : verifierOf(storedHash)
+      async function matches(): Promise<boolean> {
+        for (const candidate of new Set([password, password.normalize('NFKC')])) {
+          if (verifier === undefined) await verifyArgon2(decoyPhc, candidate)
+          else if (await verifier(candidate)) return true
+        }
+        return false
+      }
+      return queue.run(matches, client)
     },
     /** The number of passwords that wait for a thread. */
     get queueLength() {

@@ -4,14 +4,11 @@ import { passwordMax } from '../config/config.js'
 import { requiredText } from '../http/schemas.js'
 import type { OutcomeName } from '../outcomes.js'
 
-/** A password in a body. Its length is an outcome of its own and counts code points, so the schema has no bounds. */
-export const passwordField = Type.String({ ...requiredText, examples: ['correct horse'] })
-
 /**
- * A new password. NFKC is not stable for code points that are unassigned in the Unicode of this Node.js: under a later one the
+ * A new password. Its length is an outcome of its own and counts code points, so the schema has no bounds. NFKC is not stable for code points that are unassigned in the Unicode of this Node.js: under a later one the
  * same password would have another hash. So they are malformed, like half of a surrogate pair (RFC 8264, section 9.10).
  */
-export const newPasswordField = Type.String({ ...passwordField, pattern: '^\\P{Cn}*$' })
+export const newPasswordField = Type.String({ ...requiredText, examples: ['correct horse'], pattern: '^\\P{Cn}*$' })
 
 /**
  * The 49,233 common passwords of @zxcvbn-ts/language-common, from published breaches, in lower case. Those shorter than 8

@@ -1,5 +1,5 @@
 import type { FastifyBaseLogger } from 'fastify'
-import { isVerifiable } from '../passwords/stored-hash.js'
+import { verifierOf } from '../passwords/stored-hash.js'
 import type { NamedStatement, Postgres } from '../stores/postgres.js'
 
 export interface User {
@@ -12,11 +12,27 @@ export interface User {
   sessionEpoch: number
 }
 
-export const insertUser: NamedStatement = {
-  name: 'insert_user',
-  text: `INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2)
-         ON CONFLICT (mobile) DO NOTHING RETURNING id`
+/**
+ * Returns a statement that changes a user. With events, it also writes one to the outbox (events/), in the same round trip: the event is
+ * there if and only if the change is.
+ */
+function change(name: string, text: string, event: string, hasEvents: boolean): NamedStatement {
+  const columns = 'id, name, session_epoch AS "sessionEpoch"'
+  if (!hasEvents) return { name, text: `${text} RETURNING ${columns}` }
+  const outbox = `INSERT INTO user_events (user_id, type, mobile, name) SELECT id, '${event}', mobile, name FROM changed`
+  return {
+    name,
+    text: `WITH changed AS (${text} RETURNING id, name, mobile, session_epoch), event AS (${outbox}) SELECT ${columns} FROM changed`
+  }
 }
+
+export const insertUser = (hasEvents: boolean) =>
+  change(
+    'insert_user',
+    'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2) ON CONFLICT (mobile) DO NOTHING',
+    'user.registered',
+    hasEvents
+  )
 
 const findUser: NamedStatement = {
   name: 'find_user',
@@ -30,12 +46,6 @@ const findUser: NamedStatement = {
  */
 export const nextEpoch = 'GREATEST(session_epoch + 1, floor(extract(epoch FROM now()) - 1704067200)::int)'
 
-const setPassword: NamedStatement = {
-  name: 'set_password',
-  text: `UPDATE users SET password_hash = $2, session_epoch = ${nextEpoch} WHERE mobile = $1
-         RETURNING id, name, session_epoch AS "sessionEpoch"`
-}
-
 const replaceHash: NamedStatement = {
   name: 'replace_hash',
   text: 'UPDATE users SET password_hash = $3 WHERE mobile = $1 AND password_hash = $2'
@@ -48,7 +58,12 @@ const beginSessionEpoch: NamedStatement = {
 }
 
 /** The users table. A hash that matches no password is logged once for a user, and for at most 10,000. */
-export function createUsers(postgres: Postgres, log: FastifyBaseLogger) {
+export function createUsers(postgres: Postgres, log: FastifyBaseLogger, hasEvents: boolean) {
+  const insert = insertUser(hasEvents)
+  const update = `UPDATE users SET password_hash = $2, session_epoch = ${nextEpoch} WHERE mobile = $1`
+  const setPassword = change('set_password', update, 'user.password_changed', hasEvents)
+  const deletion = 'DELETE FROM users WHERE mobile = $1 AND id = $2 AND session_epoch = $3'
+  const deleteUser = change('delete_user', deletion, 'user.deleted', hasEvents)
   const logged = new Set<string>()
   return {
     /**
@@ -59,13 +74,14 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger) {
      * @returns the id of the new row, or undefined if the mobile is registered
      */
     async insert(mobile: string, passwordHash: string): Promise<string | undefined> {
-      const { rows } = await postgres.query<{ id: string }>(insertUser, [mobile, passwordHash])
+      const { rows } = await postgres.query<{ id: string }>(insert, [mobile, passwordHash])
       return rows[0]?.id
     },
     async find(mobile: string): Promise<User | undefined> {
       const { rows } = await postgres.query<User>(findUser, [mobile])
       const [user] = rows
-      if (user && !isVerifiable(user.passwordHash) && !logged.has(user.id) && logged.size < 10_000) {
+      const isLocked = user && !logged.has(user.id) && verifierOf(user.passwordHash) === undefined
+      if (isLocked && logged.size < 10_000) {
         logged.add(user.id)
         log.warn({ user_id: user.id }, 'a user has a password hash of an unknown format, which no password matches')
       }
@@ -85,6 +101,11 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger) {
     /** Replaces a hash by another one of the same password, unless the hash has been replaced since. */
     async replaceHash(mobile: string, formerHash: string, passwordHash: string): Promise<void> {
       await postgres.query(replaceHash, [mobile, formerHash, passwordHash])
+    },
+    /** @returns whether the user was deleted: not if its session epoch has changed since it was read */
+    async delete(mobile: string, { id, sessionEpoch }: User): Promise<boolean> {
+      const { rows } = await postgres.query(deleteUser, [mobile, id, sessionEpoch])
+      return rows.length === 1
     },
     /**
      * Begins a session epoch.
