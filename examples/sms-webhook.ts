@@ -5,8 +5,8 @@
  * A request that is not from mobile-signup gets 400, 401, 405 or 413.
  * After a 4xx mobile-signup knows that no message was sent. After a 5xx the message may have been delivered.
  */
-import { createHmac, timingSafeEqual } from 'node:crypto'
-import { createServer, type IncomingMessage, type Server } from 'node:http'
+import { createServer, type IncomingHttpHeaders, type IncomingMessage, type Server } from 'node:http'
+import { Webhook } from 'standardwebhooks'
 
 /** A code for a person. */
 export interface SmsMessage {
@@ -15,6 +15,9 @@ export interface SmsMessage {
   ttlSeconds: number
   /** The same in every request for this message. */
   id: string
+  /** `sign_up`, `password`, `log_in` or `delete`, for the text of the message. Undefined: the code is for everything. */
+  purpose: string | undefined
+  language: 'zh' | 'en'
 }
 
 /** The provider works but refuses this message, for example because the number does not exist. */
@@ -33,11 +36,8 @@ export interface WebhookOptions {
   sendSms(message: SmsMessage): Promise<void>
 }
 
-/** How far the time of a signature may be from the clock of this receiver. */
-const signatureToleranceMs = 300_000
-
-/** A signature may be 5 minutes ahead of the clock and is accepted until 5 minutes after its time. */
-const idLifeMs = 2 * signatureToleranceMs
+/** A signature may be 5 minutes ahead of the clock, and is accepted until 5 minutes after its time. */
+const idLifeMs = 600_000
 
 const bodyMaxBytes = 4_096
 
@@ -57,8 +57,9 @@ export function createWebhook({ secret, sendSms }: WebhookOptions): Server {
     if (request.method !== 'POST') return 405
     const body = await readBody(request)
     if (body === undefined) return 413
-    if (!isAuthentic(body, request.headers['x-signature'], secret, Date.now())) return 401
-    const message = parseMessage(body.toString())
+    const payload = verified(secret, body, request.headers)
+    if (payload === undefined) return 401
+    const message = parseMessage(payload)
     return message === undefined ? 400 : deliverOnce(message)
   }
 
@@ -109,32 +110,33 @@ async function readBody(request: IncomingMessage): Promise<Buffer | undefined> {
   return bytes <= bodyMaxBytes ? Buffer.concat(chunks) : undefined
 }
 
-/** Checks `X-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256 of "<t>.<body>">`. */
-function isAuthentic(body: Buffer, signature: string | string[] | undefined, secret: string, nowMs: number): boolean {
-  if (typeof signature !== 'string') return false
-  const [, seconds, mac] = /^t=(\d{1,12}),v1=([0-9a-f]{64})$/.exec(signature) ?? []
-  if (seconds === undefined || mac === undefined) return false
-  const expected = createHmac('sha256', secret).update(`${seconds}.`).update(body).digest()
-  // In constant time, so that response times tell nothing about the expected MAC.
-  if (!timingSafeEqual(expected, Buffer.from(mac, 'hex'))) return false
-  return Math.abs(nowMs - Number(seconds) * 1_000) <= signatureToleranceMs
+/** Returns what was signed (Standard Webhooks), or undefined if the request is not from mobile-signup, or older than five minutes. */
+function verified(secret: string, body: Buffer, headers: IncomingHttpHeaders): unknown {
+  try {
+    const webhook = secret.startsWith('whsec_') ? new Webhook(secret) : new Webhook(secret, { format: 'raw' })
+    const [id, timestamp, signature] = [
+      headers['webhook-id'],
+      headers['webhook-timestamp'],
+      headers['webhook-signature']
+    ]
+    return webhook.verify(body.toString(), {
+      'webhook-id': `${id}`,
+      'webhook-timestamp': `${timestamp}`,
+      'webhook-signature': `${signature}`
+    })
+  } catch {
+    return undefined
+  }
 }
 
-/** Returns the message of a body, or undefined if the body is not a message. */
-function parseMessage(body: string): SmsMessage | undefined {
-  const value = parseJson(body)
+/** Returns a message, or undefined if the value is none. */
+function parseMessage(value: unknown): SmsMessage | undefined {
   if (typeof value !== 'object' || value === null) return undefined
   if (!('mobile' in value && 'code' in value && 'ttl_s' in value && 'id' in value)) return undefined
   const { mobile, code, ttl_s, id } = value
   if (typeof mobile !== 'string' || typeof code !== 'string' || typeof id !== 'string') return undefined
   if (typeof ttl_s !== 'number') return undefined
-  return { mobile, code, ttlSeconds: ttl_s, id }
-}
-
-function parseJson(text: string): unknown {
-  try {
-    return JSON.parse(text)
-  } catch {
-    return undefined
-  }
+  const purpose = 'purpose' in value && typeof value.purpose === 'string' ? value.purpose : undefined
+  const language = 'language' in value && value.language === 'en' ? 'en' : 'zh'
+  return { mobile, code, ttlSeconds: ttl_s, id, purpose, language }
 }

@@ -21,6 +21,7 @@ export const outcomes = {
   healthy: { status: 200, errno: '0', zh: '成功', en: 'OK' },
   session_found: { status: 200, errno: '0', zh: '成功', en: 'OK' },
   logged_out: { status: 200, errno: '0', zh: '退出成功', en: 'Logged out' },
+  account_deleted: { status: 200, errno: '0', zh: '注销成功', en: 'Account deleted' },
   missing_parameter: { status: 400, errno: '4103', zh: '参数不完整', en: 'A required parameter is missing' },
   malformed_parameter: { status: 400, errno: '4103', zh: '参数错误', en: 'Malformed parameter' },
   invalid_mobile: { status: 400, errno: '4103', zh: '手机号格式错误', en: 'Invalid mobile number' },

@@ -1,8 +1,8 @@
-import { createHmac } from 'node:crypto'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import axe from 'axe-core'
 import type { FastifyInstance } from 'fastify'
 import type { Page } from 'playwright-core'
+import { Webhook } from 'standardwebhooks'
 import t, { type Test } from 'tap'
 import type { Environment } from '#src/config/config.js'
 import { type OutcomeName, outcomeNames, outcomes } from '#src/outcomes.js'
@@ -19,12 +19,16 @@ import { startTestbed } from '../testkit/testbed.js'
  * What others build on or open: OpenAPI, its page /docs, the sign-up page of npm start, the example of an SMS webhook.
  */
 
-const { build, openProxy, signUpBody, cookieOf, newMobile, redis } = await startTestbed(t)
+const { build, openProxy, signUpBody, issueCode, cookieOf, newMobile, redis } = await startTestbed(t)
 const { visit } = await startBrowser(t)
 
 interface Operation {
   security?: object[]
-  requestBody?: { content: { 'application/json': { schema: { properties: Record<string, { examples: string[] }> } } } }
+  requestBody?: {
+    content: {
+      'application/json': { schema: { properties: Record<string, { examples?: string[] }>; examples?: object[] } }
+    }
+  }
   responses: Record<
     string,
     {
@@ -50,6 +54,7 @@ const logIn = 'POST /api/v1.0/sessions'
 const sendCode = 'POST /api/v1.0/sms_codes'
 const whoAmI = 'GET /api/v1.0/session'
 const logOut = 'DELETE /api/v1.0/session'
+const deleteAccount = 'DELETE /api/v1.0/users'
 const ready = 'GET /health/ready'
 
 t.test('the reply of every outcome on every route matches its description', async (t) => {
@@ -92,13 +97,15 @@ t.test('the reply of every outcome on every route matches its description', asyn
       payload
     })
   }
-  for (const operation of [signUp, resetPassword, logIn, sendCode, logOut]) {
-    check(operation, 'body_too_large', await send(operation, { ...body, more: 'x'.repeat(5_000) }))
+  const { password, sms_code } = body
+  for (const operation of [signUp, resetPassword, logIn, sendCode, deleteAccount, logOut]) {
+    const fields = operation === logIn ? { password } : body
+    check(operation, 'body_too_large', await send(operation, { ...fields, mobile, more: 'x'.repeat(5_000) }))
     check(operation, 'unsupported_content_type', await send(operation, 'a text', 'text/plain'))
     if (operation === logOut) continue
-    check(operation, 'missing_parameter', await send(operation, { ...body, mobile: '' }))
-    check(operation, 'malformed_parameter', await send(operation, { ...body, mobile: 1 }))
-    check(operation, 'invalid_mobile', await send(operation, { ...body, mobile: '1' }))
+    check(operation, 'missing_parameter', await send(operation, { ...fields, mobile: '' }))
+    check(operation, 'malformed_parameter', await send(operation, { ...fields, mobile: 1 }))
+    check(operation, 'invalid_mobile', await send(operation, { ...fields, mobile: '1' }))
   }
   for (const operation of [signUp, resetPassword]) {
     for (const [name, changes] of [
@@ -109,6 +116,11 @@ t.test('the reply of every outcome on every route matches its description', asyn
     ] as const) {
       check(operation, name, await send(operation, { ...body, ...changes }))
     }
+  }
+
+  check(logIn, 'malformed_parameter', await send(logIn, { mobile, password, sms_code }))
+  for (const operation of [logIn, deleteAccount]) {
+    check(operation, 'wrong_code', await send(operation, { mobile, sms_code: 'wrong' }))
   }
 
   // Users and their sessions.
@@ -133,6 +145,11 @@ t.test('the reply of every outcome on every route matches its description', asyn
   // The same for every route.
   check(whoAmI, 'bad_request', await app.inject('/api/v1.0/%zz'))
 
+  const byCode = { mobile, sms_code: await issueCode(mobile) }
+  for (let n = 0; n < 2; n++) check(logIn, 'logged_in', await api.logIn(byCode))
+  const deletion = { mobile, sms_code: await issueCode(mobile) }
+  check(deleteAccount, 'account_deleted', await api.deleteAccount(deletion))
+
   // Codes.
   check(sendCode, 'code_sent', await api.sendCode(mobile))
   check(sendCode, 'too_many_requests', await api.sendCode(mobile))
@@ -146,14 +163,15 @@ t.test('the reply of every outcome on every route matches its description', asyn
   app.mobileSignup.passwords.admit = () => {
     throw new QueueFull(1)
   }
-  for (const operation of [signUp, resetPassword, logIn])
-    check(operation, 'busy', await send(operation, await signUpBody()))
+  for (const operation of [signUp, resetPassword]) check(operation, 'busy', await send(operation, await signUpBody()))
+  check(logIn, 'busy', await api.logIn({ mobile, password }))
   app.mobileSignup.passwords.admit = admit
   app.mobileSignup.passwords.hash = () => Promise.reject(new Error('no memory'))
   check(signUp, 'internal_error', await api.signUp(await signUpBody()))
   app.mobileSignup.passwords.hash = hash
   await Promise.all(proxies.map((proxy) => proxy.apply('refuse')))
-  for (const operation of [signUp, resetPassword, logIn, sendCode]) {
+  check(logIn, 'storage_unavailable', await api.logIn({ mobile, password }))
+  for (const operation of [signUp, resetPassword, sendCode, deleteAccount]) {
     check(operation, 'storage_unavailable', await send(operation, await signUpBody()))
   }
   app.lifecycle.announceShutdown()
@@ -179,9 +197,14 @@ t.test('the document is OpenAPI 3.1, and its examples are valid', async (t) => {
         }
       }
       if (requestBody === undefined) continue
-      const { properties } = requestBody.content['application/json'].schema
-      const payload = Object.fromEntries(Object.entries(properties).map(([name, { examples }]) => [name, examples[0]]))
-      const reply = await app.inject({ method: method === 'put' ? 'PUT' : 'POST', url: path, payload })
+      const { properties, examples } = requestBody.content['application/json'].schema
+      const ofFields = Object.entries(properties).map(([name, { examples }]) => [name, examples?.[0]])
+      const [payload = Object.fromEntries(ofFields)] = examples ?? []
+      const reply = await app.inject({
+        method: method === 'put' ? 'PUT' : method === 'delete' ? 'DELETE' : 'POST',
+        url: path,
+        payload
+      })
       t.not(reply.statusCode, 400, `${method} ${path} accepts its example`)
     }
   }
@@ -408,23 +431,26 @@ t.test('the example of a webhook delivers codes; what its provider refuses stops
   t.equal((await sendCode(mobile)).statusCode, 202)
   t.match(sent, [{ mobile, code: await redis.get(`sms_code_${mobile}`), ttlSeconds: 300 }])
 
-  const now = Math.floor(Date.now() / 1_000)
-  const sign = (text: string, seconds = now, key = secret) =>
-    `t=${seconds},v1=${createHmac('sha256', key).update(`${seconds}.${text}`).digest('hex')}`
+  const sign = (text: string, minutesAgo = 0, key = secret) => {
+    const sentAt = new Date(Date.now() - minutesAgo * 60_000)
+    return {
+      'webhook-id': 'one',
+      'webhook-timestamp': `${Math.floor(sentAt.getTime() / 1_000)}`,
+      'webhook-signature': new Webhook(key, { format: 'raw' }).sign('one', sentAt, text)
+    }
+  }
   const body = JSON.stringify({ mobile, code: '123456', ttl_s: 300, id: 'one' })
   const large = ' '.repeat(5_000)
-  for (const [status, text, signature] of [
+  for (const [status, text, headers] of [
     [204, body, sign(body)],
     // The same id: it is not sent again.
     [204, body, sign(body)],
-    [401, body, sign(body, now, 'another secret')],
+    [401, body, sign(body, 0, 'another secret')],
     [401, body, sign(`${body} `)],
-    [401, body, sign(body, now - 3_600)],
-    [400, '{', sign('{')],
+    [401, body, sign(body, 60)],
+    [400, '{}', sign('{}')],
     [413, large, sign(large)]
-  ] as const) {
-    const reply = await fetch(url, { method: 'POST', headers: { 'x-signature': signature }, body: text })
-    t.equal(reply.status, status)
-  }
+  ] as const)
+    t.equal((await fetch(url, { method: 'POST', headers, body: text })).status, status)
   t.equal(sent.length, 2)
 })

@@ -8,6 +8,8 @@ export interface ReceivedMessage {
   code: string
   ttl_s: number
   id: string
+  purpose: string | null
+  language: string
   signature: string | string[] | undefined
   /** The bytes that are signed. */
   body: string
@@ -29,7 +31,7 @@ export async function startWebhook(t: Test) {
   const server = createServer(async (request, response) => {
     let body = ''
     for await (const chunk of request) body += chunk
-    const message: ReceivedMessage = { ...JSON.parse(body), body, signature: request.headers['x-signature'] }
+    const message: ReceivedMessage = { ...JSON.parse(body), body, signature: request.headers['webhook-signature'] }
     webhook.received.push(message)
     webhook.answer(request, response, message)
   })

@@ -14,11 +14,12 @@ import * as scripts from './scripts.js'
 import { Tickets } from './tickets.js'
 
 /** What a code is used for. */
-export type CodePurpose = 'sign_up' | 'password'
+export const codePurposes = ['sign_up', 'password', 'log_in', 'delete'] as const
+export type CodePurpose = (typeof codePurposes)[number]
 
 /** A request that presents a code. A wrong one costs the holder of a valid ticket, or else the network. */
 export interface CodeRequest {
-  readonly body: { readonly mobile: string; readonly sms_code: string; readonly ticket?: string }
+  readonly body: { readonly mobile: string; readonly sms_code: string; readonly ticket?: string | undefined }
   readonly ip: string
   readonly log: FastifyBaseLogger
 }
@@ -30,7 +31,7 @@ export interface Hold {
   readonly holder: string
   /** Whether an earlier request with the code may have written to Postgres. */
   readonly mayHaveWritten: boolean
-  /** The id of the user for whom an earlier request has used the code. */
+  /** What `release` was told of the user for whom an earlier request has used the code. */
   readonly usedBy: string | undefined
   /** Of wrong codes over all mobiles; none with a ticket. */
   readonly limits: readonly Limit[]
@@ -198,7 +199,7 @@ export function createCodes(
     /**
      * Ends a hold.
      *
-     * @param usedBy only with `used`: the id of the user
+     * @param usedBy only with `used`: the id of the user, or '' if there is none; a login adds its session epoch
      * @returns whether the request has held the code until now; if not, another request may have used it. Undefined if Redis does
      * not answer: then the lease may have to end the hold.
      */

@@ -15,8 +15,8 @@
  *     holder            the request that holds the code; absent if nobody does
  *     until             the end of its lease, in ms since 1970 by the clock of Redis; 0 if nobody holds the code
  *     may_have_written  true if a request that has died, or does not know its result, may have written to Postgres
- *     used_by           the id of the user for whom the code was used, or '' if it was used in vain: the mobile of a sign-up was
- *                       registered, or that of a reset was not
+ *     used_by           the id of the user for whom the code was used, after a login with the session epoch, or '' if it was used in
+ *                       vain: the mobile of a sign-up was registered, or that of another purpose was not
  *     wrong_passwords   how many repeats had a wrong password
  *     sends             those of its issue, until it is used
  * - The guesses, a hash. Each field is a budget of wrong codes: their number, and the end of the window in ms since 1970. It lives as

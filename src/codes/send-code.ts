@@ -6,7 +6,7 @@ import { networksOf } from '../http/network.js'
 import { bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { outcomes, Refusal } from '../outcomes.js'
 import { bugLogger, StoreUnavailable } from '../stores/store-unavailable.js'
-import type { CodePurpose, Send } from './codes.js'
+import { type CodePurpose, codePurposes, type Send } from './codes.js'
 import { mobileLimits, unusedCodeLimits } from './limits.js'
 import { MessageNotSent } from './senders/sender.js'
 import type { Sms } from './sms.js'
@@ -16,10 +16,9 @@ const SendCodeBody = Type.Object({
   purpose: Type.Optional(
     Type.Unsafe<CodePurpose>({
       type: 'string',
-      enum: ['sign_up', 'password'],
+      enum: [...codePurposes],
       examples: ['sign_up'],
-      description:
-        'For what the code works: a sign-up, or a new password. Without it, for both. A code serves all that was asked for.'
+      description: 'For what the code works. Without it, for everything. A code serves all that was asked for.'
     })
   )
 })
@@ -78,7 +77,7 @@ export const sendCodeRoute: FastifyPluginAsync<{ config: Config; sms: Sms }> = a
       throw error
     })
     try {
-      await sms.send(mobile, code, ttlSeconds)
+      await sms.send({ mobile, code, ttlSeconds, purpose, language: request.language })
     } catch (error) {
       const isUnsent = error instanceof MessageNotSent
       // A message that may arrive keeps its code and its units. The other limits count the failure in any case.

@@ -4,7 +4,7 @@ import type { Config } from '../config/config.js'
 import { maskMobiles } from '../telemetry/log.js'
 import type { Observer } from '../telemetry/observer.js'
 import { GatewayBreaker } from './gateway-breaker.js'
-import { MessageNotSent, MessageRefused, type SmsSender } from './senders/sender.js'
+import { MessageNotSent, MessageRefused, type SmsMessage, type SmsSender } from './senders/sender.js'
 import { webhookSender } from './senders/webhook.js'
 
 export type Sms = ReturnType<typeof createSms>
@@ -32,9 +32,10 @@ export function createSms(
      *
      * @throws {MessageNotSent} if the message was certainly not sent; after any other error it may have been
      */
-    async send(mobile: string, code: string, ttlSeconds: number): Promise<void> {
+    async send(message: Omit<SmsMessage, 'id'>): Promise<void> {
+      const { mobile } = message
       try {
-        await send({ mobile, code, ttlSeconds, id: randomUUID() })
+        await send({ ...message, id: randomUUID() })
       } catch (error) {
         // A number that the gateway refuses says nothing about the gateway.
         record(mobile, !(error instanceof MessageRefused))

@@ -32,7 +32,7 @@ const requestId = { type: 'string', description: 'The id of the request in the l
 /** Successes that set or clear the session cookie. */
 const cookieOutcomes = new Set<OutcomeName>(['registered', 'logged_in', 'password_reset', 'logged_out'])
 /** Successes that a retry repeats. */
-const replayableOutcomes = new Set<OutcomeName>(['registered', 'password_reset'])
+const replayableOutcomes = new Set<OutcomeName>(['registered', 'password_reset', 'logged_in'])
 
 /**
  * Serves the description of the API at `GET /openapi.json`, made from the schemas of the routes, and with `DOCS` a page at

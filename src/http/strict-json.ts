@@ -40,9 +40,13 @@ export const strictJson = fp(
  * is too long, or the mobile does not match its pattern.
  */
 function validationOutcome(errors: readonly Partial<ErrorObject>[]): OutcomeName {
-  // Only required texts have a `minLength`. An optional field that is null has a wrong type.
-  const isAbsent = ({ keyword, data, parentSchema }: Partial<ErrorObject>) =>
-    keyword === 'required' || keyword === 'minLength' || (data === null && parentSchema?.minLength !== undefined)
+  // Only required texts have a `minLength`. An optional field that is null has a wrong type. A body with `anyOf` needs one of
+  // several fields.
+  const isAbsent = ({ keyword, data, instancePath, parentSchema }: Partial<ErrorObject>) =>
+    keyword === 'required' ||
+    keyword === 'minLength' ||
+    (keyword === 'anyOf' && instancePath === '') ||
+    (data === null && parentSchema?.minLength !== undefined)
   if (errors.some(isAbsent)) return 'missing_parameter'
   const isOnlyMobile = errors.every(({ keyword, instancePath }) => keyword === 'pattern' && instancePath === '/mobile')
   return isOnlyMobile ? 'invalid_mobile' : 'malformed_parameter'

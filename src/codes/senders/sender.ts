@@ -1,8 +1,15 @@
+import type { Language } from '../../outcomes.js'
+import type { CodePurpose } from '../codes.js'
+
 /** A code for a person. */
 export interface SmsMessage {
   mobile: string
   code: string
   ttlSeconds: number
+  /** For the text of the message. Undefined: the code is for everything. */
+  purpose: CodePurpose | undefined
+  /** Of the client. */
+  language: Language
   /** The same for each attempt to send this message, so that a receiver can drop duplicates. */
   id: string
 }

@@ -1,7 +1,7 @@
-import { createHmac } from 'node:crypto'
 import http from 'node:http'
 import https from 'node:https'
 import { TLSSocket } from 'node:tls'
+import { signatureHeaders } from '../../http/webhook-signature.js'
 import { MessageNotSent, MessageRefused, type SmsSender } from './sender.js'
 
 /** The time for both attempts together. */
@@ -17,20 +17,17 @@ const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', '
 const answerMaxBytes = 65_536
 
 /**
- * POSTs each message as JSON, `{mobile, code, ttl_s, id}`. With a secret the request is signed:
- * `X-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256 of "<t>.<body>">`.
+ * POSTs each message as JSON, `{mobile, code, ttl_s, id, purpose, language}`; `purpose` is null if the code is for everything. With a
+ * secret the request is signed.
  */
 export function webhookSender(url: string, secret: string | undefined): SmsSender {
-  return async ({ mobile, code, ttlSeconds, id }) => {
-    const body = JSON.stringify({ mobile, code, ttl_s: ttlSeconds, id })
+  return async ({ mobile, code, ttlSeconds, id, purpose = null, language }) => {
+    const body = JSON.stringify({ mobile, code, ttl_s: ttlSeconds, id, purpose, language })
     const signal = AbortSignal.timeout(timeoutMs)
-    const post = () =>
-      postOnce(
-        url,
-        { 'content-type': 'application/json', ...(secret !== undefined && { 'x-signature': sign(body, secret) }) },
-        body,
-        signal
-      )
+    const post = () => {
+      const signature = secret === undefined ? undefined : signatureHeaders(secret, id, body)
+      return postOnce(url, { 'content-type': 'application/json', ...signature }, body, signal)
+    }
     let mayBeSent = false
     const status = await post()
       .catch((error) => {
@@ -91,8 +88,3 @@ function postOnce(url: string, headers: http.OutgoingHttpHeaders, body: string, 
 
 /** Returns why a request failed: a code of the system, of TLS or of the HTTP parser. */
 const codeOf = (error: unknown): string => (error instanceof Error && 'code' in error ? `${error.code}` : 'unknown')
-
-function sign(body: string, secret: string): string {
-  const seconds = Math.floor(Date.now() / 1_000)
-  return `t=${seconds},v1=${createHmac('sha256', secret).update(`${seconds}.${body}`).digest('hex')}`
-}
