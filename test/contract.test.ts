@@ -9,7 +9,7 @@ import * as library from '#src/index.js'
 import type { OutcomeName } from '#src/outcomes.js'
 import { QueueFull } from '#src/passwords/hash-queue.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { retried } from '../testkit/until.js'
 
 /*
@@ -25,6 +25,7 @@ const contract: Record<OutcomeName, [status: number, errno: string, zh: string, 
   healthy: [200, '0', '成功', 'OK'],
   session_found: [200, '0', '成功', 'OK'],
   logged_out: [200, '0', '退出成功', 'Logged out'],
+  account_deleted: [200, '0', '注销成功', 'Account deleted'],
   missing_parameter: [400, '4103', '参数不完整', 'A required parameter is missing'],
   malformed_parameter: [400, '4103', '参数错误', 'Malformed parameter'],
   invalid_mobile: [400, '4103', '手机号格式错误', 'Invalid mobile number'],
@@ -180,7 +181,8 @@ t.test('unknown fields are ignored, also __proto__ and constructor', async (t) =
 
 t.test('503 and 500: a store that fails, a full hash queue, and a bug that tells nothing of its cause', async (t) => {
   const { passwords } = app.mobileSignup
-  for (const send of [api.signUp, api.resetPassword, api.logIn]) {
+  const logIn = ({ mobile, password }: SignUpBody) => api.logIn({ mobile, password })
+  for (const send of [api.signUp, api.resetPassword, logIn]) {
     const body = await signUpBody()
     await api.signUp(body)
     await issueCode(body.mobile, body.sms_code)

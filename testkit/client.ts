@@ -43,6 +43,7 @@ export function client(target: Target) {
     signUp: (body: unknown, options?: RequestOptions) => send('POST', '/users', body, options),
     resetPassword: (body: unknown, options?: RequestOptions) => send('PUT', '/users/password', body, options),
     logIn: (body: unknown, options?: RequestOptions) => send('POST', '/sessions', body, options),
+    deleteAccount: (body: unknown, options?: RequestOptions) => send('DELETE', '/users', body, options),
     whoAmI: (cookie: string) => send('GET', '/session', undefined, { headers: { cookie } }),
     logOut: (cookie: string, query = '') => send('DELETE', `/session${query}`, undefined, { headers: { cookie } })
   }
