@@ -5,6 +5,7 @@ import { createCodes } from './codes/codes.js'
 import { sendCodeRoute } from './codes/send-code.js'
 import { createSms } from './codes/sms.js'
 import { type Config, limitsTurnedOff } from './config/config.js'
+import { startDelivery } from './events/delivery.js'
 import { badRequests } from './http/bad-requests.js'
 import { connections } from './http/connections.js'
 import { forwardedFor } from './http/forwarded-for.js'
@@ -26,6 +27,7 @@ import { openRedis } from './stores/redis.js'
 import { serializers } from './telemetry/log.js'
 import { createMetrics, metricsServer } from './telemetry/metrics.js'
 import type { Observer } from './telemetry/observer.js'
+import { deleteAccountRoute } from './users/delete-account.js'
 import { Devices } from './users/devices.js'
 import { logInRoute } from './users/log-in.js'
 import { resetPasswordRoute } from './users/reset-password.js'
@@ -81,13 +83,14 @@ async function createCapabilities(fastify: FastifyInstance, config: Config, obse
   const inFlight = new InFlight()
   const codes = createCodes(config, redis, rateLimits, inFlight, observer)
   const passwords = await createPasswords(fastify, config, observer)
-  const users = createUsers(postgres, fastify.log)
+  const users = createUsers(postgres, fastify.log, config.eventsWebhookUrl !== undefined)
   const devices = new Devices(config)
   const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
   const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
   // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
   fastify.addHook('onClose', () => inFlight.drain())
-  return { postgres, redis, rateLimits, codes, passwords, users, devices, sessions, sms, inFlight }
+  const readEventBacklog = startDelivery(fastify, config, postgres)
+  return { readEventBacklog, postgres, redis, rateLimits, codes, passwords, users, devices, sessions, sms, inFlight }
 }
 
 const routes: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) => {
@@ -95,6 +98,7 @@ const routes: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) =>
   await fastify.register(signUpRoute, { config })
   await fastify.register(resetPasswordRoute, { config })
   await fastify.register(logInRoute, { config })
+  await fastify.register(deleteAccountRoute, { config })
   await fastify.register(sessionRoutes)
   const { sms } = fastify.mobileSignup
   if (sms) await fastify.register(sendCodeRoute, { config, sms })

@@ -264,7 +264,7 @@ const scrape = async (app: FastifyInstance) => (await fetch(app.metricsUrl ?? ''
 
 const webhook = await startWebhook(t)
 /** The application with metrics of several tests. */
-const measured = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url })
+const measured = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: webhook.url })
 
 t.test('metrics are off by default, on a port of their own, and failures are counted from 0', async (t) => {
   t.equal((await build(t)).metricsUrl, undefined)

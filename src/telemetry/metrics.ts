@@ -3,7 +3,7 @@ import { createServer } from 'node:http'
 import fp from 'fastify-plugin'
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
 import type { Config } from '../config/config.js'
-import type { Observer } from './observer.js'
+import type { EventBacklog, Observer } from './observer.js'
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -19,6 +19,8 @@ const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 interface MetricsSources {
   readonly passwords: { readonly queueLength: number; readonly expectedWaitMs: number }
   readonly postgres: { connections(): { total: number; idle: number; waiting: number } }
+  /** Undefined without `EVENTS_WEBHOOK_URL`. */
+  readonly readEventBacklog: (() => Promise<EventBacklog>) | undefined
   readonly storeChecks: { readonly names: readonly string[]; failing(): Promise<string[]> }
 }
 
@@ -48,7 +50,7 @@ export function createMetrics(limitNames: readonly string[]) {
   for (const store of ['postgres', 'redis'] as const) storeErrors.inc({ store }, 0)
   const sent = 'Messages with a code that the SMS gateway has accepted, or may have'
   const codesSent = new Counter(described('codes_sent_total', sent))
-  const used = 'Sent codes that completed a sign-up or a password reset'
+  const used = 'Sent codes that completed a request'
   const codesUsed = new Counter(described('codes_used_total', used))
   const refused = 'Requests that were refused with 429, by the limit that keeps them waiting longest'
   const limitRefusals = new Counter(described('limit_refusals_total', refused, 'limit'))
@@ -73,7 +75,7 @@ export function createMetrics(limitNames: readonly string[]) {
     requests,
     observer,
     /** Adds the gauges of the service. */
-    addSources({ passwords, postgres, storeChecks }: MetricsSources): void {
+    addSources({ passwords, postgres, readEventBacklog, storeChecks }: MetricsSources): void {
       new Gauge({
         ...described('hash_queue_length', 'Passwords that wait for a thread'),
         collect() {
@@ -97,6 +99,23 @@ export function createMetrics(limitNames: readonly string[]) {
           this.set({ state: 'waiting' }, waiting)
         }
       })
+      if (readEventBacklog) {
+        const states = 'Events of users by state: waiting; undeliverable after three days'
+        new Gauge({
+          ...described('events', states, 'state'),
+          async collect() {
+            const { waiting, undeliverable } = await readEventBacklog()
+            this.set({ state: 'waiting' }, waiting)
+            this.set({ state: 'undeliverable' }, undeliverable)
+          }
+        })
+        new Gauge({
+          ...described('events_oldest_age_seconds', 'Age of the oldest event that waits'),
+          async collect() {
+            this.set((await readEventBacklog()).oldestSeconds)
+          }
+        })
+      }
       // Last, because the check of Postgres takes a connection.
       const available = 'Whether a store answers and can be written; checked at each scrape'
       new Gauge({

@@ -1,5 +1,12 @@
 export type StoreName = 'postgres' | 'redis'
 
+/** How many events of users wait, how old the oldest of them is, and how many are given up. */
+export interface EventBacklog {
+  waiting: number
+  oldestSeconds: number
+  undeliverable: number
+}
+
 /** Receives the events of the stores, the hash queue, the codes and the limits. */
 export interface Observer {
   /** A round trip to a store has ended, successfully or not. */

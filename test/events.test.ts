@@ -1,0 +1,193 @@
+import { createServer } from 'node:http'
+import { Webhook } from 'standardwebhooks'
+import t, { type Test } from 'tap'
+import { signatureHeaders } from '#src/http/webhook-signature.js'
+import { client } from '../testkit/client.js'
+import { listen } from '../testkit/listen.js'
+import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
+
+/** Every committed change of a user is told to the receiver: at least once, in order for a user. */
+
+const { build, openProxy, postgres, signUpBody } = await startTestbed(t)
+t.afterEach(() => postgres.query('DELETE FROM user_events'))
+
+const secret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw'
+
+interface Received {
+  id: string
+  type: string
+  timestamp: string
+  data: { user_id: string; mobile: string; name: string }
+}
+
+/** Starts a receiver, which verifies each event, and answers with the status that the test chooses. */
+async function startReceiver(t: Test, statusFor: (event: Received) => number | Promise<number> = () => 204) {
+  const received: Received[] = []
+  const server = createServer(async (request, response) => {
+    let body = ''
+    for await (const chunk of request) body += chunk
+    const header = (name: string) => `${request.headers[name]}`
+    const [id, timestamp] = [header('webhook-id'), header('webhook-timestamp')]
+    const headers = {
+      'webhook-id': id,
+      'webhook-timestamp': timestamp,
+      'webhook-signature': header('webhook-signature')
+    }
+    new Webhook(secret).verify(body, headers)
+    const event: Received = { id, ...JSON.parse(body) }
+    received.push(event)
+    response.writeHead(await statusFor(event)).end()
+  })
+  const url = await listen(t, server)
+  return { received, env: { EVENTS_WEBHOOK_URL: `${url}/events`, EVENTS_WEBHOOK_SECRET: secret } }
+}
+
+const waiting = async () => (await postgres.query('SELECT * FROM user_events ORDER BY number')).rows
+const untilDelivered = () => until('all events are delivered', async () => (await waiting()).length === 0)
+/** Lets the next attempts begin now. */
+const makeDue = () => postgres.query(`UPDATE user_events SET due_at = now() WHERE due_at < 'infinity'`)
+
+const reset = async (mobile: string) => signUpBody({ mobile })
+
+t.test('a sign-up, a reset and a deletion are told to the receiver, signed as Standard Webhooks says', async (t) => {
+  const { received, env } = await startReceiver(t)
+  const api = client(await build(t, env))
+  const body = await signUpBody()
+  const { mobile } = body
+  const { user_id } = (await api.signUp(body)).json().data
+  await api.signUp(body)
+  await api.resetPassword(await reset(mobile))
+  await api.deleteAccount(await signUpBody({ mobile }))
+  await untilDelivered()
+  t.strictSame(
+    received.map(({ type, data }) => ({ type, data })),
+    ['user.registered', 'user.password_changed', 'user.deleted'].map((type) => ({
+      type,
+      data: { user_id, mobile, name: mobile }
+    }))
+  )
+  for (const { id, timestamp } of received) {
+    t.match(id, /^[\da-f-]{36}$/)
+    t.ok(Math.abs(Date.parse(timestamp) - Date.now()) < 60_000)
+  }
+})
+
+t.test('the signature is that of the rules of Standard Webhooks, computed in another language', async (t) => {
+  t.intercept(Date, 'now', { value: () => 1_614_265_330_500 })
+  // The first is the example of the specification. Python: base64.b64encode(hmac.new(key, b'<id>.<seconds>.<body>', 'sha256').digest())
+  for (const [key, signature] of [
+    [secret, 'v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE='],
+    ['密 a secret', 'v1,lE+kdCB00Kk/tzbMO32EknUg1Shx6cxKJv0ZNPU8O9Q=']
+  ] as const) {
+    const headers = signatureHeaders(key, 'msg_p5jXN8AQM9LWM0D4loKWxJek', '{"test": 2432232314}')
+    t.strictSame(headers, {
+      'webhook-id': 'msg_p5jXN8AQM9LWM0D4loKWxJek',
+      'webhook-timestamp': '1614265330',
+      'webhook-signature': signature
+    })
+  }
+})
+
+t.test('nothing is written without EVENTS_WEBHOOK_URL, and for a change that did not happen', async (t) => {
+  const { received, env } = await startReceiver(t)
+  const silent = client(await build(t))
+  const body = await signUpBody()
+  t.equal((await silent.signUp(body)).statusCode, 201)
+  const api = client(await build(t, env))
+  t.equal((await api.signUp(await signUpBody({ mobile: body.mobile }))).statusCode, 409)
+  t.equal((await api.resetPassword(await signUpBody())).statusCode, 422)
+  t.equal((await api.deleteAccount(await signUpBody())).statusCode, 200)
+  t.strictSame([await waiting(), received], [[], []])
+})
+
+t.test(
+  'a receiver that fails hears of each user in order, with growing pauses, and costs sign-ups nothing',
+  async (t) => {
+    let isFailing = true
+    const { received, env } = await startReceiver(t, () => (isFailing ? 500 : 204))
+    const api = client(await build(t, env))
+    const body = await signUpBody()
+    t.equal((await api.signUp(body)).statusCode, 201)
+    t.equal((await api.resetPassword(await reset(body.mobile))).statusCode, 200)
+    t.equal((await api.signUp(await signUpBody())).statusCode, 201)
+    const pauses: number[] = []
+    for (let attempt = 1; attempt <= 4; attempt++) {
+      await until('the oldest event of each user was tried', async () => {
+        const [first, second, third] = await waiting()
+        return first.attempts === attempt && second.attempts === 0 && third.attempts === attempt
+      })
+      const { rows } = await postgres.query(
+        'SELECT extract(epoch FROM due_at - now())::float AS s FROM user_events ORDER BY number'
+      )
+      pauses.push(Math.round(rows[0].s / 3) * 3)
+      if (attempt < 4) await makeDue()
+    }
+    t.strictSame(pauses, [6, 12, 24, 48])
+    isFailing = false
+    await makeDue()
+    await untilDelivered()
+    const types = received.filter(({ data }) => data.mobile === body.mobile).map(({ type }) => type)
+    t.strictSame(types, [...Array(5).fill('user.registered'), 'user.password_changed'])
+  }
+)
+
+t.test('after three days an event is kept and counted, and the later ones of its user are delivered', async (t) => {
+  const { received, env } = await startReceiver(t, ({ type }) => (type === 'user.registered' ? 410 : 204))
+  const app = await build(t, { ...env, METRICS_PORT: '0' })
+  const api = client(app)
+  const body = await signUpBody()
+  await api.signUp(body)
+  await api.resetPassword(await reset(body.mobile))
+  await until('the first attempt has failed', async () => (await waiting())[0].attempts === 1)
+  await postgres.query(`UPDATE user_events SET created_at = created_at - interval '73 hours', due_at = now()`)
+  await until('the later event is delivered', async () => (await waiting()).length === 1)
+  t.match(received.at(-1), { type: 'user.password_changed' })
+  const metrics = await (await fetch(app.metricsUrl ?? '')).text()
+  t.match(metrics, 'mobile_signup_events{state="undeliverable"} 1')
+  t.match(metrics, 'mobile_signup_events{state="waiting"} 0')
+  t.match(metrics, 'mobile_signup_events_oldest_age_seconds 0')
+})
+
+t.test('instances share the work: each event is sent once if nothing fails', async (t) => {
+  const { received, env } = await startReceiver(t)
+  const silent = await build(t, { EVENTS_WEBHOOK_URL: 'http://127.0.0.1:9' })
+  const bodies = await Promise.all(Array.from({ length: 60 }, () => signUpBody()))
+  await Promise.all(bodies.map((body) => client(silent).signUp(body)))
+  await silent.close()
+  await postgres.query('UPDATE user_events SET due_at = now()')
+  await Promise.all([build(t, env), build(t, env), build(t, env)])
+  await untilDelivered()
+  t.equal(new Set(received.map(({ data }) => data.mobile)).size, 60)
+  t.equal(received.length, 60)
+})
+
+t.test('an event whose delivery could not be recorded is delivered again', async (t) => {
+  const { received, env } = await startReceiver(t)
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const app = await build(t, { ...env, DATABASE_URL: proxy.url })
+  proxy.strike('delete_event', { kind: 'reset' })
+  t.equal((await client(app).signUp(await signUpBody())).statusCode, 201)
+  await until('it was received', () => received.length === 1)
+  t.equal((await waiting()).length, 1)
+  await makeDue()
+  await untilDelivered()
+  t.equal(received.length, 2)
+  t.equal(received[0]?.id, received[1]?.id, 'with the same id')
+})
+
+t.test('the log has one line for a receiver that fails, and one when it works again', async (t) => {
+  let isFailing = true
+  const lines: string[] = []
+  const { env } = await startReceiver(t, () => (isFailing ? 503 : 204))
+  const app = await build(t, env, { logStream: { write: (line) => lines.push(line) } })
+  for (let n = 0; n < 5; n++) await client(app).signUp(await signUpBody())
+  await until('all were tried', async () => (await waiting()).every(({ attempts }) => attempts === 1))
+  await makeDue()
+  await until('all were tried again', async () => (await waiting()).every(({ attempts }) => attempts === 2))
+  isFailing = false
+  await makeDue()
+  await untilDelivered()
+  const count = (text: string) => lines.filter((line) => line.includes(text)).length
+  t.strictSame([count('an event could not be delivered'), count('events are delivered again')], [1, 1])
+})
