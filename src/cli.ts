@@ -7,19 +7,22 @@ const usage = `usage:
       and SMS_WEBHOOK_URL (or SMS=off).
   mobile-signup migrate     applies the pending migrations, and exits
       Needs DATABASE_URL.
+  mobile-signup import FILE [--dry-run]
+      Adds the users of another system: a CSV with a header (.csv), or JSON lines. Needs DATABASE_URL.
   mobile-signup --help      prints this text
 docs/operating.md describes all variables.
 `
 
-const commands = new Map<string | undefined, () => Promise<unknown>>([
-  [undefined, () => import('./server.js')],
-  ['migrate', () => import('./migrate.js')]
+const commands = new Map<string | undefined, { load: () => Promise<unknown>; arguments: RegExp }>([
+  [undefined, { load: () => import('./server.js'), arguments: /^$/ }],
+  ['migrate', { load: () => import('./migrate.js'), arguments: /^$/ }],
+  ['import', { load: () => import('./import.js'), arguments: /^(--dry-run )?(?!-)[^\n]+( --dry-run)?$/ }]
 ])
 
-const args = process.argv.slice(2)
-const run = args.length > 1 ? undefined : commands.get(args[0])
-if (args.includes('--help')) process.stdout.write(usage)
-else if (run) await run()
+const [name, ...args] = process.argv.slice(2)
+const command = commands.get(name)
+if (process.argv.includes('--help')) process.stdout.write(usage)
+else if (command?.arguments.test(args.join(' '))) await command.load()
 else {
   process.stderr.write(usage)
   process.exitCode = 1

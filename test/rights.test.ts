@@ -66,9 +66,8 @@ t.test('the commands of the user in Redis are those of the scripts and of the cl
   t.strictSame(allowed.sort(), used.sort())
 })
 
-t.test('the role in Postgres can neither delete nor change anything else', async (t) => {
+t.test('the role in Postgres can change nothing else', async (t) => {
   for (const statement of [
-    'DELETE FROM users',
     'TRUNCATE users',
     'DROP TABLE users',
     'ALTER TABLE users ADD more integer',
