@@ -1,10 +1,10 @@
 /*
  * npm run interleavings: requests for one mobile in every order of their round trips, on a real Redis and a real Postgres.
- * After each run every guarantee is checked. With the argument `bugs`: each seeded bug must be found instead.
+ * After each run the guarantees are checked. With `bugs` as an argument: instead, each seeded bug must be found.
  *
- * INTERLEAVINGS_DEVIATIONS (2): all runs with at most so many choices that are not the usual one: another client goes first,
- * a round trip is lost, a process dies, the lease passes. A run with few deviations is easy to read, and most bugs of
- * concurrency need few (delay-bounded scheduling).
+ * INTERLEAVINGS_DEVIATIONS (2, for bugs 1): all runs with at most so many choices that are not the usual one: another client
+ * goes first, a round trip is lost, a process dies, the lease passes. A run with few deviations is easy to read, and most bugs
+ * of concurrency need few (delay-bounded scheduling).
  */
 import { numberFrom } from '../testkit/environment.js'
 import { startStores } from '../testkit/private-stores.js'

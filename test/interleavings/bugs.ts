@@ -9,11 +9,9 @@ type Service = FastifyInstance['mobileSignup']
 
 /** A bug that the search must find. */
 export interface Bug {
-  /** The guarantee that it breaks. */
   breaks: `G${number}`
   /** The one that shows it with the fewest deviations. To search all would take minutes. */
   scenario: keyof typeof scenarios
-  /** Changes the service. */
   plant(service: Service): void
 }
 

@@ -12,17 +12,9 @@ import type { Bug } from './bugs.js'
 import { codes, type FinishedRun, Model } from './checks.js'
 import type { ClientSpec, Scenario } from './scenarios.js'
 
-/** What may happen to a round trip. The usual end is first. A late request runs after the service has given it up. */
-const endings = [
-  'done',
-  'reply lost',
-  'request lost',
-  'request late',
-  'process dies before',
-  'process dies after'
-] as const
+/** What may happen to a round trip, first the usual. A late one is none of them: slow scenarios have the same orders. */
+const endings = ['done', 'reply lost', 'request lost', 'process dies before', 'process dies after'] as const
 type Ending = (typeof endings)[number]
-const hasRun = (ending: Ending) => ['done', 'reply lost', 'process dies after'].includes(ending)
 
 /** A client of one run, and its requests so far. */
 export interface Client extends ClientSpec {
@@ -41,7 +33,6 @@ export interface Attempt {
 /** A round trip to a store. It waits for the scheduler, which lets the store run it, and then gives the request an end. */
 interface Step {
   name: string
-  /** Resolves also if it fails. */
   perform(): Promise<void>
   answer(): void
   timeOut(): void
@@ -135,7 +126,6 @@ export async function editClaim(redis: RedisClient, key: string, edit: (until: n
 
 interface Option {
   text: string
-  /** Absent if no client acts. */
   sender?: Client
   perform(): Promise<unknown>
 }
@@ -158,24 +148,25 @@ export async function play(
   const clients: Client[] = scenario.clients.map((spec) => ({ ...spec, sent: [] }))
   const events: Event[] = []
   const log: string[] = []
-  /** What the stores may still run, although the requests have given it up. */
-  const late = new Set<Option>()
-  let pendingEvent = scenario.event
+  let pendingEvent: Scenario['event']
   let lastSender: Client | undefined
+  const select = 'SELECT id, password_hash AS password FROM users WHERE mobile = $1'
+  const readRows = async (): Promise<FinishedRun['rows']> => (await postgres.query(select, [mobile])).rows
 
   const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, 'a former password')`
   if (scenario.isRegistered) await postgres.query(insert, [mobile])
   await changeCode(codes['the code'])
+  pendingEvent = scenario.event
   for (let options = nextOptions(); options.length > 0; options = nextOptions()) {
     const option = options[choose(options.length)]
     if (option === undefined) throw new Error('no such option')
     lastSender = option.sender ?? lastSender
-    await perform(option)
+    log.push(option.text)
+    await option.perform()
   }
   // A request that waits for something else than a step would end the run before its orders have been tried.
   const unfinished = clients.flatMap(({ sent }) => sent).find(({ isDead, reply }) => !isDead && !reply)
   if (unfinished) throw new Error(`a request of ${unfinished.client.name} has neither step nor reply`)
-  for (const option of late) await perform(option)
   await passLease()
   const retries: FinishedRun['retries'] = []
   for (const client of clients.filter(({ sent }) => sent.length > 0)) {
@@ -197,10 +188,11 @@ export async function play(
   function nextOptions(): Option[] {
     const byTurn = lastSender ? [lastSender, ...clients.filter((client) => client !== lastSender)] : clients
     const usual = byTurn.flatMap(usualOption)
-    const event = pendingEvent ? [{ text: pendingEvent, perform: replaceCode }] : []
+    const code = pendingEvent === 'a new code is sent' ? codes['the new code'] : undefined
+    const event = pendingEvent ? [{ text: pendingEvent, perform: () => changeCode(code) }] : []
     if (usual.length === 0) return event
     const lease = new Model(events).holder ? [{ text: 'the lease passes', perform: passLease }] : []
-    return [...usual, ...byTurn.flatMap(otherOptions), ...lease, ...late, ...event]
+    return [...usual, ...byTurn.flatMap(otherOptions), ...lease, ...event]
   }
 
   /** Returns what a client does next if nothing goes wrong. */
@@ -209,13 +201,9 @@ export async function play(
     const [step] = attempt?.steps ?? []
     if (attempt && step) return [stepOption(attempt, step, 'done')]
     const isAnswered = attempt && !attempt.isDead && (attempt.reply?.statusCode ?? 0) < 500
-    const hasCode = sender.presents === 'the code' || !pendingEvent
-    if (isAnswered || sender.sent.length === sender.attempts || !hasCode) return []
-    const performArrival = async () => {
-      if (scenario.isSlow) await passLease()
-      await arrive(sender)
-    }
-    return [{ text: `${sender.name}: the request arrives`, sender, perform: performArrival }]
+    if (isAnswered || sender.sent.length === sender.attempts) return []
+    if (sender.presents === 'the new code' && pendingEvent) return []
+    return [{ text: `${sender.name}: the request arrives`, sender, perform: () => arrive(sender) }]
   }
 
   /** Round trips that a request has sent together may run in any order, and the next one may fail. */
@@ -232,22 +220,11 @@ export async function play(
     return { text, sender: attempt.client, perform: () => endStep(attempt, step, ending) }
   }
 
-  async function perform(option: Option): Promise<void> {
-    late.delete(option)
-    log.push(option.text)
-    await option.perform()
-  }
-
-  function replaceCode(): Promise<void> {
-    const code = pendingEvent === 'a new code is sent' ? codes['the new code'] : undefined
-    pendingEvent = undefined
-    return changeCode(code)
-  }
-
   async function changeCode(code: string | undefined): Promise<void> {
     const key = `sms_code_${mobile}`
     await (code ? redis.set(key, code, 'EX', 3_600) : redis.del(key))
     events.push({ name: 'the code changes', code })
+    pendingEvent = undefined
   }
 
   /** Moves the end of the lease into the past, so that nobody waits for it. */
@@ -260,6 +237,7 @@ export async function play(
     const { action, presents, password, sent } = client
     const body = { mobile, sms_code: codes[presents], password, password2: password }
     const attempt: Attempt = { client, steps: [], isDead: false }
+    if (scenario.isSlow) await passLease()
     sent.push(attempt)
     events.push({ name: 'the request arrives', attempt })
     start(attempt, () => (action === 'sign up' ? signUp(body) : resetPassword(body)))
@@ -271,8 +249,10 @@ export async function play(
     const { steps } = attempt
     attempt.isDead = ending.startsWith('process dies')
     attempt.steps = attempt.isDead ? [] : steps.filter((other) => other !== step)
-    if (hasRun(ending)) await runStep(attempt, step)
-    if (ending === 'request late') delay(attempt, step)
+    if (!['request lost', 'process dies before'].includes(ending)) {
+      events.push({ name: step.name, attempt })
+      await step.perform()
+    }
     if (ending === 'done') step.answer()
     // The request of a dead process reaches no store any more. It ends, so that the application can be closed.
     else for (const unanswered of attempt.isDead ? steps : [step]) unanswered.timeOut()
@@ -285,23 +265,7 @@ export async function play(
     if (reply === undefined) return
     log.push(`${client.name}: the answer is ${reply.statusCode} ${reply.json().errno}`)
     // After a failure it does not wait for what else it has sent.
+    for (const step of steps) step.timeOut()
     attempt.steps = []
-    for (const step of steps) {
-      delay(attempt, step)
-      step.timeOut()
-    }
-  }
-
-  async function runStep(attempt: Attempt, step: Step): Promise<void> {
-    events.push({ name: step.name, attempt })
-    await step.perform()
-  }
-
-  function delay(attempt: Attempt, step: Step): void {
-    late.add({ text: `${attempt.client.name}: the late ${step.name} runs`, perform: () => runStep(attempt, step) })
-  }
-
-  async function readRows(): Promise<FinishedRun['rows']> {
-    return (await postgres.query('SELECT id, password_hash AS password FROM users WHERE mobile = $1', [mobile])).rows
   }
 }
