@@ -75,7 +75,10 @@ function brokenByRetries(run: FinishedRun): string[] {
     const isOwnRow = row?.password === client.password
     let [expected, promise] = [422, 'G1: a code that is used or replaced is a wrong code']
     if (model.lying === codes[client.presents] || claim) {
-      if (isOwnRow) [expected, promise] = [200, 'G5: a request that has written succeeds when it is repeated']
+      const isVain = claim?.usedFor === '' && model.lying !== codes[client.presents]
+      if (isVain && client.action === 'sign up') [expected, promise] = [409, 'G5: a code used in vain stays a conflict']
+      else if (isVain) return []
+      else if (isOwnRow) [expected, promise] = [200, 'G5: a request that has written succeeds when it is repeated']
       else if (client.action === 'sign up' ? !row : row && claim?.usedFor === undefined)
         [expected, promise] = [200, 'G4: a request that has not written succeeds when it is repeated']
       else if (client.action === 'sign up') [expected, promise] = [409, 'G5: a conflict stays one when it is repeated']
