@@ -47,8 +47,9 @@ export const bugs: Record<string, Bug> = {
     breaks: 'G2',
     scenario: 'two slow requests with two passwords',
     plant({ users, postgres }) {
-      const text = insertUser.text.replace('DO NOTHING', 'DO UPDATE SET password_hash = $2')
-      const upsert = (values: string[]) => postgres.query<{ id: string }>({ ...insertUser, text }, values)
+      const { name, text } = insertUser(false)
+      const statement = { name, text: text.replace('DO NOTHING', 'DO UPDATE SET password_hash = $2') }
+      const upsert = (values: string[]) => postgres.query<{ id: string }>(statement, values)
       users.insert = async (...values) => (await upsert(values)).rows[0]?.id
     }
   },
