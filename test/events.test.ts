@@ -120,15 +120,24 @@ t.test(
       const { rows } = await postgres.query(
         'SELECT extract(epoch FROM due_at - now())::float AS s FROM user_events ORDER BY number'
       )
-      pauses.push(Math.round(rows[0].s / 3) * 3)
+      pauses.push(rows[0].s)
       if (attempt < 4) await makeDue()
     }
-    t.strictSame(pauses, [6, 12, 24, 48])
+    for (const [n, longest] of [6, 12, 24, 48].entries()) {
+      const pause = pauses[n] ?? 0
+      t.ok(longest / 2 < pause && pause <= longest, `${pause} s of ${longest} s are left`)
+    }
     isFailing = false
     await makeDue()
     await untilDelivered()
     const types = received.filter(({ data }) => data.mobile === body.mobile).map(({ type }) => type)
-    t.strictSame(types, [...Array(5).fill('user.registered'), 'user.password_changed'])
+    t.ok(types.length >= 5)
+    t.strictSame([...new Set(types)], ['user.registered', 'user.password_changed'])
+    t.equal(
+      types.indexOf('user.password_changed'),
+      types.length - 1,
+      'the later event comes when the earlier one is delivered'
+    )
   }
 )
 
