@@ -16,8 +16,7 @@ export interface User {
  * Returns a statement that changes a user. With events, it also writes one to the outbox (events/), in the same round trip: the event is
  * there if and only if the change is.
  */
-function change(name: string, text: string, event: string, hasEvents: boolean): NamedStatement {
-  const columns = 'id, name, session_epoch AS "sessionEpoch"'
+function change(name: string, text: string, columns: string, event: string, hasEvents: boolean): NamedStatement {
   if (!hasEvents) return { name, text: `${text} RETURNING ${columns}` }
   const outbox = `INSERT INTO user_events (user_id, type, mobile, name) SELECT id, '${event}', mobile, name FROM changed`
   return {
@@ -26,13 +25,8 @@ function change(name: string, text: string, event: string, hasEvents: boolean): 
   }
 }
 
-export const insertUser = (hasEvents: boolean) =>
-  change(
-    'insert_user',
-    'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2) ON CONFLICT (mobile) DO NOTHING',
-    'user.registered',
-    hasEvents
-  )
+const insertion = 'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2) ON CONFLICT (mobile) DO NOTHING'
+export const insertUser = (hasEvents: boolean) => change('insert_user', insertion, 'id', 'user.registered', hasEvents)
 
 const findUser: NamedStatement = {
   name: 'find_user',
@@ -60,10 +54,11 @@ const beginSessionEpoch: NamedStatement = {
 /** The users table. A hash that matches no password is logged once for a user, and for at most 10,000. */
 export function createUsers(postgres: Postgres, log: FastifyBaseLogger, hasEvents: boolean) {
   const insert = insertUser(hasEvents)
+  const userColumns = 'id, name, session_epoch AS "sessionEpoch"'
   const update = `UPDATE users SET password_hash = $2, session_epoch = ${nextEpoch} WHERE mobile = $1`
-  const setPassword = change('set_password', update, 'user.password_changed', hasEvents)
+  const setPassword = change('set_password', update, userColumns, 'user.password_changed', hasEvents)
   const deletion = 'DELETE FROM users WHERE mobile = $1 AND id = $2 AND session_epoch = $3'
-  const deleteUser = change('delete_user', deletion, 'user.deleted', hasEvents)
+  const deleteUser = change('delete_user', deletion, 'id', 'user.deleted', hasEvents)
   const logged = new Set<string>()
   return {
     /**
