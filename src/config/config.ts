@@ -64,6 +64,9 @@ type Read = <T>(name: string, parser: Parser<T>, whenAbsent: T, meaning: string,
 /** Every variable but NODE_ENV: its field, name, parser, default and meaning. docs/operating.md lists the same. */
 export function readVariables(read: Read, production: boolean) {
   const limit = (name: string, max: number, meaning: string) => read(name, integer(0, 1_000_000_000), max, meaning)
+  const optionalUrl = (name: string, meaning: string) =>
+    read<string | undefined>(name, url('https:', 'http:'), undefined, meaning)
+  const optionalText = (name: string, meaning: string) => read<string | undefined>(name, anyText, undefined, meaning)
   return {
     port: read('PORT', integer(0, 65_535), 3000, 'Listening port; 0 takes a free one.'),
     host: read('HOST', hostName, '127.0.0.1', 'Listening address.'),
@@ -113,30 +116,13 @@ export function readVariables(read: Read, production: boolean) {
     ),
     /** Whether this service sends the codes. If not, another service writes them to Redis. */
     sms: read('SMS', onOrOff, true, '`off`: another service sends codes; `POST /sms_codes` is absent.', 'on'),
-    smsWebhookUrl: read<string | undefined>(
-      'SMS_WEBHOOK_URL',
-      url('https:', 'http:'),
-      undefined,
-      'Receives each code. Unset: nothing is sent.'
-    ),
-    smsWebhookSecret: read<string | undefined>(
-      'SMS_WEBHOOK_SECRET',
-      anyText,
-      undefined,
-      'Signs requests to [the webhook](#the-sms-webhook).'
-    ),
-    eventsWebhookUrl: read<string | undefined>(
+    smsWebhookUrl: optionalUrl('SMS_WEBHOOK_URL', 'Receives each code. Unset: nothing is sent.'),
+    smsWebhookSecret: optionalText('SMS_WEBHOOK_SECRET', 'Signs requests to [the webhook](#the-sms-webhook).'),
+    eventsWebhookUrl: optionalUrl(
       'EVENTS_WEBHOOK_URL',
-      url('https:', 'http:'),
-      undefined,
       'Receives [events](#events) of users. Unset: none are written.'
     ),
-    eventsWebhookSecret: read<string | undefined>(
-      'EVENTS_WEBHOOK_SECRET',
-      anyText,
-      undefined,
-      'Signs requests to that webhook.'
-    ),
+    eventsWebhookSecret: optionalText('EVENTS_WEBHOOK_SECRET', 'Signs requests to that webhook.'),
     smsCodeTtlS: read(
       'SMS_CODE_TTL_S',
       integer(1, production ? productionCodeTtlMaxS : day),
@@ -182,10 +168,8 @@ export function readVariables(read: Read, production: boolean) {
       undefined,
       'Port of `/metrics`; 0 takes a free one. Unset: no metrics.'
     ),
-    otlpEndpoint: read<string | undefined>(
+    otlpEndpoint: optionalUrl(
       'OTEL_EXPORTER_OTLP_ENDPOINT',
-      url('https:', 'http:'),
-      undefined,
       'Where [spans](#traces) go. Unset: OpenTelemetry is not loaded.'
     ),
     logLevel: read(
