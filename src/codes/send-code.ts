@@ -3,6 +3,7 @@ import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
+import { languageOf } from '../http/replies.js'
 import { bodyOutcomes, mobileField, repliesWith } from '../http/schemas.js'
 import { outcomes, Refusal } from '../outcomes.js'
 import { bugLogger, StoreUnavailable } from '../stores/store-unavailable.js'
@@ -77,7 +78,7 @@ export const sendCodeRoute: FastifyPluginAsync<{ config: Config; sms: Sms }> = a
       throw error
     })
     try {
-      await sms.send({ mobile, code, ttlSeconds, purpose, language: request.language })
+      await sms.send({ mobile, code, ttlSeconds, purpose, language: languageOf(request, config) })
     } catch (error) {
       const isUnsent = error instanceof MessageNotSent
       // A message that may arrive keeps its code and its units. The other limits count the failure in any case.

@@ -9,10 +9,6 @@ declare module 'fastify' {
     /** Whether the route is a probe: it keeps its status under LEGACY_STATUS and has no request log line. */
     isProbe?: boolean
   }
-  interface FastifyRequest {
-    /** The language that the client prefers. */
-    readonly language: Language
-  }
   interface FastifyReply {
     /** Sends an outcome as `{errno, errmsg, data?}`, in the language that the client prefers. */
     outcome(name: OutcomeName, details?: OutcomeDetails): FastifyReply
@@ -32,19 +28,16 @@ export const byPreference = (defaultLanguage: Language): Language[] => [
   ...languages.filter((language) => language !== defaultLanguage)
 ]
 
+/** Returns the language that the client prefers. */
+export function languageOf(request: FastifyRequest, { defaultLanguage }: Pick<Config, 'defaultLanguage'>): Language {
+  if (request.headers['accept-language'] === undefined) return defaultLanguage
+  const preferred = new Negotiator(request).language(byPreference(defaultLanguage))
+  return languages.find((language) => language === preferred) ?? defaultLanguage
+}
+
 /** Decorates replies with `reply.outcome()`, and turns refusals, Fastify's errors and bugs into outcomes. */
 export const replies = fp<{ config: Config }>(
   async (fastify, { config }) => {
-    const offeredLanguages = byPreference(config.defaultLanguage)
-
-    fastify.decorateRequest('language', {
-      getter(this: FastifyRequest) {
-        if (this.headers['accept-language'] === undefined) return config.defaultLanguage
-        const preferred = new Negotiator(this).language(offeredLanguages)
-        return languages.find((language) => language === preferred) ?? config.defaultLanguage
-      }
-    })
-
     fastify.decorateReply('outcomeName', undefined)
     fastify.decorateReply('outcome', function (this: FastifyReply, name: OutcomeName, details: OutcomeDetails = {}) {
       const outcome = outcomes[name]
@@ -56,7 +49,7 @@ export const replies = fp<{ config: Config }>(
         details.retryAfterSeconds ?? ('retryAfterSeconds' in outcome ? outcome.retryAfterSeconds : undefined)
       if (retryAfterSeconds !== undefined) this.header('retry-after', retryAfterSeconds)
       const { errno } = outcome
-      const errmsg = messageOf(name, this.request.language, config)
+      const errmsg = messageOf(name, languageOf(this.request, config), config)
       if (this.raw.destroyed) queueMicrotask(() => endWithoutClient(this))
       return this.send(details.data === undefined ? { errno, errmsg } : { errno, errmsg, data: details.data })
     })
