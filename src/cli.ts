@@ -13,16 +13,18 @@ const usage = `usage:
 docs/operating.md describes all variables.
 `
 
-const commands = new Map<string | undefined, { load: () => Promise<unknown>; arguments: RegExp }>([
-  [undefined, { load: () => import('./server.js'), arguments: /^$/ }],
-  ['migrate', { load: () => import('./migrate.js'), arguments: /^$/ }],
-  ['import', { load: () => import('./import.js'), arguments: /^(--dry-run )?(?!-)[^\n]+( --dry-run)?$/ }]
+const commands = new Map<string | undefined, () => Promise<unknown>>([
+  [undefined, () => import('./server.js')],
+  ['migrate', () => import('./migrate.js')],
+  ['import', () => import('./import.js')]
 ])
 
 const [name, ...args] = process.argv.slice(2)
-const command = commands.get(name)
+const run = commands.get(name)
+// Only the import has arguments, and it needs one.
+const hasItsArguments = args.length > 0 === (name === 'import')
 if (process.argv.includes('--help')) process.stdout.write(usage)
-else if (command?.arguments.test(args.join(' '))) await command.load()
+else if (run && hasItsArguments) await run()
 else {
   process.stderr.write(usage)
   process.exitCode = 1

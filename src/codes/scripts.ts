@@ -153,8 +153,8 @@ return { 'held', may_have_written and 1 or 0, claim.used_by or false }
  * - `used`, and the id of the user: a success also forgets the wrong codes, and the first one refunds a unit of each limit, so that
  *   they do not limit honest traffic
  * - `used_in_vain`
- * - `wrong_password`: the row exists, and has another password. Two of them delete the claim, so that nobody can try passwords
- *   with one code.
+ * - `wrong_password`: the row exists, and has another password. Nobody can try passwords with one code: the second one deletes the
+ *   claim of a used code. An unused code was used in vain, and nobody knew it: the same request gets the same 409 (G5).
  *
  * Returns nil if the request had lost the code, otherwise the sends of a code that is used for the first time, as JSON, or ''.
  */
@@ -175,11 +175,13 @@ elseif how == 'used' then
   claim.used_by, claim.may_have_written, claim.sends = user_id, nil, nil
 elseif how == 'wrong_password' then
   claim.wrong_passwords = (claim.wrong_passwords or 0) + 1
-  if claim.wrong_passwords == 2 and claim.used_by then
-    redis.call('DEL', claim_key)
-    return ''
-  -- The mobile was registered before, and nobody had heard of it. The same request gets the same 409 (G5).
-  elseif claim.wrong_passwords == 2 then claim.used_by = '' end
+  if claim.wrong_passwords == 2 then
+    if claim.used_by then
+      redis.call('DEL', claim_key)
+      return ''
+    end
+    claim.used_by = ''
+  end
 end
 redis.call('SET', claim_key, cjson.encode(claim), 'PX', math.max(redis.call('PTTL', claim_key), shortest_life))
 if how == 'used' then redis.call('DEL', guesses_key) end

@@ -64,6 +64,7 @@ export function startDelivery(
   postgres: Postgres
 ): (() => Promise<EventBacklog>) | undefined {
   if (eventsWebhookUrl === undefined) return undefined
+  const url = eventsWebhookUrl
   const { log } = fastify
   const closing = new AbortController()
   let isFailing = false
@@ -80,7 +81,7 @@ export function startDelivery(
         redirect: 'manual',
         signal: AbortSignal.timeout(timeoutMs)
       } as const
-      const response = await fetch(eventsWebhookUrl ?? '', options)
+      const response = await fetch(url, options)
       await response.body?.cancel()
       if (!response.ok) throw new Error(`the receiver answered ${response.status}`)
       await postgres.query(deleteEvent, [id])

@@ -13,8 +13,10 @@ declare module 'fastify' {
 /** A required text. Absent, null and "" are the same fault. Half of a surrogate pair is malformed. */
 export const requiredText = { minLength: 1, format: 'well-formed' }
 
+export const mobilePattern = /^1[3-9]\d{9}$/
+
 /** The one field that every feature has. http/strict-json.ts knows the outcome of its pattern by the name `mobile`. */
-export const mobileField = Type.String({ ...requiredText, pattern: '^1[3-9]\\d{9}$', examples: ['13812345678'] })
+export const mobileField = Type.String({ ...requiredText, pattern: mobilePattern.source, examples: ['13812345678'] })
 
 /** The outcomes of every route that uses a store. */
 export const storeOutcomes = ['storage_unavailable', 'busy', 'internal_error'] as const satisfies readonly OutcomeName[]

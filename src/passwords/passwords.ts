@@ -32,6 +32,10 @@ export async function createPasswords(
    * the first job, by which the queue knows how long one takes.
    */
   const decoyPhc = await queue.run(() => hash(randomUUID(), parameters))
+  async function matchesNothing(password: string): Promise<boolean> {
+    await verifyArgon2(decoyPhc, password)
+    return false
+  }
   // The hash of the start is not observed.
   queue.onJob = observer?.onHash.bind(observer)
   /** `$argon2id$v=19$m=…,t=…,p=1$`: what all hashes with the configured parameters begin with. */
@@ -64,11 +68,10 @@ export async function createPasswords(
      * of this service.
      */
     async verify(storedHash: string | undefined, password: string, client: Writable): Promise<boolean> {
-      const verifier = storedHash === undefined ? undefined : verifierOf(storedHash)
+      const matchesHash = (storedHash === undefined ? undefined : verifierOf(storedHash)) ?? matchesNothing
       async function matches(): Promise<boolean> {
         for (const candidate of new Set([password, password.normalize('NFKC')])) {
-          if (verifier === undefined) await verifyArgon2(decoyPhc, candidate)
-          else if (await verifier(candidate)) return true
+          if (await matchesHash(candidate)) return true
         }
         return false
       }

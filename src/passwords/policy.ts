@@ -5,8 +5,10 @@ import { requiredText } from '../http/schemas.js'
 import type { OutcomeName } from '../outcomes.js'
 
 /**
- * A new password. Its length is an outcome of its own and counts code points, so the schema has no bounds. NFKC is not stable for code points that are unassigned in the Unicode of this Node.js: under a later one the
- * same password would have another hash. So they are malformed, like half of a surrogate pair (RFC 8264, section 9.10).
+ * A new password. Its length is an outcome of its own and counts code points, so the schema has no bounds.
+ *
+ * NFKC is not stable for code points that are unassigned in the Unicode of this Node.js: under a later one the same password would have
+ * another hash. So they are malformed, like half of a surrogate pair (RFC 8264, section 9.10).
  */
 export const newPasswordField = Type.String({ ...requiredText, examples: ['correct horse'], pattern: '^\\P{Cn}*$' })
 

@@ -101,10 +101,13 @@ export function createMetrics(limitNames: readonly string[]) {
       })
       if (readEventBacklog) {
         const states = 'Events of users by state: waiting; undeliverable after three days'
+        // The first gauge reads for both: a scrape collects them in the order of their registration.
+        let backlog: Promise<EventBacklog> | undefined
         new Gauge({
           ...described('events', states, 'state'),
           async collect() {
-            const { waiting, undeliverable } = await readEventBacklog()
+            backlog = readEventBacklog()
+            const { waiting, undeliverable } = await backlog
             this.set({ state: 'waiting' }, waiting)
             this.set({ state: 'undeliverable' }, undeliverable)
           }
@@ -112,7 +115,7 @@ export function createMetrics(limitNames: readonly string[]) {
         new Gauge({
           ...described('events_oldest_age_seconds', 'Age of the oldest event that waits'),
           async collect() {
-            this.set((await readEventBacklog()).oldestSeconds)
+            this.set((await backlog)?.oldestSeconds ?? Number.NaN)
           }
         })
       }
@@ -140,7 +143,7 @@ export const metricsServer = fp<{ config: Config; metrics: Metrics; sources: Met
       if (!config?.isProbe) for (const name of [method].flat()) requests.zero({ method: name, route: url, outcome })
     })
     fastify.addHook('onResponse', (request, reply, done) => {
-      // Not the URL of a request without a route, which may contain anything.
+      // A request without a route has a URL that may contain anything.
       const { config, url: route = 'none' } = request.routeOptions
       const labels = { method: request.method, route, outcome: reply.outcomeName ?? 'none' }
       if (!config.isProbe) requests.observe(labels, reply.elapsedTime / 1_000)

@@ -2,6 +2,7 @@ import { createReadStream } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { type Info, parse } from 'csv-parse'
 import type pg from 'pg'
+import { mobilePattern } from '../http/schemas.js'
 import { verifierOf } from '../passwords/stored-hash.js'
 
 /** What one line of a file says of a user. */
@@ -144,7 +145,7 @@ function parseObject(text: string): Record<string, unknown> | undefined {
 function parseUser(record: Line['record']): ImportedUser | string {
   if (record === undefined) return unparsable
   const { mobile, password_hash, name, created_at } = record
-  if (typeof mobile !== 'string' || !/^1[3-9]\d{9}$/.test(mobile)) return 'the mobile is bad'
+  if (typeof mobile !== 'string' || !mobilePattern.test(mobile)) return 'the mobile is bad'
   if (typeof password_hash !== 'string' || password_hash === '') return 'the hash is empty'
   if (password_hash !== lockedHash && verifierOf(password_hash) === undefined) return 'the hash is of an unknown format'
   if (name && (typeof name !== 'string' || name.includes('\0'))) return 'the name is bad'
