@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs all tests, and prints what failed. The last line is "N passed, N failed". Fails also if no test has run.
 #
-#   scripts/run-tests.sh [--coverage]     coverage: at least 95 % of the lines; files below 90 % are named
+#   scripts/run-tests.sh [--coverage]     coverage: of each file of src, at least 90 % of the lines
 set -uo pipefail
 
 echo "Node.js $(node --version)"
@@ -14,9 +14,9 @@ status=$?
 [ $# = 0 ] || node -e '
   const { total, ...files } = JSON.parse(fs.readFileSync(".tap/report/coverage-summary.json", "utf8"))
   const low = Object.entries(files).filter(([, { lines }]) => lines.pct < 90)
-  for (const [file, { lines }] of low) console.log(`${file}: ${lines.pct} % of its lines are covered`)
+  for (const [file, { lines }] of low) console.log(`${file}: only ${lines.pct} % of its lines are covered`)
   console.log(`${Object.keys(files).length} files, ${total.lines.pct} % of all lines`)
-  process.exit(total.lines.pct < 95 ? 1 : 0)
+  process.exit(low.length)
 ' || status=1
 
 # A line of tap: # { total: 3, pass: 2, fail: 1 }

@@ -1,6 +1,6 @@
 /*
- * node --import tsx/esm scripts/smoke.ts COMMAND…: runs a built service in production on private stores. It signs somebody up, and
- * ends with SIGTERM. The command gets PORT and all other variables in its environment. Writes .tap/openapi.json.
+ * node --import tsx/esm scripts/smoke.ts COMMAND…: runs a built service in production mode on private stores. It signs up one user,
+ * and ends the service with SIGTERM. The command gets PORT and all other variables in its environment. Writes .tap/openapi.json.
  */
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'

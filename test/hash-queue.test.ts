@@ -25,7 +25,7 @@ const { passwords } = strictApp.mobileSignup
 const { signUp, ...strictApi } = client(strictApp)
 const logIn = ({ mobile, password }: SignUpBody) => strictApi.logIn({ mobile, password })
 
-/** A queue, and jobs that run until they are ended. `started` are those that have started, in order. */
+/** Creates a queue. Its jobs run until the test ends them. `started` lists the jobs that have started, in order. */
 function startQueue(threads: number, maxWaitMs = 0) {
   const queue = new HashQueue(threads, maxWaitMs)
   const started: string[] = []

@@ -2,6 +2,7 @@ import { execFile } from 'node:child_process'
 import { rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
 import t from 'tap'
 import { client } from '../testkit/client.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
@@ -90,6 +91,22 @@ t.test(
     t.equal((await postgres.query('SELECT FROM user_events')).rowCount, 0)
   }
 )
+
+t.test('on a terminal the progress is a bar', async (t) => {
+  const file = join(directory, 'terminal.csv')
+  const bad = 'x,!'
+  const users = Array.from({ length: 3_000 }, () => `${newMobile()},!`)
+  await writeFile(file, ['mobile,password_hash', bad, ...users].join('\n'))
+  const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
+  // script(1) gives its command a terminal.
+  const run = promisify(execFile)('script', ['-qec', `${process.execPath} ${command} import ${file}`, '/dev/null'], {
+    env
+  })
+  const { stdout } = await run.catch((error) => error)
+  t.match(stdout, /\[#{30}\] 100 %, 3001 lines/)
+  t.match(stdout, 'line 2: the mobile is bad')
+  t.match(stdout, /3001 lines: \d+ imported, \d+ skipped \(the mobile has a user\), 1 bad/)
+})
 
 t.test('JSON lines are imported, too', async (t) => {
   const mobile = newMobile()

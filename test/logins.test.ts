@@ -129,7 +129,7 @@ t.test('G8: a success clears the failures of the mobile and network, and no try 
   t.intercept(passwords, 'verify', {
     value: (...args: Parameters<typeof verifyPassword>) => once(barrier, 'open').then(() => verifyPassword(...args))
   })
-  // Some tries are in flight: before, between and after the failed ones.
+  // Tries are in flight before, between and after the failed ones.
   const inFlight = [logIn(wrong, '192.0.2.1', '', otherApi)]
   await until('one is in flight', async () => (await redis.zcard(pair)) === 1)
   for (let n = 0; n < 2; n++) t.equal(await statusOf(wrong), 401)
@@ -158,7 +158,7 @@ t.test('G8: 3 logins of a mobile and 20 of a network wait for hashes at a time; 
     }
   }
 
-  // Logins with the right password, which no limit on failures stops: from one address, and from others.
+  // No limit on failures stops logins with the right password. They come from one address, and from others.
   for (let n = 0; n < 3; n++) queued.push(logIn(login, `192.0.2.${n}`))
   await hashes.untilJoined(3)
   await refusals(10, login, '192.0.2.1')
@@ -242,7 +242,7 @@ t.test('a login replaces an outdated hash, but no newer one, and only if a login
   t.strictSame(errors, [], 'it is no error')
 })
 
-/** Spends every limit that strangers can spend, from the addresses of strangers and of the owner. */
+/** Exhausts every limit that strangers can exhaust, from their addresses and from that of the owner. */
 async function attack(mobile: string, from = '192.0.2.1'): Promise<void> {
   const units = Array.from({ length: 100 }, (_, n) => [Date.now(), `failure ${n}`]).flat()
   for (const key of [`{${mobile}}`, `{${mobile}}:${from}`, `network:${from}`]) {

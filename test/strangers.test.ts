@@ -30,9 +30,9 @@ const api = client(await build(t, unlimited))
 const rotated = client(await build(t, { ...unlimited, SESSION_SECRET: `${newerSecret},${sessionSecret}` }))
 /** One whose hashes fail, so each right code is held and released unused. */
 const failing = client(await buildHashingAfter(t, () => Promise.reject(new Error('no memory for a hash')), unlimited))
-/** One with the limits of production on messages to a mobile. */
+/** An application with production's limits on messages to a mobile. */
 const paced = client(await build(t, { ...unlimited, SMS_RESEND_S: '60', SMS_DAILY_MAX: '10' }))
-/** Two with the limits of production on wrong codes over all mobiles. */
+/** Two applications with production's limits on wrong codes over all mobiles. */
 const limited = [client(await build(t, overAll)), client(await build(t, overAll))] as const
 
 const guessesKey = (mobile: string) => `{sms_code_${mobile}}:guesses`

@@ -88,7 +88,7 @@ function brokenByRetries(run: FinishedRun): string[] {
   })
 }
 
-/** Requests that are the same have one success. */
+/** Identical requests share one success. */
 const requestOf = ({ client: { action, password } }: Attempt) => `${action} with ${password}`
 const isSuccess = ({ reply }: Attempt) => reply?.json().errno === '0'
 const userIdOf = ({ reply }: Attempt) => reply?.json().data.user_id
