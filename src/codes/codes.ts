@@ -177,7 +177,7 @@ export function createCodes(
         )
       } finally {
         const isCounted = result?.[0] === 'wrong' && result[1] === 1
-        if (!isCounted) track(rateLimits.refund(beside, holder), log)
+        if (!isCounted && beside.length > 0) track(rateLimits.refund(beside, holder), log)
       }
       switch (result[0]) {
         case 'held': {
@@ -216,7 +216,7 @@ export function createCodes(
           track(refundSends(mobile, JSON.parse(sends)), log)
         }
         const isFirstUse = how === 'used' && formerUser === undefined && sends !== null
-        if (isFirstUse) track(rateLimits.refundNewest(beside), log)
+        if (isFirstUse && beside.length > 0) track(rateLimits.refundNewest(beside), log)
         return sends !== null
       } catch (error) {
         bugLogger(log, 'a code could not be released')(error)

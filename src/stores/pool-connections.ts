@@ -40,7 +40,8 @@ export class PoolConnections {
         if (client) resolve(client)
         else reject(error)
       }
-      const timer = setTimeout(settle, this.timeoutMs, new Error('timeout exceeded when trying to connect'))
+      // The error is made when it is needed: its stack costs more than all else here.
+      const timer = setTimeout(() => settle(new Error('no connection was free in time')), this.timeoutMs)
       this.waiters.add(settle)
       if (this.pool.idleCount > 0 || this.pool.totalCount < this.max) this.open()
     })
