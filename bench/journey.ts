@@ -4,8 +4,8 @@ import { listenOnLoopback } from '../testkit/listen.js'
 import { alternate } from './alternate.js'
 import { closedLoop, type LoadRequest, requireStatus, warmUp } from './load.js'
 import { type Row, ratioRow } from './report.js'
-import { issueSignUps, newMobiles, signUpBody } from './request-bodies.js'
-import type { SystemUnderTest } from './system-under-test.js'
+import { code, issueSignUps, mobileOf, newMobiles, signUpBody } from './request-bodies.js'
+import type { Server, SystemUnderTest } from './system-under-test.js'
 
 const seconds = 4
 const perRound = 600 * availableParallelism() * seconds
@@ -13,9 +13,12 @@ const perRound = 600 * availableParallelism() * seconds
 /** All limits count, but none refuses: everybody comes from one address. */
 const wideLimits = { SMS_IP_HOURLY_MAX: '1000000', SMS_PREFIX_HOURLY_MAX: '1000000', SMS_HOURLY_MAX: '1000000' }
 
-/** The journey that people take (a code is asked for and sent to the webhook, a sign-up has its ticket) beside the sign-up alone. */
+/**
+ * What costs more or less than a sign-up alone: the journey that people take (a code is asked for and sent to the webhook, a sign-up has
+ * its ticket), a sign-up with its event, a login by code.
+ */
 export async function journey(system: SystemUnderTest): Promise<Row[]> {
-  const { redis } = system.stores
+  const { redis, postgres } = system.stores
   /** The code of each mobile, as the webhook has received it. */
   const codes = new Map<string, string>()
   const webhook = createServer(async (request, response) => {
@@ -45,19 +48,52 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
     return [askForCode, { path: '/api/v1.0/users', body }]
   }
 
-  async function measure(load: { requests: LoadRequest[] } | { bodies: string[] }): Promise<number> {
-    const { replies, perSecond } = await closedLoop(service, { seconds, ...load })
-    const signUps = replies.filter(({ status }) => status !== 202)
-    requireStatus(signUps, 201, 'sign-ups')
-    return (perSecond * signUps.length) / replies.length
+  async function measure(
+    load: { requests: LoadRequest[] } | { bodies: string[] },
+    server: Server = service
+  ): Promise<number> {
+    const { replies, perSecond } = await closedLoop(server, { seconds, ...load })
+    const counted = replies.filter(({ status }) => status !== 202)
+    requireStatus(counted, 201, 'sign-ups or logins')
+    return (perSecond * counted.length) / replies.length
   }
-
-  const rounds = await alternate(
+  const measureAlone = async (server?: Server) => measure({ bodies: await issueSignUps(redis, perRound) }, server)
+  const journeys = await alternate(
     'journey',
     5,
     () => measure({ requests: journeyRequests() }),
-    async () => measure({ bodies: await issueSignUps(redis, perRound) })
+    () => measureAlone()
+  )
+
+  const EVENTS_WEBHOOK_URL = await listenOnLoopback(createServer((_, response) => response.end()).unref())
+  const withEvents = await system.startService({ EVENTS_WEBHOOK_URL })
+  await warmUp(withEvents, redis)
+  const events = await alternate(
+    'events',
+    9,
+    () => measureAlone(withEvents),
+    () => measureAlone()
+  )
+
+  const logins = await alternate(
+    'login by code',
+    3,
+    async () => {
+      const bodies = await issueSignUps(redis, 4 * perRound)
+      const mobiles = bodies.map(mobileOf)
+      const insert =
+        "INSERT INTO users (name, mobile, password_hash) SELECT mobile, mobile, '!' FROM unnest($1::text[]) AS mobile"
+      await postgres.query(insert, [mobiles])
+      let sent = 0
+      const body = () => JSON.stringify({ mobile: mobiles[sent++], sms_code: code })
+      return measure({ requests: [{ path: '/api/v1.0/sessions', body }] })
+    },
+    () => measureAlone()
   )
   webhook.close()
-  return [ratioRow('whole journeys/s ÷ sign-ups/s alone', rounds)]
+  return [
+    ratioRow('whole journeys/s ÷ sign-ups/s alone', journeys),
+    ratioRow('sign-ups/s with events ÷ without', events),
+    ratioRow('logins by code/s ÷ sign-ups/s alone', logins)
+  ]
 }

@@ -80,9 +80,9 @@ export async function closedLoop(
   return result
 }
 
-/** Signs up for five seconds, so that V8 has optimized much of the service, and its connections to the stores are open. */
-export async function warmUp(server: Server, redis: Redis): Promise<void> {
-  await closedLoop(server, { seconds: 5, bodies: await issueSignUps(redis, 4_000) })
+/** Signs up until V8 has optimized much of the service, and its connections to the stores are open. */
+export async function warmUp(server: Server, redis: Redis, seconds = 5): Promise<void> {
+  await closedLoop(server, { seconds, bodies: await issueSignUps(redis, 800 * seconds) })
 }
 
 /** @throws {Error} if a reply has another status, because then something else was measured */

@@ -1,7 +1,7 @@
 import { randomInt } from 'node:crypto'
 import type { Redis } from 'ioredis'
 
-const code = '123456'
+export const code = '123456'
 const password = 'a bench password'
 
 /** Long enough for a whole benchmark. */
