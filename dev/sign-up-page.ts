@@ -3,7 +3,7 @@ import { readFile } from 'node:fs/promises'
 import type { FastifyPluginAsync } from 'fastify'
 import type { Config } from '../src/config/config.js'
 
-/** A page at `/` on which a newcomer signs up. */
+/** A page at `/` on which a newcomer signs up, logs in by code and deletes the account. */
 export const signUpPage: FastifyPluginAsync<{ config: Config }> = async (fastify, { config }) => {
   const template = await readFile(new URL('./sign-up-page.html', import.meta.url), 'utf8')
   const page = template.replace('{{api}}', config.apiPrefix).replace('{{resendS}}', `${config.smsResendS}`)

@@ -271,6 +271,52 @@ t.test('a user signs up and logs out on the page, and axe finds no violation', a
   t.strictSame(errors, [], 'no error in the console, no request to another host')
 })
 
+t.test('a user logs in with a code that was sent for a sign-up, and deletes the account, on the page', async (t) => {
+  const { app, page, errors } = await openPage(t, 'en-GB')
+  const { mobile, ...body } = await signUpBody()
+  await client(app).signUp({ mobile, ...body })
+  const purposes: string[] = []
+  page.on('request', (request) => {
+    if (request.url().endsWith('/sms_codes')) purposes.push(request.postDataJSON().purpose)
+  })
+  const click = (name: string) => page.getByRole('button', { name }).click()
+  async function requestCode() {
+    await click('Send code')
+    await page.getByRole('status').getByText('Sent').waitFor()
+  }
+
+  await page.locator('#mobile').fill(mobile)
+  await requestCode()
+  await page.locator('#sms_code').fill(await codeOf(mobile))
+  const refusal = page.waitForResponse(/sms_codes/)
+  await page.getByRole('radio', { name: 'Log in' }).check()
+  t.equal((await refusal).status(), 429, 'it asks for the further purpose, not for a second message')
+  t.ok(await page.locator('#password').isHidden())
+  t.strictSame(await axeViolations(page), [])
+  await click('Log in')
+  await page.getByRole('status').getByText('Logged in').waitFor()
+  t.notMatch(await page.content(), mobile, 'the page shows the mobile masked')
+
+  // Instead of a minute.
+  await redis.del(`send_sms_code_${mobile}`)
+  await page.reload()
+  await click('Delete account')
+  t.strictSame(await axeViolations(page), [])
+  await click('Delete account')
+  await page.getByText('A required parameter is missing').waitFor()
+  t.equal(await focusedId(page), 'sms_code')
+  await requestCode()
+  await page.locator('#sms_code').fill(await codeOf(mobile))
+  await click('Delete account')
+  await page.getByText('Account deleted').waitFor()
+  t.equal(await focusedId(page), 'mobile')
+  t.notMatch(await page.content(), `****${mobile.slice(-4)}`)
+  t.strictSame(purposes, ['sign_up', 'log_in', 'delete'])
+  t.equal((await page.request.get('/api/v1.0/session')).status(), 401)
+  t.equal((await client(app).signUp(await signUpBody({ mobile }))).statusCode, 201, 'the mobile can sign up again')
+  t.strictSame(errors, [])
+})
+
 t.test('errors are shown in the words of the service, with the focus on their field', async (t) => {
   const { app, page, errors } = await openPage(t, 'zh-CN')
   t.equal(await page.locator('html').getAttribute('lang'), 'zh-CN')
@@ -339,16 +385,19 @@ t.test('the page sends its ticket, and shows how long a refused sign-up has to w
   await page.getByText('Registered').waitFor()
 })
 
-t.test('the keyboard suffices to sign up, on a small screen and below another prefix', async (t) => {
+t.test('the keyboard suffices, on a small screen and below another prefix', async (t) => {
   const { page, errors } = await openPage(t, 'zh-CN', { API_PREFIX: '/other' })
   await page.setViewportSize({ width: 360, height: 640 })
-  t.ok(await page.evaluate('document.documentElement.scrollWidth <= innerWidth'), 'no horizontal scrolling')
+  const isScrolling = () => page.evaluate('document.documentElement.scrollWidth > innerWidth')
+  t.notOk(await isScrolling(), 'no horizontal scrolling')
   const mobile = newMobile()
   const press = async (...keys: string[]) => {
     for (const key of keys) await page.keyboard.press(key)
   }
   await page.locator('#language').focus()
-  await press('Tab')
+  await press('Tab', 'ArrowRight')
+  t.equal(await page.locator('h1').innerText(), '登录')
+  await press('ArrowLeft', 'Tab')
   await page.keyboard.type(mobile)
   await press('Tab', 'Tab', 'Enter')
   await page.getByText('发送成功').waitFor()
@@ -362,7 +411,12 @@ t.test('the keyboard suffices to sign up, on a small screen and below another pr
   await press('Enter')
   await page.getByText('注册成功').waitFor()
   t.equal(await focusedId(page), 'who')
-  await press('Tab', 'Enter')
+  t.notOk(await isScrolling())
+  await press('Tab', 'Tab', 'Enter')
+  t.equal(await focusedId(page), 'sms_code')
+  await press('Tab', 'Tab', 'Enter')
+  t.equal(await focusedId(page), 'delete', 'the deletion is cancelled')
+  await press('Shift+Tab', 'Enter')
   await page.getByText('退出成功').waitFor()
   t.strictSame(errors, [])
 })
