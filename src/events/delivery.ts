@@ -11,7 +11,8 @@ const pauseMs = 1_000
 /** How long the receiver may take to answer. Less than the first pause between two attempts, so that they do not overlap. */
 const timeoutMs = 5_000
 
-const batchSize = 20
+/** How many events an instance delivers at a time. */
+const batchSize = 50
 
 /** An event as the outbox has it. */
 interface UserEvent {
@@ -39,11 +40,11 @@ const takeEvents: NamedStatement = {
            WHERE due_at <= now() AND NOT EXISTS (
              SELECT FROM user_events AS older
              WHERE older.user_id = event.user_id AND older.number < event.number AND older.due_at < 'infinity')
-           ORDER BY due_at LIMIT ${batchSize} FOR UPDATE SKIP LOCKED)
+           ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED)
          RETURNING id, type, created_at AS timestamp, user_id, mobile, name`
 }
 
-const deleteEvent: NamedStatement = { name: 'delete_event', text: 'DELETE FROM user_events WHERE id = $1' }
+const deleteEvents: NamedStatement = { name: 'delete_events', text: 'DELETE FROM user_events WHERE id = ANY ($1)' }
 
 const readBacklog: NamedStatement = {
   name: 'read_backlog',
@@ -69,40 +70,42 @@ export function startDelivery(
   const closing = new AbortController()
   let isFailing = false
 
+  /** @throws if the receiver does not accept the event */
   async function deliver({ id, type, timestamp, ...data }: UserEvent): Promise<void> {
     const body = JSON.stringify({ type, timestamp, data })
     const signature = eventsWebhookSecret === undefined ? undefined : signatureHeaders(eventsWebhookSecret, id, body)
-    try {
-      const headers = { 'content-type': 'application/json', ...signature }
-      const options = {
-        method: 'POST',
-        headers,
-        body,
-        redirect: 'manual',
-        signal: AbortSignal.timeout(timeoutMs)
-      } as const
-      const response = await fetch(url, options)
-      await response.body?.cancel()
-      if (!response.ok) throw new Error(`the receiver answered ${response.status}`)
-      await postgres.query(deleteEvent, [id])
-      if (isFailing) log.info('events are delivered again')
-      isFailing = false
-    } catch (err) {
-      if (!isFailing) log.warn({ err }, 'an event could not be delivered')
-      isFailing = true
-    }
+    const headers = { 'content-type': 'application/json', ...signature }
+    const signal = AbortSignal.timeout(timeoutMs)
+    const response = await fetch(url, { method: 'POST', headers, body, redirect: 'manual', signal })
+    await response.body?.cancel()
+    if (!response.ok) throw new Error(`the receiver answered ${response.status}`)
+  }
+
+  /** @returns whether there may be more events that can be delivered now */
+  async function deliverBatch(): Promise<boolean> {
+    // A receiver that fails is asked with one event at a time, so that its failure costs sign-ups nothing.
+    const limit = isFailing ? 1 : batchSize
+    const { rows } = await postgres.query<UserEvent>(takeEvents, [limit])
+    if (rows.length === 0) return false
+    const results = await Promise.allSettled(rows.map(deliver))
+    const ids = rows.filter((_, index) => results[index]?.status === 'fulfilled').map(({ id }) => id)
+    const failure = results.find((result) => result.status === 'rejected')
+    if (failure && !isFailing) log.warn({ err: failure.reason }, 'an event could not be delivered')
+    if (ids.length > 0) await postgres.query(deleteEvents, [ids])
+    if (ids.length > 0 && isFailing) log.info('events are delivered again')
+    isFailing = ids.length === 0
+    return !isFailing && rows.length === limit
   }
 
   async function deliverUntilClosed(): Promise<void> {
     while (!closing.signal.aborted) {
-      // The store has logged an outage, and a bug stays until somebody mends it.
-      const { rows } = await postgres.query<UserEvent>(takeEvents, []).catch((err) => {
+      const hasMore = await deliverBatch().catch((err) => {
+        // Once: the store logs its outage, and a bug stays until somebody mends it.
         if (!isFailing) log.error({ err }, 'events could not be read')
         isFailing = true
-        return { rows: [] }
+        return false
       })
-      await Promise.all(rows.map(deliver))
-      if (rows.length < batchSize) await sleep(pauseMs, undefined, { signal: closing.signal }).catch(() => undefined)
+      if (!hasMore) await sleep(pauseMs, undefined, { signal: closing.signal }).catch(() => undefined)
     }
   }
 
