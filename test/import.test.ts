@@ -5,15 +5,19 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import t from 'tap'
 import { client } from '../testkit/client.js'
+import { numberFrom } from '../testkit/environment.js'
+import { formerUsers } from '../testkit/former-users.js'
+import { listen } from '../testkit/listen.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 
-/** `mobile-signup import FILE`: the users of another system. */
+/** `mobile-signup import FILE`: the users of another system. With IMPORT_USERS=100000 it imports so many. */
 
 const { build, newMobile, postgres, signUpBody, stores, userRows } = await startTestbed(t)
 const directory = createTemporaryFolder()
 t.teardown(() => rm(directory, { recursive: true }))
 const command = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
+const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
 
 interface Outcome {
   code: number
@@ -24,7 +28,6 @@ interface Outcome {
 async function runImport(name: string, content: string, ...options: string[]): Promise<Outcome> {
   const file = join(directory, name)
   await writeFile(file, content)
-  const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
   return new Promise((resolve) => {
     const child = execFile(process.execPath, [command, 'import', file, ...options], { env }, (_error, stdout, stderr) =>
       resolve({ code: child.exitCode ?? -1, stdout, stderr })
@@ -92,20 +95,31 @@ t.test(
   }
 )
 
-t.test('on a terminal the progress is a bar', async (t) => {
-  const file = join(directory, 'terminal.csv')
-  const bad = 'x,!'
-  const users = Array.from({ length: 3_000 }, () => `${newMobile()},!`)
-  await writeFile(file, ['mobile,password_hash', bad, ...users].join('\n'))
-  const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
+t.test('the passwords of five kinds of hashes log in, and become argon2id', async (t) => {
+  const users = formerUsers(numberFrom('IMPORT_USERS', 2_000))
+  const lines = users.map(({ mobile, password_hash }) => `${mobile},"${password_hash}"`)
+  const file = join(directory, 'former.csv')
+  await writeFile(file, ['mobile,password_hash', 'x,!', ...lines].join('\n'))
   // script(1) gives its command a terminal.
-  const run = promisify(execFile)('script', ['-qec', `${process.execPath} ${command} import ${file}`, '/dev/null'], {
-    env
-  })
-  const { stdout } = await run.catch((error) => error)
-  t.match(stdout, /\[#{30}\] 100 %, 3001 lines/)
+  const args = ['-qec', `${process.execPath} ${command} import ${file}`, '/dev/null']
+  const { stdout } = await promisify(execFile)('script', args, { env }).catch((error) => error)
   t.match(stdout, 'line 2: the mobile is bad')
-  t.match(stdout, /3001 lines: \d+ imported, \d+ skipped \(the mobile has a user\), 1 bad/)
+  t.match(stdout, `[${'#'.repeat(30)}] 100 %, ${users.length + 1} lines`, 'on a terminal the progress is a bar')
+  t.match(stdout, `${users.length + 1} lines: ${users.length} imported, 0 skipped (the mobile has a user), 1 bad`)
+
+  const app = await build(t)
+  const api = client(await listen(t, app.server))
+  const loggedIn = users.slice(0, 50)
+  for (const { mobile, password, password_hash } of loggedIn) {
+    t.equal((await api.logIn({ mobile, password })).statusCode, 201, password_hash)
+  }
+  await app.mobileSignup.inFlight.drain()
+  const { rows } = await postgres.query('SELECT * FROM users WHERE mobile = ANY ($1) ORDER BY mobile', [
+    users.map(({ mobile }) => mobile)
+  ])
+  const replaced = rows.filter(({ password_hash }, i) => password_hash !== users[i]?.password_hash)
+  t.strictSame([rows.length, replaced], [users.length, rows.slice(0, 50)])
+  for (const { password_hash } of replaced) t.match(password_hash, /^\$argon2id\$v=19\$m=64,t=1,p=1\$/)
 })
 
 t.test('JSON lines are imported, too', async (t) => {
