@@ -5,15 +5,20 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import t from 'tap'
 import { client } from '../testkit/client.js'
+import { numberFrom } from '../testkit/environment.js'
+import { formerUsers } from '../testkit/former-users.js'
+import { listen } from '../testkit/listen.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
+import { until } from '../testkit/until.js'
 
-/** `mobile-signup import FILE`: the users of another system. */
+/** `mobile-signup import FILE`: the users of another system. With IMPORT_USERS=100000 it imports so many. */
 
-const { build, newMobile, postgres, signUpBody, stores, userRows } = await startTestbed(t)
+const { build, newMobile, openProxy, postgres, signUpBody, stores, userRows } = await startTestbed(t)
 const directory = createTemporaryFolder()
 t.teardown(() => rm(directory, { recursive: true }))
 const command = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
+const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
 
 interface Outcome {
   code: number
@@ -21,16 +26,20 @@ interface Outcome {
   stderr: string
 }
 
-async function runImport(name: string, content: string, ...options: string[]): Promise<Outcome> {
+/** Imports a file of these lines. */
+async function runImport(name: string, lines: string[], options: string[] = [], variables = env): Promise<Outcome> {
   const file = join(directory, name)
-  await writeFile(file, content)
-  const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
+  await writeFile(file, lines.join('\r\n'))
   return new Promise((resolve) => {
-    const child = execFile(process.execPath, [command, 'import', file, ...options], { env }, (_error, stdout, stderr) =>
+    const args = [command, 'import', file, ...options]
+    const child = execFile(process.execPath, args, { env: variables }, (_error, stdout, stderr) =>
       resolve({ code: child.exitCode ?? -1, stdout, stderr })
     )
   })
 }
+
+/** Returns a line of JSON for a new, locked user. */
+const userLine = (changes: object = {}) => JSON.stringify({ mobile: newMobile(), password_hash: '!', ...changes })
 
 const werkzeug = 'pbkdf2:sha256:1000$ZtRZf4wZbpMUUGfk$6c0499432bb2ea2375bbcfefa555b0a2a3a0419ca6280fff82e1a662a9ea76c4'
 const argon2 = '$argon2id$v=19$m=64,t=1,p=1$rwmxjxEVCuOQBHAveedAHQ$WFQURCKyxQxxc7Z9BTJpN3UQ2aaylzwfVn5D9muK7uM'
@@ -54,12 +63,12 @@ t.test(
       `,,${newMobile()},pbkdf2:sha256:2000001$salt$${'5f'.repeat(32)},x`,
       `,yesterday,${newMobile()},!,x`,
       `,,${newMobile()},!`
-    ].join('\r\n')
+    ]
     const badLines = [
       'line 7: the mobile is bad',
       'line 8: the hash is empty',
-      'line 9: the hash is of an unknown format',
-      'line 10: the hash is of an unknown format',
+      'line 9: the hash is of an unknown format, or costs too much',
+      'line 10: the hash is of an unknown format, or costs too much',
       'line 11: created_at is no time',
       'line 12: it cannot be parsed'
     ]
@@ -68,7 +77,7 @@ t.test(
       [[], '2 imported, 2 skipped'],
       [[], '0 imported, 4 skipped']
     ] as const) {
-      const { code, stdout, stderr } = await runImport('users.csv', csv, ...options)
+      const { code, stdout, stderr } = await runImport('users.csv', csv, [...options])
       t.equal(code, 1)
       t.equal(stdout, `10 lines: ${result} (the mobile has a user), 6 bad\n`)
       t.strictSame(stderr.trim().split('\n'), badLines)
@@ -92,45 +101,110 @@ t.test(
   }
 )
 
-t.test('on a terminal the progress is a bar', async (t) => {
-  const file = join(directory, 'terminal.csv')
-  const bad = 'x,!'
-  const users = Array.from({ length: 3_000 }, () => `${newMobile()},!`)
-  await writeFile(file, ['mobile,password_hash', bad, ...users].join('\n'))
-  const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
+t.test('the passwords of five kinds of hashes log in, and become argon2id', async (t) => {
+  const users = formerUsers(numberFrom('IMPORT_USERS', 2_000))
+  const lines = users.map(({ mobile, password_hash }) => `${mobile},"${password_hash}"`)
+  const file = join(directory, 'former.csv')
+  await writeFile(file, ['mobile,password_hash', 'x,!', ...lines].join('\n'))
   // script(1) gives its command a terminal.
-  const run = promisify(execFile)('script', ['-qec', `${process.execPath} ${command} import ${file}`, '/dev/null'], {
-    env
-  })
-  const { stdout } = await run.catch((error) => error)
-  t.match(stdout, /\[#{30}\] 100 %, 3001 lines/)
+  const args = ['-qec', `${process.execPath} ${command} import ${file}`, '/dev/null']
+  const { stdout } = await promisify(execFile)('script', args, { env }).catch((error) => error)
   t.match(stdout, 'line 2: the mobile is bad')
-  t.match(stdout, /3001 lines: \d+ imported, \d+ skipped \(the mobile has a user\), 1 bad/)
+  t.match(stdout, `[${'#'.repeat(30)}] 100 %, ${users.length + 1} lines`, 'on a terminal the progress is a bar')
+  t.match(stdout, `${users.length + 1} lines: ${users.length} imported, 0 skipped (the mobile has a user), 1 bad`)
+
+  const app = await build(t)
+  const api = client(await listen(t, app.server))
+  const loggedIn = users.slice(0, 50)
+  for (const { mobile, password, password_hash } of loggedIn) {
+    t.equal((await api.logIn({ mobile, password })).statusCode, 201, password_hash)
+  }
+  await app.mobileSignup.inFlight.drain()
+  const { rows } = await postgres.query('SELECT * FROM users WHERE mobile = ANY ($1) ORDER BY mobile', [
+    users.map(({ mobile }) => mobile)
+  ])
+  const replaced = rows.filter(({ password_hash }, i) => password_hash !== users[i]?.password_hash)
+  t.strictSame([rows.length, replaced], [users.length, rows.slice(0, 50)])
+  for (const { password_hash } of replaced) t.match(password_hash, /^\$argon2id\$v=19\$m=64,t=1,p=1\$/)
 })
 
-t.test('JSON lines are imported, too', async (t) => {
-  const mobile = newMobile()
-  const lines = [
-    JSON.stringify({ mobile, password_hash: werkzeug, name: 'Ann' }),
-    '',
-    '{',
-    '[]',
-    'null',
-    '{"mobile":1}'
+t.test('two imports at once do not end in a deadlock, whatever the order of their lines', async (t) => {
+  const [first, middle, last] = Array.from({ length: 3 }, newMobile).sort()
+  const connection = await postgres.connect()
+  t.teardown(() => connection.release())
+  await connection.query('BEGIN')
+  await connection.query("INSERT INTO users (name, mobile, password_hash) VALUES ('', $1, '!')", [middle])
+  const orders = [
+    [first, middle, last],
+    [last, middle, first]
   ]
-  const { code, stdout, stderr } = await runImport('users.jsonl', lines.join('\n'))
-  t.strictSame([code, stdout], [1, '5 lines: 1 imported, 0 skipped (the mobile has a user), 4 bad\n'])
-  t.strictSame(stderr.match(/^line \d/gm), ['line 3', 'line 4', 'line 5', 'line 6'])
-  t.match(await userRows(mobile), [{ name: 'Ann', password_hash: werkzeug }])
+  const outcomes = orders.map((mobiles, i) => {
+    return runImport(
+      `${i}.jsonl`,
+      mobiles.map((mobile) => userLine({ mobile }))
+    )
+  })
+  await until('both imports wait', async () => {
+    const { rows } = await postgres.query('SELECT count(*)::int FROM pg_locks WHERE NOT granted')
+    return rows[0].count === 2
+  })
+  await connection.query('ROLLBACK')
+  for (const { code, stderr } of await Promise.all(outcomes)) t.strictSame([code, stderr], [0, ''])
 })
 
-t.test('a file that is absent, or has no such columns, is one line and exit code 1', async (t) => {
-  t.match(await runImport('header.csv', 'phone,password_hash\n1,2\n'), {
-    code: 1,
-    stdout: '',
-    stderr: 'import: the header has no mobile\n'
-  })
-  const { code, stderr } = await runImport('any.csv', '', '--unknown')
-  t.equal(code, 1)
-  t.match(stderr, /^import: Unknown option/)
+t.test('JSON lines are imported, and every line that Postgres refuses is named', async (t) => {
+  const mobile = newMobile()
+  await postgres.query("ALTER TABLE users ADD CONSTRAINT no_eve CHECK (name <> 'Eve')")
+  t.teardown(() => postgres.query('ALTER TABLE users DROP CONSTRAINT no_eve'))
+  const names = ['', 'Eve', 'Bob', 'Eve', '\0', '\ud800', '\ufffd', 'x'.repeat(501)]
+  const times = ['0000-00-00 00:00:00', '-006000-01-01T00:00:00Z', '+275760-01-01T00:00:00Z', '1', 1_500_000_000]
+  const { code, stdout, stderr } = await runImport('users.jsonl', [
+    `\ufeff${JSON.stringify({ mobile, password_hash: werkzeug, name: 'Ann\u2028' })}`,
+    '',
+    ...['{', '[]', 'null', '{"mobile":1}'],
+    ...names.map((name) => userLine({ name })),
+    userLine({ password_hash: werkzeug.replace('ZtR', 'Z\0R') }),
+    ...times.map((created_at) => userLine({ created_at })),
+    userLine({ created_at: '2020-01-02 03:04:05.123456+08' })
+  ])
+  t.strictSame([code, stdout], [1, '20 lines: 4 imported, 0 skipped (the mobile has a user), 16 bad\n'])
+  t.strictSame(
+    stderr.trim().split('\n').sort(),
+    [
+      ...[3, 5].map((number) => `line ${number}: it cannot be parsed`),
+      ...[4, 6].map((number) => `line ${number}: the mobile is bad`),
+      ...[8, 10].map((number) => `line ${number}: Postgres refuses it (23514)`),
+      ...[11, 12, 13, 14].map((number) => `line ${number}: the name is bad`),
+      'line 15: the hash is of an unknown format, or costs too much',
+      ...[16, 17, 18, 19, 20].map((number) => `line ${number}: created_at is no time`)
+    ].sort()
+  )
+  t.match(await userRows(mobile), [{ name: 'Ann\u2028', password_hash: werkzeug }])
+})
+
+t.test('what is imported when Postgres goes away stays', async (t) => {
+  const proxy = await openProxy(t, 'DATABASE_URL')
+  const struck = proxy.strike('INSERT INTO users', { kind: 'reset' }, 1)
+  const lines = Array.from({ length: 2_500 }, (_, i) => userLine({ mobile: `${13_800_000_000 + i}` }))
+  const outcome = await runImport('outage.jsonl', lines, [], { ...env, DATABASE_URL: proxy.url })
+  await struck
+  t.match(outcome, { code: 1, stdout: /^1000 lines: 1000 imported, 0 skipped/, stderr: /^import: .*\n$/ })
+  t.match(await runImport('outage.jsonl', lines), { code: 0, stdout: /^2500 lines: 1500 imported, 1000 skipped/ })
+})
+
+t.test('a command or a file that is wrong is told, with exit code 1', async (t) => {
+  const header = 'mobile,password_hash'
+  const long = 'x'.repeat(2 ** 20 + 2)
+  for (const [name, lines, options, message] of [
+    ['header.csv', ['phone,password_hash', '1,2'], [], 'import: the header has no mobile\n'],
+    ['any.csv', [], ['--unknown'], "import: Unknown option '--unknown'"],
+    ['any.csv', [], ['other.csv'], 'import: expects one FILE\n'],
+    ['open.csv', [header, '"1"2,!', '13,!'], [], 'the record since line 3 cannot be parsed\n'],
+    ['long.csv', [header, '1,"', long], [], 'import: line 2: its record is over 1 MiB, or a quote is not closed\n'],
+    ['array.json', [`[${long}]`], [], 'import: line 1: its record is over 1 MiB']
+  ] as const) {
+    const { code, stderr } = await runImport(name, [...lines], [...options])
+    t.equal(code, 1)
+    t.match(stderr, message)
+  }
 })

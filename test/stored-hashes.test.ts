@@ -110,6 +110,7 @@ const refused = [
   `scrypt:1024:8:129$salt$${hex128}`,
   `scrypt:1000:8:1$salt$${hex128}`,
   `scrypt:1:8:1$salt$${hex128}`,
+  `scrypt:65536:1:1$salt$${hex128}`,
   `scrypt:1024:0:1$salt$${hex128}`,
   `scrypt:1024:8:1$salt$${hex64}`,
   'pbkdf2_sha256$2000001$saltsalt$qQDPSZa3Ormyy9oK1Pu0ZLLwP2Svzmx3yu8OvDdq/J0=',

@@ -27,7 +27,8 @@ function pbkdf2Verifier(digest: string, iterations: number, salt: string, key: B
 
 function scryptVerifier([N, r, p]: [number, number, number], salt: string, key: Buffer): Verifier | undefined {
   const isPowerOfTwo = N > 1 && Number.isInteger(Math.log2(N))
-  if (!isPowerOfTwo || 128 * N * r * p > scryptMaxBytes) return undefined
+  // RFC 7914, section 2, limits N.
+  if (!isPowerOfTwo || N >= 2 ** (16 * r) || 128 * N * r * p > scryptMaxBytes) return undefined
   // Node.js also counts its buffers.
   const options = { N, r, p, maxmem: 2 * scryptMaxBytes }
   return matching(key, (password) => {
