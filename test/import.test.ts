@@ -53,7 +53,7 @@ t.test(
     const csv = [
       '\ufeffname,created_at,mobile,password_hash,other',
       `"Ann ""A"", Ltd",2020-01-02T03:04:05+08:00,${ann},"${argon2}",x`,
-      `,,${locked},!,x`,
+      `,,${locked},!4tBqLhmO1rT0nCIvCo8Jx2RzKcyPSrFaYuA3uZd5,x`,
       `,,${taken.mobile},${werkzeug},x`,
       `,,${ann},${werkzeug},x`,
       '',
@@ -86,7 +86,7 @@ t.test(
     t.match(await userRows(ann), [
       { name: 'Ann "A", Ltd', created_at: new Date('2020-01-01T19:04:05Z'), password_hash: argon2 }
     ])
-    t.match(await userRows(locked), [{ name: locked }])
+    t.match(await userRows(locked), [{ name: locked, password_hash: /^!$/ }])
     t.equal((await api.logIn({ mobile: ann, password: 'correct horse' })).statusCode, 201)
     t.equal((await api.logIn({ mobile: locked, password: '!' })).statusCode, 401)
     t.equal(

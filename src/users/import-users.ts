@@ -38,7 +38,7 @@ const insertUsers = `
   FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[]) AS line (mobile, password_hash, name, created_at)
   ON CONFLICT (mobile) DO NOTHING`
 
-/** The hash of a user who cannot log in with a password, but can reset it. */
+/** The hash of a user who cannot log in with a password, but can reset it. Django adds random characters. */
 const lockedHash = '!'
 
 /** In bytes. A quote that is not closed would hide the rest of the file, and a file of another kind would be read into memory. */
@@ -161,12 +161,14 @@ function parseUser(number: number, record: Record<string, unknown> | undefined):
   const { mobile, password_hash, name, created_at } = record
   if (typeof mobile !== 'string' || !mobilePattern.test(mobile)) return 'the mobile is bad'
   if (typeof password_hash !== 'string' || password_hash === '') return 'the hash is empty'
-  const isKnown = storable.test(password_hash) && verifierOf(password_hash) !== undefined
-  if (password_hash !== lockedHash && !isKnown) return 'the hash is of an unknown format, or costs too much'
+  const isLocked = password_hash.startsWith(lockedHash)
+  const isKnown = isLocked || (storable.test(password_hash) && verifierOf(password_hash) !== undefined)
+  if (!isKnown) return 'the hash is of an unknown format, or costs too much'
   if (name && !(typeof name === 'string' && storable.test(name))) return 'the name is bad'
   const createdAt = created_at ? parseTime(created_at) : null
   if (createdAt === undefined) return 'created_at is no time'
-  return { number, mobile, password_hash, name: name ? `${name}` : mobile, created_at: createdAt }
+  const storedHash = isLocked ? lockedHash : password_hash
+  return { number, mobile, password_hash: storedHash, name: name ? `${name}` : mobile, created_at: createdAt }
 }
 
 /** Returns a time whose year has four digits: Postgres does not have all times that JavaScript has. */
