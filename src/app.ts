@@ -87,7 +87,8 @@ async function createCapabilities(fastify: FastifyInstance, config: Config, obse
   const devices = new Devices(config)
   const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
   const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
-  // Last: onClose hooks run in reverse order, so requests in flight are drained before anything that they use is closed.
+  // After everything that requests use, because onClose hooks run in reverse order: requests in flight are drained before that is
+  // closed. Only the delivery ends earlier: no request needs it.
   fastify.addHook('onClose', () => inFlight.drain())
   const readEventBacklog = startDelivery(fastify, config, postgres)
   return { readEventBacklog, postgres, redis, rateLimits, codes, passwords, users, devices, sessions, sms, inFlight }
@@ -123,8 +124,9 @@ export async function buildApp(config: Config, options: BuildOptions = {}): Prom
 async function registerService(app: FastifyInstance, config: Config): Promise<void> {
   const metrics = config.metricsPort === undefined ? undefined : createMetrics(limitNames)
 
-  const limits = limitsTurnedOff(config)
-  if (config.production && limits.length > 0) app.log.warn({ limits }, 'limits on strangers are turned off')
+  const turnedOff = limitsTurnedOff(config)
+  if (config.production && turnedOff.length > 0)
+    app.log.warn({ limits: turnedOff }, 'limits on strangers are turned off')
 
   await app.register(connections)
   await app.register(replyHeaders)

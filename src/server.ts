@@ -89,6 +89,7 @@ async function main(): Promise<void> {
 
   const migrated = config.migrate ? migrate(config.databaseUrl) : undefined
   await Promise.race([migrated, sleep(migrationPatienceMs, undefined, { ref: false })])
+  // Until here no request can come. From `listen` on they are refused until the migration has ended.
   app.lifecycle.isStarted = false
   // Fastify would open a second server for the other address of localhost, without the handlers of http/.
   const { address: host } = await lookup(config.host, { order: 'ipv4first' })

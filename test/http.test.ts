@@ -422,23 +422,23 @@ t.test('an idle connection stays open for KEEP_ALIVE_TIMEOUT_MS', async (t) => {
 })
 
 t.test('an address counts for its IPv4 address, also inside IPv6, or for its /64 and its /48', async (t) => {
-  const ipv4 = [{ network: '192.0.2.1', share: 1 }]
+  const ipv4 = [{ network: '192.0.2.1', factor: 1 }]
   const mapped = '192.0.2.1:5678 ::ffff:192.0.2.1 ::ffff:c000:201 [::ffff:192.0.2.1]:5678 ::ffff:0:192.0.2.1'
   const translated = '64:ff9b::192.0.2.1 [64:ff9b::c000:201]:443 64:ff9b:1:2:3:4:c000:201'
   const sixToFour = '2002:c000:201:: 2002:c000:201:5:6:7:8:9'
   for (const address of `192.0.2.1 ${mapped} ${translated} ${sixToFour}`.split(' ')) {
-    for (const share of [64, 4]) t.strictSame(networksOf(address, share), ipv4, address)
+    for (const factor of [64, 4]) t.strictSame(networksOf(address, factor), ipv4, address)
   }
   const forms = '2001:DB8:1:2:: 2001:db8:1:2:3:4:5:6 [2001:db8:1:2::1]:567 [2001:db8:1:2::1] 2001:db8:1:2::/64'
   for (const address of forms.split(' ')) {
-    const site = (share: number) => [
-      { network: '2001:db8:1:2::/64', share: 1 },
-      { network: '2001:db8:1::/48', share }
+    const site = (factor: number) => [
+      { network: '2001:db8:1:2::/64', factor: 1 },
+      { network: '2001:db8:1::/48', factor }
     ]
     t.strictSame([networksOf(address), networksOf(address, 4)], [site(64), site(4)], address)
   }
   for (const invalid of ['unknown', '', '_hidden', '192.0.2.256', '2001:db8::1::2', ':::']) {
-    t.strictSame(networksOf(invalid), [{ network: 'unknown', share: 1 }], invalid)
+    t.strictSame(networksOf(invalid), [{ network: 'unknown', factor: 1 }], invalid)
   }
 })
 

@@ -2,7 +2,7 @@ import { EventEmitter, once } from 'node:events'
 import { mock } from 'node:test'
 import { hash, verify } from '@node-rs/argon2'
 import t from 'tap'
-import { Tickets } from '#src/codes/tickets.js'
+import { SignedTokens } from '#src/http/signed-tokens.js'
 import { HashQueue, QueueFull } from '#src/passwords/hash-queue.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { holdHashes } from '../testkit/hold-hashes.js'
@@ -304,10 +304,14 @@ t.test('a device token that is forged or expired, or for another mobile, counts 
   const [{ mobile, login, device }, other] = [await registerUser(), await registerUser()]
   const token = device.slice('device='.length)
   const [id, expiry] = token.split('.')
-  const issue = (ageSeconds: number, secrets: [string, ...string[]] = [secret], purpose = 'device') => {
+  const issue = (
+    ageSeconds: number,
+    secrets: [string, ...string[]] = [secret],
+    purpose: 'ticket' | 'device' = 'device'
+  ) => {
     const now = Date.now()
     const clock = mock.method(Date, 'now', () => now - ageSeconds * 1_000)
-    const issued = new Tickets(secrets, purpose, yearSeconds * 1_000).issue(mobile)
+    const issued = new SignedTokens(secrets, purpose, yearSeconds * 1_000).issue(mobile)
     clock.mock.restore()
     return `device=${issued}`
   }

@@ -1,6 +1,6 @@
 import { mock } from 'node:test'
 import t from 'tap'
-import { Tickets } from '#src/codes/tickets.js'
+import { SignedTokens } from '#src/http/signed-tokens.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { withMovedClock } from '../testkit/moved-clock.js'
 import { type Answer, accept, answerWith, startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
@@ -61,7 +61,7 @@ async function requestCode(mobile = newMobile()): Promise<Body> {
 function ticketOf(mobile: string, ageSeconds: number, secret = sessionSecret): string {
   const now = Date.now()
   const clock = mock.method(Date, 'now', () => now - ageSeconds * 1_000)
-  const ticket = new Tickets([secret]).issue(mobile)
+  const ticket = new SignedTokens([secret], 'ticket', 3_600_000).issue(mobile)
   clock.mock.restore()
   return ticket
 }

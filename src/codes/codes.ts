@@ -3,6 +3,7 @@ import type { FastifyBaseLogger } from 'fastify'
 import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
 import type { InFlight } from '../http/in-flight.js'
+import { SignedTokens } from '../http/signed-tokens.js'
 import { Refusal } from '../outcomes.js'
 import type { Limit, RateLimits } from '../stores/rate-limits.js'
 import type { RedisStore } from '../stores/redis.js'
@@ -11,7 +12,6 @@ import type { Observer } from '../telemetry/observer.js'
 import { digitsOf, randomCode } from './code-format.js'
 import { guessBudgets, guessLimits, unusedCodeLimits } from './limits.js'
 import * as scripts from './scripts.js'
-import { Tickets } from './tickets.js'
 
 /** What a code is used for. */
 export const codePurposes = ['sign_up', 'password', 'log_in', 'delete'] as const
@@ -49,7 +49,7 @@ export interface Send {
 
 /** See {@link scripts.holdCode}. */
 type HoldReply =
-  | ['spent', waitMs: number, number: number]
+  | ['spent', waitMs: number, position: number]
   | ['held', mayHaveWritten: 0 | 1, usedBy: string | null]
   | ['wrong', isCounted: 0 | 1]
   | ['in_progress' | 'used_in_vain']
@@ -75,6 +75,9 @@ const guessesKey = (mobile: string) => `{${codeKey(mobile)}}:guesses`
 /** How long a request can be repeated at least (G5). */
 const repeatMs = 300_000
 
+/** The window of its wrong codes is twice as long: limits.ts. */
+const ticketLifeMs = 3_600_000
+
 /** The round trips of a sign-up whose code was taken over: hold, find, INSERT, find, release. */
 const roundTripsMax = 5
 
@@ -93,7 +96,7 @@ export function createCodes(
     addPurpose: { numberOfKeys: 2, lua: scripts.addPurpose },
     withdrawCode: { numberOfKeys: 2, lua: scripts.withdrawCode }
   })
-  const tickets = new Tickets(sessionSecrets)
+  const tickets = new SignedTokens(sessionSecrets, 'ticket', ticketLifeMs)
 
   // A request can be slower, because HASH_MAX_WAIT_MS is an estimate. Then two requests hold the code, and the unique mobile in
   // Postgres decides.
@@ -106,7 +109,7 @@ export function createCodes(
     Promise.all(sends.map(({ id, network }) => rateLimits.refund(unusedCodeLimits(config, mobile, network), id)))
 
   /** Does not wait for a refund: it does not delay the answer. */
-  function track(refund: Promise<unknown>, log: FastifyBaseLogger): void {
+  function refundLater(refund: Promise<unknown>, log: FastifyBaseLogger): void {
     inFlight.track(refund.catch(bugLogger(log, 'the limits of a code could not be refunded')))
   }
 
@@ -177,7 +180,7 @@ export function createCodes(
         )
       } finally {
         const isCounted = result?.[0] === 'wrong' && result[1] === 1
-        if (!isCounted && beside.length > 0) track(rateLimits.refund(beside, holder), log)
+        if (!isCounted && beside.length > 0) refundLater(rateLimits.refund(beside, holder), log)
       }
       switch (result[0]) {
         case 'held': {
@@ -187,8 +190,8 @@ export function createCodes(
         case 'used_in_vain':
           return 'used_in_vain'
         case 'spent': {
-          const [, waitMs, number] = result
-          const spent = [...inScript, ...budgets][number - 1]
+          const [, waitMs, position] = result
+          const spent = [...inScript, ...budgets][position - 1]
           if (spent !== undefined) observer?.onLimitReached(spent.name)
           throw new Refusal('too_many_requests', undefined, { retryAfterSeconds: Math.ceil(waitMs / 1_000) })
         }
@@ -213,10 +216,10 @@ export function createCodes(
         )
         if (sends) {
           observer?.onCodeUsed()
-          track(refundSends(mobile, JSON.parse(sends)), log)
+          refundLater(refundSends(mobile, JSON.parse(sends)), log)
         }
         const isFirstUse = how === 'used' && formerUser === undefined && sends !== null
-        if (isFirstUse && beside.length > 0) track(rateLimits.refundNewest(beside), log)
+        if (isFirstUse && beside.length > 0) refundLater(rateLimits.refundNewest(beside), log)
         return sends !== null
       } catch (error) {
         bugLogger(log, 'a code could not be released')(error)

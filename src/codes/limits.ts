@@ -18,7 +18,7 @@ export function mobileLimits(config: Config, mobile: string): Limit[] {
 
 /** Returns one limit for each network that an address belongs to. */
 export const perNetwork = (name: LimitName, prefix: string, max: number, seconds: number, address: string): Limit[] =>
-  networksOf(address).map(({ network, share }) => ({ name, key: `${prefix}${network}`, max: max * share, seconds }))
+  networksOf(address).map(({ network, factor }) => ({ name, key: `${prefix}${network}`, max: max * factor, seconds }))
 
 /** The limits on messages whose codes nobody has used. They are against SMS pumping: attackers who earn money from each message. */
 export function unusedCodeLimits(config: Config, mobile: string, address: string): Limit[] {
@@ -60,7 +60,7 @@ export interface GuessBudget {
 const ticketWindow = 2 * hour
 
 /** What a /48 has of a budget for one mobile. A /48 may have 65,536 handsets, but few of them present codes of one mobile. */
-const siteShare = 4
+const siteFactor = 4
 
 /**
  * Returns the budgets that a wrong code costs. A guesser is a ticket, whose holder nobody else can block, or a network. All
@@ -71,14 +71,14 @@ export function guessBudgets(
   ticketId: string | undefined,
   address: string
 ): GuessBudget[] {
-  const perGuesser = (field: string, share: number, seconds: number): GuessBudget => ({
+  const perGuesser = (field: string, factor: number, seconds: number): GuessBudget => ({
     name: 'guesses_guesser',
     field,
-    max: smsCodeAttempts * share,
+    max: smsCodeAttempts * factor,
     windowMs: seconds * 1_000
   })
   if (ticketId !== undefined) return [perGuesser(`ticket:${ticketId}`, 1, ticketWindow)]
-  const budgets = networksOf(address, siteShare).map(({ network, share }) => perGuesser(network, share, hour))
+  const budgets = networksOf(address, siteFactor).map(({ network, factor }) => perGuesser(network, factor, hour))
   if (smsGuessDailyMax === 0) return budgets
   return [...budgets, { name: 'guesses_mobile', field: 'all', max: smsGuessDailyMax, windowMs: day * 1_000 }]
 }

@@ -8,7 +8,7 @@
  * - The code, a plain string, which other services write, too.
  * - Its issue, JSON, if this service has made it:
  *     code       the code; if another service has written another code since, the issue does not apply
- *     purposes   for what it was asked while it lived: an object with `sign_up`, `password` or `any` as true
+ *     purposes   for what it was asked while it lived: an object with each purpose, or `any`, as true
  *     sends      each message with the code: the `id` of its units in the limits on unused codes, and the `network` that asked
  * - Its claim, JSON:
  *     code, purpose     the code, and for what it was presented

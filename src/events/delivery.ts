@@ -118,9 +118,9 @@ export function startDelivery(
     await delivery
   })
   // While Postgres is away nobody knows.
-  const unknown = { waiting: Number.NaN, oldestSeconds: Number.NaN, undeliverable: Number.NaN }
+  const unknownBacklog = { waiting: Number.NaN, oldestSeconds: Number.NaN, undeliverable: Number.NaN }
   return async () => {
     const { rows } = await postgres.query<EventBacklog>(readBacklog, []).catch(() => ({ rows: [] }))
-    return rows[0] ?? unknown
+    return rows[0] ?? unknownBacklog
   }
 }

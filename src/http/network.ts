@@ -5,10 +5,10 @@ import ipaddr from 'ipaddr.js'
 /** Returns an address without the brackets and the port with which some proxies write it. */
 export const bareAddress = (text: string) => text.replace(/^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$/, '$1$2')
 
-/** A network for which limits count. Its maximum is `share` times the configured number. */
+/** A network for which limits count. Its maximum is `factor` times the configured number. */
 export interface Network {
   network: string
-  share: number
+  factor: number
 }
 
 /** Where an IPv6 address has an IPv4 address, in bytes: mapped (RFC 4291), NAT64 (RFC 6052, 8215), SIIT (RFC 6145), 6to4 (RFC 3056). */
@@ -25,22 +25,22 @@ export const requireAddress: onRequestHookHandler = (request, _reply, done) => {
 
 /**
  * Returns the networks by which limits count an address: an IPv4 address itself, also one inside an IPv6 address; for IPv6 the /64,
- * which belongs to one subscriber (RFC 6177), and the /48 with `siteShare` times the number. Anything else, such as a proxy's `unknown`,
+ * which belongs to one subscriber (RFC 6177), and the /48 with `siteFactor` times the number. Anything else, such as a proxy's `unknown`,
  * counts as one network. A /64 in the form that this function returns gives the same networks as an address in it.
  *
- * @param siteShare by default 64: a mobile carrier's /48 holds up to 65,536 handsets
+ * @param siteFactor by default 64: a mobile carrier's /48 holds up to 65,536 handsets
  */
-export function networksOf(address: string, siteShare = 64): [Network, ...Network[]] {
+export function networksOf(address: string, siteFactor = 64): [Network, ...Network[]] {
   // The usual case needs no parser.
-  if (isIPv4(address)) return [{ network: address, share: 1 }]
+  if (isIPv4(address)) return [{ network: address, factor: 1 }]
   const ip = bareAddress(address).replace(/\/64$/, '')
-  if (!ipaddr.isValid(ip)) return [{ network: 'unknown', share: 1 }]
+  if (!ipaddr.isValid(ip)) return [{ network: 'unknown', factor: 1 }]
   const parsed = ipaddr.parse(ip)
-  if (!(parsed instanceof ipaddr.IPv6)) return [{ network: parsed.toString(), share: 1 }]
+  if (!(parsed instanceof ipaddr.IPv6)) return [{ network: parsed.toString(), factor: 1 }]
   const offset = ipv4Offsets[parsed.range()]
   if (offset !== undefined) {
     const ipv4 = parsed.toByteArray().slice(offset, offset + 4)
-    return [{ network: ipv4.join('.'), share: 1 }]
+    return [{ network: ipv4.join('.'), factor: 1 }]
   }
   const prefix = (groups: number) =>
     `${parsed.parts
@@ -48,7 +48,7 @@ export function networksOf(address: string, siteShare = 64): [Network, ...Networ
       .map((part) => part.toString(16))
       .join(':')}::/${16 * groups}`
   return [
-    { network: prefix(4), share: 1 },
-    { network: prefix(3), share: siteShare }
+    { network: prefix(4), factor: 1 },
+    { network: prefix(3), factor: siteFactor }
   ]
 }

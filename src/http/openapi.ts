@@ -16,7 +16,7 @@ with errno 4201. What HTTP or URL parsing refuses is a 4xx with errno 4201.
 `
 
 const tags = [
-  { name: 'sign-up', description: 'From a code to a user' },
+  { name: 'sign-up', description: 'What a code proves' },
   { name: 'session', description: 'Logging in and out, by a cookie' },
   { name: 'health', description: 'Probes of orchestrators and balancers' }
 ]

@@ -18,7 +18,7 @@ export const loadSession = fp(
     await fastify.register(fastifySession, sessions.options)
 
     fastify.addHook('onRequest', async (request) => {
-      // If the session of the cookie has ended, @fastify/session clears the cookie, also in a refusal.
+      // @fastify/session would clear the cookie of a session that has ended, also in a refusal. It does not if there is no cookie.
       if (request.cookies[cookieName] !== request.session.encryptedSessionId) request.cookies[cookieName] = undefined
     })
   },

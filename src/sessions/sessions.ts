@@ -90,8 +90,7 @@ return redis.call('ZRANGE', KEYS[1], 0, -1)
 `
 
 /**
- * Sessions in Redis behind a signed cookie. A route that starts a session needs only this plugin. A route that reads or
- * ends one also needs {@link loadSession} in its scope.
+ * Sessions in Redis behind a signed cookie. A route that reads or ends one needs {@link loadSession} in its scope.
  *
  * @param beginEpoch begins a session epoch of a user in Postgres, and returns it; undefined if the user has been deleted
  */

@@ -15,7 +15,7 @@ export interface Observer {
   onHash(waitMs: number, durationMs: number): void
   /** The SMS gateway has accepted a code, or may have. */
   onCodeSent(): void
-  /** A code that this service had sent has completed a sign-up or a password reset. */
+  /** A code that this service had sent has completed a request. */
   onCodeUsed(): void
   /** A limit has refused a request. */
   onLimitReached(limit: string): void

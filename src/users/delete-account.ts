@@ -3,8 +3,7 @@ import type { FastifyPluginAsync, FastifyReply } from 'fastify'
 import type { Config } from '../config/config.js'
 import { bodyOutcomes, repliesWith } from '../http/schemas.js'
 import { Refusal } from '../outcomes.js'
-import { bugLogger } from '../stores/store-unavailable.js'
-import { loginLimits } from './login-limits.js'
+import { forgetFailures, loginLimits } from './login-limits.js'
 import { CodeBody, type CodeBodyRequest } from './schemas.js'
 
 /**
@@ -43,9 +42,7 @@ export const deleteAccountRoute: FastifyPluginAsync<{ config: Config }> = async 
         await sessions.endBefore(user.id, user.sessionEpoch + 1)
         // A reset or a logout everywhere has begun a later epoch. The repeat ends that one, too.
         if (!(await users.delete(mobile, user))) throw new Refusal('busy')
-        await rateLimits
-          .clearFailures(loginLimits(config, mobile, request.ip).clearedByReset)
-          .catch(bugLogger(request.log, 'failed logins could not be forgotten'))
+        await forgetFailures(rateLimits, loginLimits(config, mobile, request.ip).clearedByReset, request.log)
       }
       await codes.release(hold, 'used', hold.usedBy ?? user?.id)
       return reply.outcome('account_deleted')

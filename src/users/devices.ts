@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { Tickets } from '../codes/tickets.js'
 import type { Config } from '../config/config.js'
 import { cookieAttributes, cookieNameOf, cookieValues } from '../http/cookies.js'
+import { SignedTokens } from '../http/signed-tokens.js'
 
 const yearSeconds = 31_536_000
 
@@ -15,7 +15,7 @@ export class Devices {
   private readonly cookieName
 
   constructor(private readonly config: Pick<Config, 'sessionSecrets' | 'cookieSecure'>) {
-    this.tokens = new Tickets(config.sessionSecrets, 'device', yearSeconds * 1_000)
+    this.tokens = new SignedTokens(config.sessionSecrets, 'device', yearSeconds * 1_000)
     this.cookieName = cookieNameOf('device', config.cookieSecure)
   }
 

@@ -1,8 +1,7 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import type { CodeRequest } from '../codes/codes.js'
 import type { Config } from '../config/config.js'
-import { bugLogger } from '../stores/store-unavailable.js'
-import { loginLimits } from './login-limits.js'
+import { forgetFailures, loginLimits } from './login-limits.js'
 
 /** POST /sessions with a code instead of a password. It needs no hash. A mobile without a user is answered as a wrong code. */
 export function createLogInByCode(fastify: FastifyInstance, config: Config) {
@@ -28,9 +27,7 @@ export function createLogInByCode(fastify: FastifyInstance, config: Config) {
       const [isLoggedIn] = await Promise.all([
         sessions.start(request, reply, sessionUser, user.sessionEpoch),
         codes.release(hold, 'used', usedBy),
-        rateLimits
-          .clearFailures(loginLimits(config, mobile, ip).clearedBySuccess)
-          .catch(bugLogger(log, 'failed logins could not be forgotten'))
+        forgetFailures(rateLimits, loginLimits(config, mobile, ip).clearedBySuccess, log)
       ])
       // A reset or a logout everywhere has ended the epoch since the row was read.
       if (!isLoggedIn) return reply.outcome('wrong_code')

@@ -9,7 +9,7 @@ import { QueueFull } from '../passwords/hash-queue.js'
 import { LoggedInData } from '../sessions/schemas.js'
 import { bugLogger } from '../stores/store-unavailable.js'
 import { createLogInByCode } from './log-in-by-code.js'
-import { LoginPlaces, loginLimits } from './login-limits.js'
+import { forgetFailures, LoginPlaces, loginLimits } from './login-limits.js'
 import { ticketField } from './schemas.js'
 import type { User } from './users.js'
 
@@ -79,7 +79,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
 
     // Refuse before any store is touched, if the hash queue is too long.
     passwords.admit(reply.raw)
-    const leaveQueue = places.take(mobile, request.ip, deviceId)
+    const giveBackPlace = places.take(mobile, request.ip, deviceId)
     let user: User | undefined
     try {
       // Every try counts before the password is verified, so parallel guesses cannot slip through.
@@ -91,10 +91,10 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
       await refund()
       throw error
     } finally {
-      leaveQueue()
+      giveBackPlace()
     }
     if (user === undefined) {
-      // Not awaited: it does not delay the answer.
+      // Not awaited: it does not delay the answer. A shutdown waits for it.
       if (deviceId === undefined) inFlight.track(rateLimits.markFailed(limits.clearedByReset, unit).catch(logUncounted))
       return reply.outcome('wrong_login')
     }
@@ -103,13 +103,13 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     const [isLoggedIn] = await Promise.all([
       sessions.start(request, reply, sessionUser, user.sessionEpoch),
       refund(),
-      rateLimits.clearFailures(limits.clearedBySuccess).catch(logUncounted)
+      forgetFailures(rateLimits, limits.clearedBySuccess, request.log)
     ])
     // A reset or a logout everywhere overtook this login. Or Postgres has lost one in a failover: then only a new reset helps.
     if (!isLoggedIn) return reply.outcome('wrong_login')
     devices.remember(reply, mobile)
 
-    // Not awaited: it does not delay the answer. A shutdown waits for it.
+    // Not awaited either.
     if (passwords.isOutdated(user.passwordHash)) {
       inFlight.track(rehash(user, request, password, deviceId))
     }
@@ -132,16 +132,16 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     deviceId?: string
   ): Promise<void> {
     const { mobile } = request.body
-    let leaveQueue: (() => void) | undefined
+    let giveBackPlace: (() => void) | undefined
     try {
       passwords.admit()
-      leaveQueue = places.take(mobile, request.ip, deviceId)
+      giveBackPlace = places.take(mobile, request.ip, deviceId)
       await users.replaceHash(mobile, passwordHash, await passwords.hash(password))
     } catch (err) {
       const isRefused = err instanceof QueueFull || err instanceof Refusal
       if (!isRefused) bugLogger(request.log, 'an outdated hash could not be replaced')(err)
     } finally {
-      leaveQueue?.()
+      giveBackPlace?.()
     }
   }
 }

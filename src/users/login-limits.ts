@@ -1,8 +1,10 @@
+import type { FastifyBaseLogger } from 'fastify'
 import { perNetwork } from '../codes/limits.js'
 import type { Config } from '../config/config.js'
 import { networksOf } from '../http/network.js'
 import { Refusal } from '../outcomes.js'
-import type { Limit } from '../stores/rate-limits.js'
+import type { Limit, RateLimits } from '../stores/rate-limits.js'
+import { bugLogger } from '../stores/store-unavailable.js'
 
 const [tenMinutes, hour, day] = [600, 3_600, 86_400]
 
@@ -34,6 +36,10 @@ export function loginLimits({ loginIpHourlyMax }: Config, mobile: string, addres
   }
 }
 
+/** Clears failed logins after a proof. If this fails, they count until their windows end. */
+export const forgetFailures = (rateLimits: RateLimits, limits: Limit[], log: FastifyBaseLogger) =>
+  rateLimits.clearFailures(limits).catch(bugLogger(log, 'failed logins could not be forgotten'))
+
 /** Counts the logins in the hash queue of this instance: nothing else limits the successful ones of one account. */
 export class LoginPlaces {
   private readonly taken = new Map<string, number>()
@@ -47,7 +53,7 @@ export class LoginPlaces {
    */
   take(mobile: string, address: string, deviceId: string | undefined): () => void {
     const side = deviceId === undefined ? '' : 'device '
-    const networks = networksOf(address).map(({ network, share }) => ({ key: `${side}${network}`, max: 20 * share }))
+    const networks = networksOf(address).map(({ network, factor }) => ({ key: `${side}${network}`, max: 20 * factor }))
     const groups = [{ key: `${side}${mobile}`, max: 3 }, ...networks]
     const count = (key: string) => this.taken.get(key) ?? 0
     if (groups.some(({ key, max }) => count(key) >= max)) {

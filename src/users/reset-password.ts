@@ -3,8 +3,7 @@ import type { Config } from '../config/config.js'
 import { repliesWith } from '../http/schemas.js'
 import { passwordFault } from '../passwords/policy.js'
 import { LoggedInData } from '../sessions/schemas.js'
-import { bugLogger } from '../stores/store-unavailable.js'
-import { loginLimits } from './login-limits.js'
+import { forgetFailures, loginLimits } from './login-limits.js'
 import { NewPasswordBody, type NewPasswordRequest, newPasswordOutcomes } from './schemas.js'
 
 /** PUT /users/password: a mobile, its code and a new password end all earlier sessions of the user, and start one. */
@@ -53,9 +52,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
       // Whoever logged in with an earlier proof is logged out (G9). If that fails after the code is released, the repeat does it.
       await Promise.all([
         sessions.endBefore(user.id, user.sessionEpoch),
-        rateLimits
-          .clearFailures(loginLimits(config, mobile, request.ip).clearedByReset)
-          .catch(bugLogger(request.log, 'failed logins could not be forgotten')),
+        forgetFailures(rateLimits, loginLimits(config, mobile, request.ip).clearedByReset, request.log),
         codes.release(hold, 'used', user.id)
       ])
       const sessionUser = { user_id: user.id, name: user.name, mobile }

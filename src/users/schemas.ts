@@ -1,12 +1,11 @@
 import { type Static, Type } from '@sinclair/typebox'
 import type { FastifyRequest } from 'fastify'
 import { presentedMaxLength } from '../codes/code-format.js'
-import { ticketMaxLength } from '../codes/tickets.js'
 import { bodyOutcomes, mobileField, requiredText } from '../http/schemas.js'
 import { newPasswordField } from '../passwords/policy.js'
 
 export const ticketField = Type.String({
-  maxLength: ticketMaxLength,
+  maxLength: 256,
   examples: ['b2Zo1cNvTtQx.mf3k2p1q.Xq8mJ0Vw3eVdS1JxuC5Vb8o0cC7wU0kYy2bF1m9rPzE'],
   description: 'From `POST /sms_codes`. One that is forged, expired or for another mobile counts as absent.'
 })

@@ -75,8 +75,8 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger, hasEvent
     async find(mobile: string): Promise<User | undefined> {
       const { rows } = await postgres.query<User>(findUser, [mobile])
       const [user] = rows
-      const isLocked = user && !logged.has(user.id) && verifierOf(user.passwordHash) === undefined
-      if (isLocked && logged.size < 10_000) {
+      const matchesNoPassword = user && !logged.has(user.id) && verifierOf(user.passwordHash) === undefined
+      if (matchesNoPassword && logged.size < 10_000) {
         logged.add(user.id)
         log.warn({ user_id: user.id }, 'a user has a password hash of an unknown format, which no password matches')
       }
