@@ -28,6 +28,8 @@ export async function causeFault({ instances, postgres, redisProxy }: Targets, r
     case 'restart': {
       const mode = random.oneOf('fast', 'immediate')
       await postgres.restart(mode)
+      // After a restart commits are visible that the standby lacks. Promoted now, also a synchronous one would lose them.
+      await postgres.untilReplicated()
       return `restarts of Postgres, ${mode}`
     }
     case 'reset':
