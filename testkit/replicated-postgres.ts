@@ -14,8 +14,11 @@ import { until } from './until.js'
 /** The name by which a primary knows its standby. */
 const standbyName = 'standby'
 
-/** What a standby may still need after its copy was made. A SIGKILL loses nothing that the operating system has. */
-const settings = "wal_keep_size = '256MB'\nfsync = off\n"
+/**
+ * What a standby may still need after its copy was made, and how soon it looks for a primary that was away. A SIGKILL loses nothing that
+ * the operating system has.
+ */
+const settings = "wal_keep_size = '256MB'\nwal_retrieve_retry_interval = '100ms'\nfsync = off\n"
 
 const run = promisify(execFile)
 

@@ -11,11 +11,16 @@ const patienceMs = 60_000
 /** How many sign up at the same time. */
 const concurrency = 24
 
-/** A person with one code. */
+/** What a person asks for with a code. */
+type Operation = 'signUp' | 'resetPassword' | 'deleteAccount'
+
 export interface Person {
   mobile: string
+  /** Of the present request, and of its repeats. */
   code: string
-  password: string
+  /** The last one is the present one. */
+  passwords: [string, ...string[]]
+  isDeleted: boolean
   /** What each of their requests was answered. */
   answers: string[]
   /** The ids in their answers. There are several only if Postgres has lost a row. */
@@ -29,51 +34,76 @@ export interface PeopleOptions {
   report: Report
   /** When the last person begins. */
   until: number
-  /** Whether Postgres may lose rows that have been answered. */
+  /** Whether Postgres may lose changes that have been answered. */
   mayLoseRows: boolean
 }
 
-/** Lets people sign up. Each of them repeats the same request until it succeeds. @returns all of them */
+/** Lets people sign up, and some go on. Each of them repeats the same request until it succeeds. @returns all of them */
 export async function signUpPeople(options: PeopleOptions): Promise<Person[]> {
-  const { redis, random, until } = options
+  const { random, until } = options
   const people: Person[] = []
 
-  async function signUpInTurn(): Promise<void> {
+  async function liveInTurn(): Promise<void> {
     while (Date.now() < until) {
       const mobile = `${13_000_000_000 + people.length}`
-      const code = `${Math.floor(random.between(100_000, 999_999))}`
-      const person = { mobile, code, password: `a password of ${mobile}`, answers: [], userIds: [] }
+      const person: Person = {
+        mobile,
+        code: '',
+        passwords: [`a password of ${mobile}`],
+        isDeleted: false,
+        answers: [],
+        userIds: []
+      }
       people.push(person)
-      await redis.set(`sms_code_${mobile}`, code, 'EX', 600)
-      await signUp(person, options)
+      await askFor('signUp', person, options)
+      if (random.next() < 0.3) {
+        person.passwords.push(`another password of ${mobile}`)
+        await askFor('resetPassword', person, options)
+      }
+      if (random.next() < 0.3) {
+        person.isDeleted = true
+        await askFor('deleteAccount', person, options)
+      }
     }
   }
-  await Promise.all(Array.from({ length: concurrency }, signUpInTurn))
+  await Promise.all(Array.from({ length: concurrency }, liveInTurn))
   return people
 }
 
+/** Sends the request with a new code, and repeats it. */
+export async function askFor(operation: Operation, person: Person, options: PeopleOptions): Promise<void> {
+  person.code = `${Math.floor(options.random.between(100_000, 999_999))}`
+  await options.redis.set(`sms_code_${person.mobile}`, person.code, 'EX', 600)
+  await repeat(operation, person, options)
+}
+
 /** Repeats the request until it succeeds, or until a promise is broken. */
-export async function signUp(person: Person, options: PeopleOptions): Promise<void> {
+export async function repeat(operation: Operation, person: Person, options: PeopleOptions): Promise<void> {
   const { random, report, until, mayLoseRows } = options
-  while (Date.now() < until + patienceMs) {
-    const { answer, userId, isReplay = false } = await sendSignUp(person, options)
-    report.count(`answers ${answer}${isReplay ? ', replayed' : ''}`)
-    person.answers.push(answer)
-    if (userId !== undefined) {
-      if (!person.userIds.includes(userId)) person.userIds.push(userId)
+  let hasSucceeded = false
+  for (let attempt = 1; Date.now() < until + patienceMs; attempt++) {
+    const { answer, userId, isReplay = false } = await send(operation, person, options)
+    report.count(`answers to ${operation}: ${answer}${isReplay ? ', replayed' : ''}`)
+    person.answers.push(`${operation} ${answer}`)
+    if (answer.startsWith('2')) {
+      hasSucceeded = true
+      if (userId !== undefined && !person.userIds.includes(userId)) person.userIds.push(userId)
       if (person.userIds.length > 1 && !mayLoseRows) return report.violate(about(person, 'two user_ids'))
       // Some repeat a request that has succeeded, as a gateway does whose own client has disconnected.
-      if (person.answers.length > 1 || random.next() < 0.9) return
+      if (attempt > 1 || random.next() < 0.9) return
     } else if (answer.startsWith('4')) {
+      // The row, or the new password, may be lost.
+      if (operation === 'resetPassword' && mayLoseRows) return
       return report.violate(about(person, 'refused, although the code had not been used'))
     }
     await sleep(random.between(10, 200))
   }
-  if (person.userIds.length === 0) report.violate(about(person, 'never signed up'))
+  if (!hasSucceeded) report.violate(about(person, `${operation} never succeeded`))
 }
 
-async function sendSignUp(
-  { mobile, code, password }: Person,
+async function send(
+  operation: Operation,
+  { mobile, code, passwords }: Person,
   { instances, random }: PeopleOptions
 ): Promise<{ answer: string; userId?: string; isReplay?: boolean }> {
   const { url } = random.oneOf(...instances)
@@ -81,12 +111,13 @@ async function sendSignUp(
   // One in ten disconnects early.
   const timeoutMs = random.next() < 0.1 ? Math.ceil(random.between(1, 60)) : 10_000
   try {
+    const password = passwords.at(-1)
     const body = { mobile, sms_code: code, password, password2: password }
-    const reply = await client(url).signUp(body, { signal: AbortSignal.timeout(timeoutMs) })
+    const reply = await client(url)[operation](body, { signal: AbortSignal.timeout(timeoutMs) })
     const { errno, data } = reply.json()
     if (errno !== '0') return { answer: `${reply.statusCode} ${errno}` }
     const isReplay = reply.headers['idempotent-replayed'] === 'true'
-    return { answer: `${reply.statusCode}`, userId: data.user_id, isReplay }
+    return { answer: `${reply.statusCode}`, isReplay, ...(data && { userId: data.user_id }) }
   } catch {
     return { answer: 'none' }
   }
