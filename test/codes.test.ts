@@ -192,7 +192,10 @@ t.test('G4, G5: a repeat learns what the earlier requests with its code may have
     [['used', 'may_have_written'], [true, '7'], [true]],
     [['used', 'wrong_password'], [false, '7'], [true]],
     [['used_in_vain'], 'used_in_vain', [true]],
-    [['used', 'wrong_password', 'used', 'wrong_password'], 'wrong_code', [false]]
+    [['used', 'unused'], [false, '7'], [true]],
+    [['used', 'wrong_password', 'used', 'wrong_password'], 'wrong_code', [false]],
+    // An unused code has met the row of another: the conflict stays one.
+    [['wrong_password', 'wrong_password'], 'used_in_vain', [true]]
   ] as [End[], [boolean, string?] | string, [boolean]][]) {
     for (const isSentAgain of [false, true]) {
       const mobile = newMobile()
