@@ -18,27 +18,11 @@ async function createDatabase(name: string): Promise<string> {
   return Object.assign(new URL(stores.databaseUrl), { pathname: `/${name}` }).href
 }
 
-t.test(
-  'parallel migrations of an empty database do not collide, and a role that may only insert can use it',
-  async (t) => {
-    const url = await createDatabase('parallel')
-    const applied = await Promise.all(Array.from({ length: 4 }, () => migrate(url)))
-    t.strictSame(applied.flat(), ['0001_users'], 'each migration is applied once')
-    await queryOnce(url, 'CREATE ROLE restricted; GRANT SELECT, INSERT ON users TO restricted')
-    const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ('n', '1', 'h') RETURNING id`
-    const client = new pg.Client(url)
-    await client.connect()
-    t.teardown(() => client.end())
-    await client.query('SET ROLE restricted')
-    t.match((await client.query(insert)).rows, [{ id: /^\d{15,19}$/ }])
-    const [counter] = await queryOnce<{ last: string }>(url, 'SELECT last_value AS last FROM user_id_counter')
-    t.ok(Number(counter?.last) > 1, 'an id does not tell how many users there are')
-  }
-)
-
 t.test('G2: an id has the time, so it is new although the counter goes back, as after a failover', async (t) => {
   const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ('n', $1, 'h') RETURNING id`
   const idOf = async () => BigInt((await postgres.query(insert, [newMobile()])).rows[0].id)
+  const { rows } = await postgres.query('SELECT last_value AS last FROM user_id_counter')
+  t.ok(Number(rows[0].last) > 1, 'an id does not tell how many users there are')
   await postgres.query(`SELECT setval('user_id_counter', 4194302)`)
   const ids = [await idOf(), await idOf(), await idOf()]
   await postgres.query(`SELECT setval('user_id_counter', 4194302)`)

@@ -1,9 +1,8 @@
-import { readdirSync, readFileSync } from 'node:fs'
 import { Redis } from 'ioredis'
 import t from 'tap'
 import { client } from '../testkit/client.js'
 import { queryOnce } from '../testkit/postgres-admin.js'
-import { redisRules, refusedObjects } from '../testkit/rights.js'
+import { refusedObjects } from '../testkit/rights.js'
 import { accept, answerWith, startWebhook } from '../testkit/sms-webhook.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { withDocumentedRights } from '../testkit/topologies.js'
@@ -52,18 +51,6 @@ t.test('the rights suffice for every route, for a failed message and for a sign-
   t.equal(reset.statusCode, 200)
   t.equal((await api.logOut(cookieOf(reset))).statusCode, 200)
   t.strictSame(await refusedObjects(redis), [])
-})
-
-t.test('the commands of the user in Redis are those of the scripts and of the client, and no others', async (t) => {
-  const src = new URL('../src/', import.meta.url)
-  const files = readdirSync(src, { recursive: true, encoding: 'utf8' }).filter((file) => file.endsWith('.ts'))
-  const text = files.map((file) => readFileSync(new URL(file, src), 'utf8')).join('')
-  const ofScripts = [...text.matchAll(/redis\.call\('([A-Z]+)'/g)].map(([, command = '']) => command.toLowerCase())
-  const ofClient = ['hello', 'auth', 'select', 'ping', 'info', 'eval', 'evalsha', 'client|setname']
-  const ofCluster = ['cluster|slots', 'cluster|info', 'asking', 'readonly', 'readwrite']
-  const allowed = redisRules('').filter((rule) => rule.startsWith('+'))
-  const used = [...new Set([...ofScripts, ...ofClient, ...ofCluster])].map((command) => `+${command}`)
-  t.strictSame(allowed.sort(), used.sort())
 })
 
 t.test('the role in Postgres can change nothing else', async (t) => {
