@@ -115,15 +115,6 @@ t.test('API_PREFIX moves the routes, and DEFAULT_LANGUAGE and PASSWORD_MIN chang
   t.equal(await signUp(tooShort, { 'accept-language': 'zh' }), '密码须为12至128个字符')
 })
 
-t.test('400: a login is refused for an absent or malformed field, and for no length but the 128', async (t) => {
-  const mobile = newMobile()
-  checkRefusal(t, await api.logIn({ mobile }), 'missing_parameter')
-  checkRefusal(t, await api.logIn({ mobile, password: 1 }), 'malformed_parameter')
-  checkRefusal(t, await api.logIn({ mobile: '1', password: 'a password' }), 'invalid_mobile')
-  checkRefusal(t, await api.logIn({ mobile, password: '§'.repeat(129) }), 'password_length')
-  for (const password of ['§'.repeat(128), '§']) checkRefusal(t, await api.logIn({ mobile, password }), 'wrong_login')
-})
-
 t.test('400: a body that is no JSON object, or no UTF-8, is malformed', async (t) => {
   for (const body of ['', '{', '{"mobile":}', 'null', '[]', '"text"', '1', '{}}', "{'mobile': 1}"]) {
     checkRefusal(t, await api.signUp(body), 'malformed_parameter', body)

@@ -55,11 +55,3 @@ t.test('docs/api.md has every outcome with its status, errno and messages', asyn
     t.ok(page.includes(`| ${row} |`), name)
   }
 })
-
-t.test('every npm script that a page names exists', async (t) => {
-  const { scripts }: { scripts: Record<string, string> } = JSON.parse(read('package.json'))
-  for (const page of pages) {
-    for (const [, script = ''] of read(page).matchAll(/npm run (?:-s )?([a-z:]+)/g))
-      t.ok(script in scripts, `${page}: ${script}`)
-  }
-})

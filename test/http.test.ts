@@ -442,26 +442,23 @@ t.test('an address counts for its IPv4 address, also inside IPv6, or for its /64
   }
 })
 
-t.test(
-  'G8: a client that is gone before its request is read counts for no network, and gets nothing done',
-  async (t) => {
-    for (const env of [{}, { TRUST_PROXY: '127.0.0.1' }]) {
-      const { port } = await listen(t, env)
-      const gone = newMobile()
-      const body = JSON.stringify({ mobile: gone })
-      const request = `POST /api/v1.0/sms_codes HTTP/1.1\r\n${json}Content-Length: ${body.length}\r\n\r\n${body}`
-      // The service reads nothing while another process sends the request and resets the connection: execFileSync blocks it.
-      const script = `
+t.test('G8: a client gone before its request is read counts for no network, and gets nothing done', async (t) => {
+  for (const env of [{}, { TRUST_PROXY: '127.0.0.1' }]) {
+    const { port } = await listen(t, env)
+    const gone = newMobile()
+    const body = JSON.stringify({ mobile: gone })
+    const request = `POST /api/v1.0/sms_codes HTTP/1.1\r\n${json}Content-Length: ${body.length}\r\n\r\n${body}`
+    // The service reads nothing while another process sends the request and resets the connection: execFileSync blocks it.
+    const script = `
       const socket = require('net').connect(${port}, '127.0.0.1', () =>
         socket.write(${JSON.stringify(request)}, () => socket.resetAndDestroy()))`
-      execFileSync(process.execPath, ['-e', script])
-      // Node.js 24 does not read the request of such a connection, and 20 does. A later one is answered after it.
-      t.equal((await client(`http://127.0.0.1:${port}`).sendCode(newMobile())).statusCode, 202)
-      t.strictSame(await redis.keys('*unknown*'), [])
-      t.strictSame(await redis.keys(`*${gone}*`), [])
-    }
+    execFileSync(process.execPath, ['-e', script])
+    // Node.js 24 does not read the request of such a connection, and 20 does. A later one is answered after it.
+    t.equal((await client(`http://127.0.0.1:${port}`).sendCode(newMobile())).statusCode, 202)
+    t.strictSame(await redis.keys('*unknown*'), [])
+    t.strictSame(await redis.keys(`*${gone}*`), [])
   }
-)
+})
 
 t.test('a request that does not arrive within ten seconds gets 408', async (t) => {
   const reply = await timedOutReply

@@ -36,47 +36,42 @@ t.test('G8: every limit has its key, its number and its window, and 0 is no limi
       const [key, seconds] = 'key' in limit ? [limit.key, limit.seconds] : [limit.field, limit.windowMs / 1_000]
       return `${limit.name} ${key} ${limit.max}/${seconds}`
     })
+  const check = (limits: readonly (Limit | GuessBudget)[], ...expected: string[]) =>
+    t.strictSame(describe(limits), expected)
 
-  const ofMobile = `login_mobile login_failures:{${mobile}} 100/86400`
-  const pair = `login_mobile_network login_failures:{${mobile}}:${ipv4} 5/600`
-  const logins = (of = defaults, device?: string) => loginLimits(of, mobile, ipv4, device).counted
-  const cases: [(Limit | GuessBudget)[], string[]][] = [
-    [
-      mobileLimits(defaults, mobile),
-      [`sms_resend send_sms_code_${mobile} 1/60`, `sms_mobile sms_codes:mobile:${mobile} 10/86400`]
-    ],
-    [
-      unusedCodeLimits(defaults, mobile, ipv4),
-      [
-        `sms_network sms_codes:network:${ipv4} 20/3600`,
-        'sms_prefix sms_codes:prefix:1391234 200/3600',
-        'sms_all sms_codes:all 5000/3600'
-      ]
-    ],
-    [guessBudgets(defaults, 'id', ipv4), ['guesses_guesser ticket:id 5/7200']],
-    [guessBudgets(defaults, undefined, ipv4), [`guesses_guesser ${ipv4} 5/3600`, 'guesses_mobile all 50/86400']],
-    [
-      guessBudgets(defaults, undefined, ipv6),
-      [`guesses_guesser ${subnet} 5/3600`, `guesses_guesser ${site} 20/3600`, 'guesses_mobile all 50/86400']
-    ],
-    [
-      guessLimits(defaults, ipv6),
-      [
-        `guesses_network {sms_guesses}:network:${subnet} 50/3600`,
-        `guesses_network {sms_guesses}:network:${site} 3200/3600`,
-        'guesses_all {sms_guesses}:all 1000/3600'
-      ]
-    ],
-    [logins(), [pair, ofMobile, `login_network login_failures:network:${ipv4} 100/3600`]],
-    [
-      logins(defaults, 'id'),
-      ['login_device login_failures:{device:id} 5/600', 'login_device login_failures:{device:id}:day 20/86400']
-    ],
-    [[...mobileLimits(off, mobile), ...unusedCodeLimits(off, mobile, ipv6), ...guessLimits(off, ipv6)], []],
-    [guessBudgets(off, undefined, ipv4), [`guesses_guesser ${ipv4} 5/3600`]],
-    [logins(off), [pair, ofMobile]]
+  check(
+    [...mobileLimits(defaults, mobile), ...unusedCodeLimits(defaults, mobile, ipv4)],
+    `sms_resend send_sms_code_${mobile} 1/60`,
+    `sms_mobile sms_codes:mobile:${mobile} 10/86400`,
+    `sms_network sms_codes:network:${ipv4} 20/3600`,
+    'sms_prefix sms_codes:prefix:1391234 200/3600',
+    'sms_all sms_codes:all 5000/3600'
+  )
+  check([...mobileLimits(off, mobile), ...unusedCodeLimits(off, mobile, ipv6)])
+
+  const ofMobile = 'guesses_mobile all 50/86400'
+  check(guessBudgets(defaults, 'id', ipv4), 'guesses_guesser ticket:id 5/7200')
+  check(guessBudgets(defaults, undefined, ipv4), `guesses_guesser ${ipv4} 5/3600`, ofMobile)
+  const ofNetworks = [`guesses_guesser ${subnet} 5/3600`, `guesses_guesser ${site} 20/3600`]
+  check(guessBudgets(defaults, undefined, ipv6), ...ofNetworks, ofMobile)
+  check(guessBudgets(off, undefined, ipv4), `guesses_guesser ${ipv4} 5/3600`)
+  check(
+    guessLimits(defaults, ipv6),
+    `guesses_network {sms_guesses}:network:${subnet} 50/3600`,
+    `guesses_network {sms_guesses}:network:${site} 3200/3600`,
+    'guesses_all {sms_guesses}:all 1000/3600'
+  )
+  check(guessLimits(off, ipv6))
+
+  const ofLogins = [
+    `login_mobile_network login_failures:{${mobile}}:${ipv4} 5/600`,
+    `login_mobile login_failures:{${mobile}} 100/86400`
   ]
-  for (const [limits, expected] of cases) t.strictSame(describe(limits), expected)
+  const logins = (of = defaults, device?: string) => loginLimits(of, mobile, ipv4, device).counted
+  check(logins(), ...ofLogins, `login_network login_failures:network:${ipv4} 100/3600`)
+  check(logins(off), ...ofLogins)
+  const ofDevice = 'login_device login_failures:{device:id}'
+  check(logins(defaults, 'id'), `${ofDevice} 5/600`, `${ofDevice}:day 20/86400`)
 })
 
 /** How much time may pass between two steps of a test, on a busy machine. */
@@ -164,29 +159,11 @@ t.test('a refund gives back the unit that was consumed, once, and no other', asy
   t.equal(await redis.exists(plain.key), 0)
 })
 
-t.test('failures are cleared, and units of tries in flight are not', async (t) => {
-  const limits = [newLimit(3, 100), newLimit(9, 100)]
-  const [failed, inFlight, expired] = ['failed', 'in flight', 'expired']
-  for (const unit of [failed, inFlight]) t.equal(await rateLimits.consume(limits, unit), 0)
-  for (const unit of [failed, expired]) await rateLimits.markFailed(limits, unit)
-  t.strictSame(await counts(limits), [2, 2], 'a unit that has expired does not come back')
-  t.equal(await consume(limits), 0)
-  t.ok(isAbout(await consume(limits), 100), 'a failure counts')
-  await rateLimits.clearFailures(limits)
-  t.strictSame(await counts(limits), [2, 2])
-  await rateLimits.markFailed(limits, inFlight)
-  await rateLimits.clearFailures(limits)
-  t.strictSame(await counts(limits), [1, 1])
-  const unused = newLimit(3, 100)
-  await rateLimits.markFailed([unused], failed)
-  t.equal(await redis.exists(unused.key), 0, 'no key without a TTL')
-})
-
-t.test('if Redis fails, nothing is consumed', async (t) => {
-  const [limit, broken] = [newLimit(9, 100), newLimit(9, 100)]
-  await redis.hset(broken.key, 'no', 'limit')
-  await t.rejects(consume([limit, broken]), { message: /WRONGTYPE/ })
-  t.strictSame(await counts([limit]), [0])
+t.test('a try that fails after its unit has expired adds no unit, and no key without a TTL', async (t) => {
+  const [used, unused] = [newLimit(3, 100), newLimit(3, 100)]
+  await consume([used])
+  await rateLimits.markFailed([used, unused], 'expired')
+  t.strictSame(await counts([used, unused]), [1, 0])
 })
 
 t.test('in a Cluster the limits of each slot are consumed in turn, and refunded if a later one fails', async (t) => {

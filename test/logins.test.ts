@@ -1,6 +1,6 @@
 import { EventEmitter, once } from 'node:events'
 import { mock } from 'node:test'
-import { hash, verify } from '@node-rs/argon2'
+import { hash } from '@node-rs/argon2'
 import t from 'tap'
 import { SignedTokens } from '#src/http/signed-tokens.js'
 import { HashQueue, QueueFull } from '#src/passwords/hash-queue.js'
@@ -196,13 +196,10 @@ t.test('a login replaces an outdated hash, but no newer one, and only if a login
   const { passwords } = twoPasses.mobileSignup
   const logIn = async (body: object) => (await client(twoPasses).logIn(body)).statusCode
 
-  const { mobile, login, wrong } = await registerUser()
-  t.equal(await logIn(wrong), 401)
-  t.match(await phcOf(mobile), /m=64,t=1,p=1/)
+  const { mobile, login } = await registerUser()
   t.equal(await logIn(login), 201)
   await until('the hash is replaced', async () => (await phcOf(mobile)).includes('m=64,t=2,p=1'))
   const replaced = await phcOf(mobile)
-  t.ok(await verify(replaced, login.password))
   t.equal(await logIn(login), 201)
 
   // A transaction that changes the password locks the row, and the rehash waits for it.
