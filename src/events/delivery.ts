@@ -4,6 +4,7 @@ import type { Config } from '../config/config.js'
 import { signatureHeaders } from '../http/webhook-signature.js'
 import type { NamedStatement, Postgres } from '../stores/postgres.js'
 import type { EventBacklog } from '../telemetry/observer.js'
+import { sampledWarnings } from '../telemetry/sampled-warnings.js'
 
 /** The pause before the next look for events, if there were none. */
 const pauseMs = 1_000
@@ -66,7 +67,7 @@ export function startDelivery(
 ): (() => Promise<EventBacklog>) | undefined {
   if (eventsWebhookUrl === undefined) return undefined
   const url = eventsWebhookUrl
-  const { log } = fastify
+  const warn = sampledWarnings(fastify.log)
   const closing = new AbortController()
   let isFailing = false
 
@@ -90,9 +91,9 @@ export function startDelivery(
     const results = await Promise.allSettled(rows.map(deliver))
     const ids = rows.filter((_, index) => results[index]?.status === 'fulfilled').map(({ id }) => id)
     const failure = results.find((result) => result.status === 'rejected')
-    if (failure && !isFailing) log.warn({ err: failure.reason }, 'an event could not be delivered')
+    if (failure) warn(failure.reason, 'an event could not be delivered')
     if (ids.length > 0) await postgres.query(deleteEvents, [ids])
-    if (ids.length > 0 && isFailing) log.info('events are delivered again')
+    if (ids.length > 0 && isFailing) fastify.log.info('events are delivered again')
     isFailing = ids.length === 0
     return !isFailing && rows.length === limit
   }
@@ -100,8 +101,7 @@ export function startDelivery(
   async function deliverUntilClosed(): Promise<void> {
     while (!closing.signal.aborted) {
       const hasMore = await deliverBatch().catch((err) => {
-        // Once: the store logs its outage, and a bug stays until somebody mends it.
-        if (!isFailing) log.error({ err }, 'events could not be read')
+        warn(err, 'events could not be read')
         isFailing = true
         return false
       })
