@@ -1,57 +1,81 @@
+import { createServer } from 'node:http'
 import { Redis } from 'ioredis'
 import t from 'tap'
 import { client } from '../testkit/client.js'
+import { listen } from '../testkit/listen.js'
 import { queryOnce } from '../testkit/postgres-admin.js'
 import { refusedObjects } from '../testkit/rights.js'
 import { accept, answerWith, startWebhook } from '../testkit/sms-webhook.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { withDocumentedRights } from '../testkit/topologies.js'
+import { until } from '../testkit/until.js'
 
 /*
  * The rights in docs/operating.md. Other files run with them, too: `TESTBED_STORES=rights npx tap test/races.test.ts`.
  */
 
-const { build, cookieOf, newMobile, postgres, redis, signUpBody, stores } = await startTestbed(t)
+const { build, cookieOf, issueCode, newMobile, postgres, redis, signUpBody, stores } = await startTestbed(t)
 
 const rights = await withDocumentedRights(stores)
 const { DATABASE_URL, REDIS_URL } = rights
 
-t.test('the rights suffice for every route, for a failed message and for a sign-up that starts again', async (t) => {
-  const webhook = await startWebhook(t)
-  const app = await build(t, { ...rights, SMS_WEBHOOK_URL: webhook.url })
-  t.strictSame((await app.inject('/health/ready')).json().data.failing, [])
-  const api = client(app)
-  const mobile = newMobile()
-  webhook.answer = answerWith(404)
-  t.equal((await api.sendCode(mobile)).statusCode, 503)
-  webhook.answer = accept
-  for (const expected of [202, 429]) t.equal((await api.sendCode(mobile)).statusCode, expected)
+t.test(
+  'the rights suffice for every route, for events, a failed message and a sign-up that starts again',
+  async (t) => {
+    const webhook = await startWebhook(t)
+    const events = await listen(
+      t,
+      createServer((_, response) => response.end())
+    )
+    const lines: string[] = []
+    const env = { ...rights, SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: events }
+    const app = await build(t, env, { logStream: { write: (line) => lines.push(line) } })
+    t.strictSame((await app.inject('/health/ready')).json().data.failing, [])
+    const api = client(app)
+    const mobile = newMobile()
+    webhook.answer = answerWith(404)
+    t.equal((await api.sendCode(mobile)).statusCode, 503)
+    webhook.answer = accept
+    for (const expected of [202, 429]) t.equal((await api.sendCode(mobile)).statusCode, expected)
 
-  const body = {
-    ...(await signUpBody({ mobile: newMobile() })),
-    mobile,
-    sms_code: await redis.get(`sms_code_${mobile}`)
+    const body = {
+      ...(await signUpBody({ mobile: newMobile() })),
+      mobile,
+      sms_code: await redis.get(`sms_code_${mobile}`)
+    }
+    t.equal((await api.signUp({ ...body, sms_code: '000000' })).statusCode, 422)
+    t.equal((await api.signUp(body)).statusCode, 201)
+    t.equal((await api.signUp(body)).headers['idempotent-replayed'], 'true')
+    await postgres.query('DELETE FROM users WHERE mobile = $1', [mobile])
+    const signedUp = await api.signUp(body)
+    t.strictSame([signedUp.statusCode, signedUp.headers['idempotent-replayed']], [201, undefined])
+    t.equal((await api.signUp(await signUpBody({ mobile }))).statusCode, 409)
+
+    const login = { mobile, password: body.password }
+    t.equal((await api.logIn({ ...login, password: 'wrong' })).statusCode, 401)
+    // It replaces an outdated hash.
+    t.equal((await client(await build(t, { ...rights, HASH_PASSES: '2' })).logIn(login)).statusCode, 201)
+    const cookie = cookieOf(await api.logIn(login))
+    t.equal((await api.whoAmI(cookie)).statusCode, 200)
+    t.equal((await api.logOut(cookie, '?everywhere=true')).statusCode, 200)
+    const reset = await api.resetPassword(await signUpBody({ mobile }))
+    t.equal(reset.statusCode, 200)
+    t.equal((await api.logOut(cookieOf(reset))).statusCode, 200)
+    t.equal((await api.logIn({ mobile, sms_code: await issueCode(mobile) })).statusCode, 201)
+    t.equal((await api.deleteAccount({ mobile, sms_code: await issueCode(mobile) })).statusCode, 200)
+    await until('all events are delivered', async () => {
+      return (await postgres.query('SELECT FROM user_events')).rowCount === 0
+    })
+
+    const called = new Set(lines.map((line) => JSON.parse(line)).map(({ method, route }) => `${method} ${route}`))
+    const described = Object.entries(app.swagger().paths ?? {}).flatMap(([path, operations]) =>
+      Object.keys(operations ?? {}).map((method) => `${method.toUpperCase()} ${path}`)
+    )
+    const uncalled = described.filter((route) => !route.includes('/health/') && !called.has(route))
+    t.strictSame(uncalled, [], 'every route was called')
+    t.strictSame(await refusedObjects(redis), [])
   }
-  t.equal((await api.signUp({ ...body, sms_code: '000000' })).statusCode, 422)
-  t.equal((await api.signUp(body)).statusCode, 201)
-  t.equal((await api.signUp(body)).headers['idempotent-replayed'], 'true')
-  await postgres.query('DELETE FROM users WHERE mobile = $1', [mobile])
-  const signedUp = await api.signUp(body)
-  t.strictSame([signedUp.statusCode, signedUp.headers['idempotent-replayed']], [201, undefined])
-  t.equal((await api.signUp(await signUpBody({ mobile }))).statusCode, 409)
-
-  const login = { mobile, password: body.password }
-  t.equal((await api.logIn({ ...login, password: 'wrong' })).statusCode, 401)
-  // It replaces an outdated hash.
-  t.equal((await client(await build(t, { ...rights, HASH_PASSES: '2' })).logIn(login)).statusCode, 201)
-  const cookie = cookieOf(await api.logIn(login))
-  t.equal((await api.whoAmI(cookie)).statusCode, 200)
-  t.equal((await api.logOut(cookie, '?everywhere=true')).statusCode, 200)
-  const reset = await api.resetPassword(await signUpBody({ mobile }))
-  t.equal(reset.statusCode, 200)
-  t.equal((await api.logOut(cookieOf(reset))).statusCode, 200)
-  t.strictSame(await refusedObjects(redis), [])
-})
+)
 
 t.test('the role in Postgres can change nothing else', async (t) => {
   for (const statement of [
