@@ -11,7 +11,7 @@ const introduction = `
 One request signs a person up: mobile number, one-time SMS code and password in; a durable user and a session out.
 
 Every reply is \`{errno, errmsg, data?}\`. \`Accept-Language\` chooses between zh and en. 429 and 503 carry \`Retry-After\`
-in seconds; **on 503, 500 or no answer, send the same request again**: it ends in the same success. An unknown route is 404
+in seconds; **on any 5xx or no answer, send the same request again**: it ends in the same success. An unknown route is 404
 with errno 4201. What HTTP or URL parsing refuses is a 4xx with errno 4201.
 `
 
