@@ -31,7 +31,7 @@ export interface Hold {
   readonly holder: string
   /** Whether an earlier request with the code may have written to Postgres. */
   readonly mayHaveWritten: boolean
-  /** What `release` was told of the user for whom an earlier request has used the code. */
+  /** What the first use of the code has left for its repeats: the id of the user, after a login `<id>.<session epoch>`. */
   readonly usedBy: string | undefined
   /** Of wrong codes over all mobiles; none with a ticket. */
   readonly limits: readonly Limit[]
@@ -115,7 +115,7 @@ export function createCodes(
 
   /** In a Cluster the limits on wrong codes over all mobiles are on another slot than the code, and change in a step of their own. */
   const split = (limits: readonly Limit[]) =>
-    redis.isCluster ? { inScript: [], beside: limits } : { inScript: limits, beside: [] }
+    redis.isCluster ? { inScript: [], outsideScript: limits } : { inScript: limits, outsideScript: [] }
 
   return {
     /**
@@ -157,9 +157,9 @@ export function createCodes(
       const limits = ticketId === undefined ? guessLimits(config, ip) : []
       const holder = randomUUID()
       const keys = [codeKey, claimKey, issueKey, guessesKey].map((keyOf) => keyOf(mobile))
-      const { inScript, beside } = split(limits)
+      const { inScript, outsideScript } = split(limits)
       // Before the code is presented, so that parallel guesses cannot slip through.
-      const retryAfterSeconds = await rateLimits.consume(beside, holder)
+      const retryAfterSeconds = await rateLimits.consume(outsideScript, holder)
       if (retryAfterSeconds > 0) throw new Refusal('too_many_requests', undefined, { retryAfterSeconds })
       let result: HoldReply | undefined
       try {
@@ -180,7 +180,7 @@ export function createCodes(
         )
       } finally {
         const isCounted = result?.[0] === 'wrong' && result[1] === 1
-        if (!isCounted && beside.length > 0) refundLater(rateLimits.refund(beside, holder), log)
+        if (!isCounted && outsideScript.length > 0) refundLater(rateLimits.refund(outsideScript, holder), log)
       }
       switch (result[0]) {
         case 'held': {
@@ -208,7 +208,7 @@ export function createCodes(
      */
     async release(hold: Hold, how: Release, usedBy = ''): Promise<boolean | undefined> {
       const { mobile, holder, limits, log, usedBy: formerUser } = hold
-      const { inScript, beside } = split(limits)
+      const { inScript, outsideScript } = split(limits)
       const keys = [claimKey(mobile), guessesKey(mobile), ...inScript.map(({ key }) => key)]
       try {
         const sends = await redis.run((client) =>
@@ -219,7 +219,7 @@ export function createCodes(
           refundLater(refundSends(mobile, JSON.parse(sends)), log)
         }
         const isFirstUse = how === 'used' && formerUser === undefined && sends !== null
-        if (isFirstUse && beside.length > 0) refundLater(rateLimits.refundNewest(beside), log)
+        if (isFirstUse && outsideScript.length > 0) refundLater(rateLimits.refundNewest(outsideScript), log)
         return sends !== null
       } catch (error) {
         bugLogger(log, 'a code could not be released')(error)

@@ -30,7 +30,7 @@ export class ClientDisconnected extends Error {
 export class HashQueue {
   /** Functions that start the waiting jobs, in order of arrival. A set, because a job can leave from any position. */
   private readonly waiting = new Set<() => void>()
-  /** The clients whose requests have been admitted and have not joined the queue yet. */
+  /** The responses of requests that have been admitted and have not joined the queue yet. */
   private readonly admitted = new Set<Writable>()
   private runningCount = 0
   private finishedCount = 0
@@ -66,34 +66,34 @@ export class HashQueue {
   /**
    * Admits a request. One that has been admitted before is checked again, without its own place.
    *
-   * @param client has a place in the queue until it runs a job or {@link release} is called
+   * @param response has a place in the queue until it runs a job or {@link release} is called
    * @throws {QueueFull} if a new job would wait longer than it may
    */
-  admit(client?: Writable): void {
-    if (client) this.release(client)
+  admit(response?: Writable): void {
+    if (response) this.release(response)
     const excessMs = this.expectedWaitMs - this.maxWaitMs
     if (this.isClosed || excessMs > 0) throw new QueueFull(Math.max(1, Math.ceil(excessMs / 1_000)))
-    if (client) this.admitted.add(client)
+    if (response) this.admitted.add(response)
   }
 
   /** Ends the admission of a request that has run no job. */
-  release(client: Writable): void {
-    this.admitted.delete(client)
+  release(response: Writable): void {
+    this.admitted.delete(response)
   }
 
   /**
    * Runs a job when it is its turn. A job may join a queue of any length, because its request may hold a code.
    *
-   * @param client removes the job from the queue when it closes; a running job is finished
+   * @param response removes the job from the queue when it closes; a running job is finished
    * @throws {ClientDisconnected}
    * @throws {QueueFull} if the queue is closed
    */
-  async run<T>(job: () => Promise<T>, client?: Writable): Promise<T> {
-    if (client) this.release(client)
+  async run<T>(job: () => Promise<T>, response?: Writable): Promise<T> {
+    if (response) this.release(response)
     if (this.isClosed) throw new QueueFull(1)
-    if (client?.closed) throw new ClientDisconnected()
+    if (response?.closed) throw new ClientDisconnected()
     const joinedAt = performance.now()
-    await this.takeTurn(client)
+    await this.takeTurn(response)
     const startedAt = performance.now()
     try {
       const result = await job()
@@ -113,14 +113,14 @@ export class HashQueue {
   }
 
   /** Resolves when it is the caller's turn. */
-  private takeTurn(client?: Writable): Promise<void> {
+  private takeTurn(response?: Writable): Promise<void> {
     if (this.runningCount < this.poolJobs) {
       this.runningCount++
       return Promise.resolve()
     }
     return new Promise((resolve, reject) => {
       this.waiting.add(resolve)
-      client?.once('close', () => {
+      response?.once('close', () => {
         if (this.waiting.delete(resolve)) reject(new ClientDisconnected())
       })
     })

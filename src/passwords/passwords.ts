@@ -45,21 +45,21 @@ export async function createPasswords(
     /**
      * Admission, to be checked before any store is touched.
      *
-     * @param client counts as queued until it joins the queue by `hash` or `verify`, or is answered: the `raw` of a reply.
-     * Without a client it only checks.
+     * @param response counts as queued until it joins the queue by `hash` or `verify`, or is answered: the `raw` of a reply.
+     * Without it only checks.
      * @throws {QueueFull} if the expected wait for a thread is over `HASH_MAX_WAIT_MS`
      */
-    admit: (client?: Writable) => queue.admit(client),
+    admit: (response?: Writable) => queue.admit(response),
     /**
      * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one
      * password (NIST SP 800-63B, section 3.1.1.2).
      *
-     * @param client removes the job from the queue if it closes before the job has started: the `raw` of a reply
+     * @param response removes the job from the queue if it closes before the job has started: the `raw` of a reply
      * @returns a PHC string, `$argon2id$v=19$m=…,t=…,p=1$…`
      * @throws {ClientDisconnected}
      */
-    hash: (password: string, client?: Writable) =>
-      queue.run(() => hash(password.normalize('NFKC'), parameters), client),
+    hash: (password: string, response?: Writable) =>
+      queue.run(() => hash(password.normalize('NFKC'), parameters), response),
     /**
      * Verifies a password against a stored hash, in the same queue as the hashes: as typed, which is what other systems have hashed,
      * then its NFKC form.
@@ -67,7 +67,7 @@ export async function createPasswords(
      * @param storedHash undefined for an unknown user. Without a verifier for it, the answer is false and takes as long as for a hash
      * of this service.
      */
-    async verify(storedHash: string | undefined, password: string, client: Writable): Promise<boolean> {
+    async verify(storedHash: string | undefined, password: string, response: Writable): Promise<boolean> {
       const matchesHash = (storedHash === undefined ? undefined : verifierOf(storedHash)) ?? matchesNothing
       async function matches(): Promise<boolean> {
         for (const candidate of new Set([password, password.normalize('NFKC')])) {
@@ -75,7 +75,7 @@ export async function createPasswords(
         }
         return false
       }
-      return queue.run(matches, client)
+      return queue.run(matches, response)
     },
     /** The number of passwords that wait for a thread. */
     get queueLength() {

@@ -2,11 +2,11 @@ import { randomUUID } from 'node:crypto'
 import fastifyCookie, { type CookieSerializeOptions, Signer } from '@fastify/cookie'
 import type { SessionStore } from '@fastify/session'
 import type { FastifyInstance, FastifyReply, FastifyRequest, Session } from 'fastify'
-import type { Result } from 'ioredis'
 import type { Config } from '../config/config.js'
 import { cookieAttributes, cookieNameOf, cookieValues } from '../http/cookies.js'
 import type { RedisStore } from '../stores/redis.js'
 import { bugLogger } from '../stores/store-unavailable.js'
+import * as scripts from './scripts.js'
 
 /** The user of a session. `user_id` is a 64-bit integer in decimal. */
 export interface SessionUser {
@@ -54,41 +54,6 @@ const epochKey = (userId: string) => `{${indexKey(userId)}}:epoch`
  */
 const epochTtlSeconds = 2 * sessionTtlSeconds
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    indexSession(indexKey: string, epochKey: string, ...args: (string | number)[]): Result<string[] | null, Context>
-    endSessions(indexKey: string, epochKey: string, epoch: number, ttlSeconds: number): Result<string[], Context>
-  }
-}
-
-/**
- * ARGV: the session id, its epoch, the TTL in seconds, the most sessions, and the ids that it replaces. Returns nil if the
- * epoch has ended. Else it returns the ids of the sessions above the maximum, oldest first, which leave the index after
- * they are destroyed.
- */
-const indexSession = `
-if tonumber(redis.call('GET', KEYS[2]) or 0) > tonumber(ARGV[2]) then return nil end
-local now = redis.call('TIME')[1]
--- The first write is one that a full Redis refuses.
-redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-for n = 5, #ARGV do redis.call('ZREM', KEYS[1], ARGV[n]) end
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-local excess = redis.call('ZCARD', KEYS[1]) - ARGV[4]
-return excess > 0 and redis.call('ZRANGE', KEYS[1], 0, excess - 1) or {}
-`
-
-/**
- * ARGV: the new epoch, its TTL in seconds. The epoch never falls: two resets may arrive here in any order. Returns the ids
- * of the index.
- */
-const endSessions = `
-if tonumber(redis.call('GET', KEYS[2]) or 0) < tonumber(ARGV[1]) then
-  redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
-end
-return redis.call('ZRANGE', KEYS[1], 0, -1)
-`
-
 /**
  * Sessions in Redis behind a signed cookie. A route that reads or ends one needs {@link loadSession} in its scope.
  *
@@ -101,8 +66,8 @@ export async function createSessions(
   beginEpoch: (user: SessionUser) => Promise<number | undefined>
 ) {
   redis.defineScripts({
-    indexSession: { numberOfKeys: 2, lua: indexSession },
-    endSessions: { numberOfKeys: 2, lua: endSessions }
+    indexSession: { numberOfKeys: 2, lua: scripts.indexSession },
+    endSessions: { numberOfKeys: 2, lua: scripts.endSessions }
   })
 
   const cookieName = cookieNameOf('sid', cookieSecure)
@@ -122,12 +87,12 @@ export async function createSessions(
     await removeFromIndex(userId, sessionIds)
   }
 
-  async function read(sessionId: string): Promise<StoredSession | null> {
+  async function readStored(sessionId: string): Promise<StoredSession | null> {
     const json = await redis.run((client) => client.get(sessionKey(sessionId)))
     return json === null ? null : parseSession(json)
   }
   async function load(sessionId: string): Promise<Session | null> {
-    const stored = await read(sessionId)
+    const stored = await readStored(sessionId)
     if (stored === null) return null
     const { user, epoch } = stored
     const currentEpoch = await redis.run((client) => client.get(epochKey(user.user_id)))
@@ -180,7 +145,7 @@ export async function createSessions(
       client.endSessions(indexKey(userId), epochKey(userId), epoch, epochTtlSeconds)
     )
     // Not those of this epoch or a later one, which may have started meanwhile.
-    const sessions = await Promise.all(sessionIds.map(read))
+    const sessions = await Promise.all(sessionIds.map(readStored))
     await destroyIndexed(
       userId,
       sessionIds.filter((id, index) => (sessions[index]?.epoch ?? firstSessionEpoch) < epoch && !kept.includes(id))
@@ -228,7 +193,7 @@ export async function createSessions(
     async findId(request: FastifyRequest): Promise<string | undefined> {
       const ids = signedIds(request)
       if (ids.length < 2) return ids[0]
-      const stored = await Promise.all(ids.map(read))
+      const stored = await Promise.all(ids.map(readStored))
       return ids.find((_, n) => stored[n] !== null) ?? ids[0]
     },
 

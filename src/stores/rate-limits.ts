@@ -42,7 +42,8 @@ declare module 'ioredis' {
       ...args: (string | number)[]
     ): Result<[waitMs: number, longest: number], Context>
     refundLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
-    settleLimits(numberOfKeys: number, ...args: string[]): Result<null, Context>
+    markFailed(numberOfKeys: number, ...args: string[]): Result<null, Context>
+    clearFailures(numberOfKeys: number, ...keys: string[]): Result<null, Context>
   }
 }
 
@@ -101,13 +102,20 @@ for n, key in ipairs(KEYS) do
 end
 `
 
-/** ARGV: the unit of a try that has failed, or nothing to remove the units of all that have. */
-const settleLimits = `
+/** ARGV: the unit of a try that has failed. */
+const markFailed = `
+for _, key in ipairs(KEYS) do
+  local score = redis.call('ZSCORE', key, ARGV[1])
+  if score then redis.call('ZADD', key, math.ceil(score), ARGV[1]) end
+end
+`
+
+/** Removes the units of tries that have failed. Those of tries in flight stay. */
+const clearFailures = `
 for _, key in ipairs(KEYS) do
   local units = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
   for n = 1, #units, 2 do
-    if units[n] == ARGV[1] then redis.call('ZADD', key, math.ceil(units[n + 1]), units[n])
-    elseif not ARGV[1] and units[n + 1] % 1 == 0 then redis.call('ZREM', key, units[n]) end
+    if units[n + 1] % 1 == 0 then redis.call('ZREM', key, units[n]) end
   end
 end
 `
@@ -119,7 +127,8 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
   redis.defineScripts({
     consumeLimits: { lua: consumeLimits },
     refundLimits: { lua: refundLimits },
-    settleLimits: { lua: settleLimits }
+    markFailed: { lua: markFailed },
+    clearFailures: { lua: clearFailures }
   })
 
   // In a Cluster a script runs on one slot. There the limits of each slot are consumed in turn, and refunded if a later one
@@ -147,10 +156,6 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
     redis.run((client) =>
       client.refundLimits(group.length, ...keysOf(group), unit, ...group.map((limit) => `${maxOf(limit)}`))
     )
-  async function settle(limits: readonly Limit[], ...unit: string[]): Promise<void> {
-    const groups = groupsOf(limits).map(keysOf)
-    await Promise.all(groups.map((keys) => redis.run((client) => client.settleLimits(keys.length, ...keys, ...unit))))
-  }
 
   return {
     /**
@@ -191,8 +196,14 @@ export function createRateLimits(redis: RedisStore, observer: Observer | undefin
       await Promise.all(keysOf(limits).map((key) => redis.run((client) => client.zpopmax(key))))
     },
     /** Says that the try with this unit is no longer in flight, and has failed. */
-    markFailed: (limits: readonly Limit[], unit: string) => settle(limits, unit),
+    async markFailed(limits: readonly Limit[], unit: string): Promise<void> {
+      const groups = groupsOf(limits).map(keysOf)
+      await Promise.all(groups.map((keys) => redis.run((client) => client.markFailed(keys.length, ...keys, unit))))
+    },
     /** Refunds the units of tries that have failed, and not those of tries in flight. */
-    clearFailures: (limits: readonly Limit[]) => settle(limits)
+    async clearFailures(limits: readonly Limit[]): Promise<void> {
+      const groups = groupsOf(limits).map(keysOf)
+      await Promise.all(groups.map((keys) => redis.run((client) => client.clearFailures(keys.length, ...keys))))
+    }
   }
 }

@@ -18,7 +18,10 @@ const proofs = {
   password: { type: ['string', 'null'], format: 'well-formed', examples: ['correct horse'] },
   sms_code: { type: ['string', 'null'], format: 'well-formed', maxLength: presentedMaxLength }
 }
-const has = (name: keyof typeof proofs) => ({ required: [name], properties: { [name]: { not: { enum: [null, ''] } } } })
+const requires = (name: keyof typeof proofs) => ({
+  required: [name],
+  properties: { [name]: { not: { enum: [null, ''] } } }
+})
 
 const LoginBody = Type.Object(
   {
@@ -29,8 +32,8 @@ const LoginBody = Type.Object(
   },
   {
     examples: [{ mobile: '13812345678', password: 'correct horse' }],
-    anyOf: [has('password'), has('sms_code')],
-    not: { allOf: [has('password'), has('sms_code')] }
+    anyOf: [requires('password'), requires('sms_code')],
+    not: { allOf: [requires('password'), requires('sms_code')] }
   }
 )
 
