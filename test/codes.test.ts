@@ -64,7 +64,6 @@ async function hold(...args: Parameters<typeof present>): Promise<Hold> {
   return result
 }
 
-/** Issues a code for a new mobile, and holds it. */
 async function holdIssued(mobile = newMobile()) {
   const { code } = await issue(mobile)
   return { mobile, code, held: await hold(mobile, code) }
