@@ -227,7 +227,6 @@ async function prepare(name: keyof typeof gateways, port: number, ports: readonl
   return command
 }
 
-/** Starts nginx in front of two ports. */
 async function startNginx(t: Test, ports: readonly [number, number]) {
   const port = await freePort()
   const command = await prepare('nginx', port, ports)

@@ -90,7 +90,6 @@ async function consume(limits: readonly Limit[], count = 1): Promise<number> {
   return wait
 }
 
-/** Makes all units of a limit older. */
 async function age({ key }: Limit, seconds: number): Promise<void> {
   for (const unit of await redis.zrange(key, '0', '-1')) await redis.zincrby(key, -1_000 * seconds, unit)
 }

@@ -33,7 +33,6 @@ const rotatedApi = client(await build(t, { SESSION_SECRET: `${newerSecret},${sec
 const deviceOf = ({ cookies }: Pick<Reply, 'cookies'>) =>
   cookies.flatMap(({ name, value }) => (name === 'device' ? `${name}=${value}` : [])).join()
 
-/** Signs a new user up. */
 async function registerUser() {
   const body = await signUpBody()
   const reply = await api.signUp(body)
@@ -42,7 +41,6 @@ async function registerUser() {
   return { body, mobile, login: { mobile, password }, wrong: { mobile, password: 'wrong' }, device: deviceOf(reply) }
 }
 
-/** Logs in from an address, with a cookie. */
 const logIn = (body: object, from = '192.0.2.1', cookie = '', { logIn } = api) =>
   logIn(body, { from, headers: { cookie } })
 const statusOf = async (...args: Parameters<typeof logIn>) => (await logIn(...args)).statusCode

@@ -12,7 +12,6 @@ import { startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, newMobile, postgres, signUpBody, stores } = await startTestbed(t)
 
-/** Creates an empty database, and returns its URL. */
 async function createDatabase(name: string): Promise<string> {
   await postgres.query(`CREATE DATABASE ${name}`)
   return Object.assign(new URL(stores.databaseUrl), { pathname: `/${name}` }).href

@@ -11,7 +11,7 @@ import { retried } from '../testkit/until.js'
 
 const { build, cookieOf, newMobile, openProxy, redis, signUpBody, userRows } = await startTestbed(t)
 
-const env = { SMS_RESEND_S: '0', SMS_CODE_ATTEMPTS: '1000', SMS_GUESS_DAILY_MAX: '0' }
+const env = { SMS_RESEND_S: '0' }
 const api = client(await build(t, env))
 const proxy = await openProxy(t, 'DATABASE_URL')
 const otherApi = client(await build(t, { ...env, DATABASE_URL: proxy.url }))
