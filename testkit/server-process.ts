@@ -35,7 +35,9 @@ export class ServerProcess {
     const { env, cwd, announcement = /Server listening at (http:[^"]+)/ } = options
     const directory = createTemporaryFolder()
     const [stdout, stderr] = [openSync(join(directory, 'stdout'), 'w'), openSync(join(directory, 'stderr'), 'w')]
-    const child = spawn(process.execPath, args, {
+    // tap gives each process of Node.js a loader in NODE_OPTIONS, which took a quarter of the CPU time of all tests.
+    const command = [`NODE_OPTIONS=${env?.NODE_OPTIONS ?? ''}`, process.execPath, ...args]
+    const child = spawn('env', command, {
       cwd,
       env: { PATH: process.env.PATH, PORT: '0', ...env },
       stdio: ['ignore', stdout, stderr]
