@@ -118,11 +118,14 @@ async function startSilentStore(t: Test) {
 }
 
 t.test('a store that does not answer stops the start after 10 s with one line and exit code 1', async (t) => {
-  const { host } = await startSilentStore(t)
+  const { store, host } = await startSilentStore(t)
+  const connected = once(store, 'connection')
   const DATABASE_URL = `postgresql://postgres@${host}/postgres`
   const service = startService(t, { DATABASE_URL, STORE_TIMEOUT_MS: '60000' })
+  const [socket] = await connected
+  await once(socket.resume(), 'close')
+  t.equal(service.stderr, 'mobile-signup: Postgres does not answer: no answer\n', 'before STORE_TIMEOUT_MS')
   t.strictSame(await service.exit, [1, null])
-  t.equal(service.stderr, 'mobile-signup: Postgres does not answer: no answer\n')
 })
 
 t.test('SIGTERM while the start waits for a store ends it with exit code 0', async (t) => {

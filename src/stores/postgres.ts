@@ -89,7 +89,12 @@ export async function openPostgres(
     }
   }
 
-  await waitForStore('Postgres', () => pool.query('SELECT 1'))
+  await waitForStore('Postgres', async () => {
+    // First outside the pool: its end waits for a connection that is being opened, so a start that fails would also take
+    // STORE_TIMEOUT_MS.
+    await connectOnce(connection)
+    await pool.query('SELECT 1')
+  })
   // While Postgres does not answer, every statement would wait for its timeout. After a connection-level failure (not an
   // SQL error) a separate connection and an idle one of the pool probe Postgres. If both fail, and no statement succeeds
   // meanwhile, statements fail at once until a probe succeeds.
@@ -201,15 +206,19 @@ function isUsableAfter(error: unknown): boolean {
 
 /** @throws if Postgres does not answer on a new connection */
 async function probe(connection: ClientConfig): Promise<void> {
+  await connectOnce(connection).catch((error) => {
+    // An SQL error, such as too many connections, is an answer.
+    if (!(error instanceof pg.DatabaseError)) throw error
+  })
+}
+
+async function connectOnce(connection: ClientConfig): Promise<void> {
   const client = new pg.Client(connection)
-  // Without this listener, an error after the probe ends the process.
+  // Without this listener, an error after the end of this function ends the process.
   client.on('error', () => undefined)
   try {
     await client.connect()
     await client.query('SELECT 1')
-  } catch (error) {
-    // An SQL error, such as too many connections, is an answer.
-    if (!(error instanceof pg.DatabaseError)) throw error
   } finally {
     client.end().catch(() => undefined)
   }
