@@ -1,7 +1,7 @@
 import { execFile } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
-import { mkdir, rename, rm, utimes } from 'node:fs/promises'
+import { chmod, mkdir, readdir, rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
@@ -37,11 +37,13 @@ export async function startStores(
   await deleteLeftovers()
   const directory = createTemporaryFolder(parent)
   if (externalPostgresUrl === undefined) {
-    // fs.cp does not keep the owner, and Postgres insists on its own.
-    await promisify(execFile)('cp', ['-a', `${await initializedFolder()}/.`, directory])
-    // cp has given the folder the time of its source. It would count as left over.
-    const now = new Date()
-    await utimes(directory, now, now)
+    const source = await initializedFolder()
+    const entries = await readdir(source)
+    // Not fs.cp, which does not keep the owner: Postgres insists on its own. Not the folder itself, which would get the time
+    // of its source, and count as left over.
+    await promisify(execFile)('cp', ['-a', ...entries.map((name) => join(source, name)), directory])
+    // The servers do not run as root.
+    await chmod(directory, 0o755)
   }
   const stores = await EmbeddedStores.prepare(directory)
   await (externalPostgresUrl === undefined ? stores.start() : stores.startRedis())
