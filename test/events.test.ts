@@ -186,20 +186,19 @@ t.test('an event whose delivery could not be recorded is delivered again', async
 })
 
 t.test('a receiver that fails is asked with one event at a time, and is one line in the log', async (t) => {
-  let answer: number | Promise<number> = 503
+  let release = (_status: number) => {}
+  const held = new Promise<number>((resolve) => {
+    release = resolve
+  })
   const lines: string[] = []
-  const { received, env } = await startReceiver(t, () => answer)
+  // The first attempt of each of five events fails, and the sixth request is held.
+  const { received, env } = await startReceiver(t, () => (received.length <= 5 ? 503 : held))
   const app = await build(t, env, { logStream: { write: (line) => lines.push(line) } })
   for (let n = 0; n < 5; n++) await client(app).signUp(await signUpBody())
   await until('all were tried', async () => (await waiting()).every(({ attempts }) => attempts === 1))
-  let release = (_status: number) => {}
-  answer = new Promise((resolve) => {
-    release = resolve
-  })
   await makeDue()
   await until('the receiver is asked again', () => received.length > 5)
   t.equal((await waiting()).filter(({ attempts }) => attempts === 2).length, 1)
-  answer = 204
   release(204)
   await untilDelivered()
   const count = (text: string) => lines.filter((line) => line.includes(text)).length

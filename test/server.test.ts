@@ -275,28 +275,18 @@ t.test(
   'the threads that hash have a lower priority than the event loop',
   { skip: process.platform !== 'linux' },
   async (t) => {
-    // Without NODE_OPTIONS: by this variable tap adds a thread of its own to each process of Node.js.
-    const service = spawn('env', ['-u', 'NODE_OPTIONS', process.execPath, 'dist/server.js'], {
-      env: {
-        PATH: process.env.PATH,
-        ...stores.environment,
-        ...patient,
-        PORT: '0',
-        HASH_PASSES: '6',
-        HASH_THREADS: '1',
-        UV_THREADPOOL_SIZE: '1'
-      },
-      stdio: ['ignore', 'pipe', 'inherit']
+    const service = startService(t, {
+      HASH_MEMORY_KIB: '19456',
+      HASH_PASSES: '6',
+      HASH_THREADS: '1',
+      UV_THREADPOOL_SIZE: '1'
     })
-    t.teardown(() => service.kill('SIGKILL'))
-    const output = { text: '' }
-    service.stdout.on('data', (data) => (output.text += data))
-    await until('the service listens', () => /Server listening at http/.test(output.text))
-    const [, url = ''] = /Server listening at (http:[^"]+)/.exec(output.text) ?? []
+    const url = await service.url()
+    const { pid } = service.child
 
     async function readThreads() {
-      const ids = await readdir(`/proc/${service.pid}/task`)
-      const stats = await Promise.all(ids.map((id) => readFile(`/proc/${service.pid}/task/${id}/stat`, 'utf8')))
+      const ids = await readdir(`/proc/${pid}/task`)
+      const stats = await Promise.all(ids.map((id) => readFile(`/proc/${pid}/task/${id}/stat`, 'utf8')))
       return stats.map((stat, n) => {
         // The name may contain spaces. After it, utime is field 14, stime 15 and nice 19 (proc(5)).
         const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
@@ -309,8 +299,8 @@ t.test(
     await Promise.all(bodies.map((body) => client(url).signUp(body)))
     const used = ({ id, cpuTime }: { id: number; cpuTime: number }) => cpuTime - (before.get(id) ?? 0)
     const byCpuTime = (await readThreads()).sort((a, b) => used(b) - used(a))
-    t.equal(byCpuTime.find(({ id }) => id === service.pid)?.nice, getPriority())
-    t.equal(byCpuTime.find(({ id }) => id !== service.pid)?.nice, 5)
+    t.equal(byCpuTime.find(({ id }) => id === pid)?.nice, getPriority())
+    t.equal(byCpuTime.find(({ id }) => id !== pid)?.nice, 5)
   }
 )
 

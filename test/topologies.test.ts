@@ -178,8 +178,9 @@ t.test('Redis behind one address, whose master changes', async (t) => {
       await until('the service meets the server that loads', () => address.connectionCount >= 3)
     }
   }
+  t.jobs = Object.keys(changes).length
   for (const [answer, change] of Object.entries(changes)) {
-    await t.test(`${answer}: the connection is dropped, and the next one finds the new master`, async (t) => {
+    t.test(`${answer}: the connection is dropped, and the next one finds the new master`, async (t) => {
       const former = await startRedis(t, ['enable-debug-command yes', 'loading-process-events-interval-bytes 1024'])
       const address = await FaultProxy.open(former.url)
       t.teardown(() => address.close())
