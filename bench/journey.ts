@@ -60,7 +60,7 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
   const measureAlone = async (server?: Server) => measure({ bodies: await issueSignUps(redis, perRound) }, server)
   const journeys = await alternate(
     'journey',
-    5,
+    3,
     () => measure({ requests: journeyRequests() }),
     () => measureAlone()
   )
@@ -70,14 +70,14 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
   await warmUp(withEvents, redis)
   const events = await alternate(
     'events',
-    9,
+    5,
     () => measureAlone(withEvents),
     () => measureAlone()
   )
 
   const logins = await alternate(
     'login by code',
-    3,
+    2,
     async () => {
       const bodies = await issueSignUps(redis, 4 * perRound)
       const mobiles = bodies.map(mobileOf)

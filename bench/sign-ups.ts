@@ -18,8 +18,8 @@ export async function signUps(system: SystemUnderTest, { isShort }: { isShort: b
   // On a machine that is busy with other work, nobody is refused: only sign-ups are compared.
   const service = await system.startService({ HASH_MAX_WAIT_MS: '20000', STORE_TIMEOUT_MS: '20000' })
   const plainHandler = await system.startPlainHandler()
-  // A service runs for weeks. After 5 s half of the code that runs is not optimized yet, and the service has more of it.
-  for (const server of [service, plainHandler]) await warmUp(server, redis, isShort ? 5 : 25)
+  // A service runs for weeks. After 5 s V8 has not optimized half of the code that runs, and the service has more of it.
+  for (const server of [service, plainHandler]) await warmUp(server, redis, isShort ? 5 : 40)
 
   async function measure(server: Server) {
     const bodies = await issueSignUps(redis, signUpsPerRound)
@@ -33,7 +33,7 @@ export async function signUps(system: SystemUnderTest, { isShort }: { isShort: b
   const rounds = await alternate('limit: the service, the plain handler', isShort ? 3 : 9, measureService, () =>
     measure(plainHandler)
   )
-  const hashRounds = await alternate('limit: the service, bare hashes', isShort ? 1 : 3, measureService, () =>
+  const hashRounds = await alternate('limit: the service, bare hashes', isShort ? 1 : 2, measureService, () =>
     bareHashes(seconds)
   )
   const ratio = (name: string, key: 'perSecond' | 'cpuMs' | 'eventLoopMs', target: Row['target']) =>
