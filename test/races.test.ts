@@ -251,8 +251,3 @@ t.test('G4: a full Redis refuses to hold a code, or to release it, and costs nob
   await ageClaim(body.mobile, leaseMs)
   t.equal((await instance.signUp(body)).statusCode, 201)
 })
-
-t.test('a Redis that has lost its scripts gets them again', async (t) => {
-  await redis.script('FLUSH')
-  t.equal((await instance.signUp(await signUpBody())).statusCode, 201)
-})

@@ -71,11 +71,6 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
   t.match(`${await redis.client('LIST')}`, /user=gate:keeper/)
 })
 
-t.test('with --use-openssl-ca the CA of Redis is that of SSL_CERT_FILE', async (t) => {
-  const trust = { NODE_OPTIONS: '--use-openssl-ca', SSL_CERT_FILE: ca.certificate, SSL_CERT_DIR: directory }
-  t.match(await startService(t, { REDIS_URL: redisAt('localhost'), ...trust }).url(), /^http:/)
-})
-
 t.test('the file of a CA is read once, so new connections need it no more', async (t) => {
   const file = join(directory, 'deleted.crt')
   await copyFile(ca.certificate, file)
