@@ -249,13 +249,6 @@ t.test('a connection to a Postgres that is read-only is dropped, and the check o
   await app.mobileSignup.postgres.checkWritable()
 })
 
-t.test('an idle Postgres connection that fails does not end the process', async (t) => {
-  const app = await build(t)
-  await postgres.query('SELECT pg_terminate_backend($1, 10000)', [await backendOf(app)])
-  const body = await signUpBody()
-  t.equal((await retried(() => client(app).signUp(body))).statusCode, 201)
-})
-
 t.test('a start warns if Redis may evict codes and sessions, and fails if Redis is too old', async (t) => {
   t.teardown(() => redis.config('SET', 'maxmemory-policy', 'noeviction'))
   for (const policy of ['allkeys-lru', 'volatile-ttl', 'noeviction']) {
@@ -304,7 +297,7 @@ const failures: Record<string, Failure> = {
     cause: () => postgres.query('REVOKE INSERT ON users FROM mobile_signup'),
     cure: () => postgres.query('GRANT INSERT (name, mobile, password_hash) ON users TO mobile_signup')
   },
-  'Postgres has no free connection': {
+  'Postgres ends an idle connection, and has no free one': {
     isOutage: true,
     message: /too many connections for role/,
     cause: () => postgres.query('ALTER ROLE mobile_signup CONNECTION LIMIT 0').then(endBackends),
