@@ -22,11 +22,9 @@ export async function insertScale({ stores }: SystemUnderTest): Promise<Row[]> {
   const phc = await hash('a bench password')
 
   async function createDatabase(name: string): Promise<pg.Client> {
-    await stores.postgres.query(`CREATE DATABASE "${name}"`)
-    const url = new URL(stores.databaseUrl)
-    url.pathname = `/${name}`
-    await migrate(url.href)
-    const client = new pg.Client(url.href)
+    const url = await stores.createDatabase(name)
+    await migrate(url)
+    const client = new pg.Client(url)
     await client.connect()
     return client
   }
