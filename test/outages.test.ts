@@ -1,4 +1,3 @@
-import { mock } from 'node:test'
 import type { FastifyInstance } from 'fastify'
 import type { Redis } from 'ioredis'
 import t, { type Test } from 'tap'
@@ -6,7 +5,7 @@ import { client, statusAndErrno } from '../testkit/client.js'
 import { redisUser } from '../testkit/rights.js'
 import { impatient, startTestbed } from '../testkit/testbed.js'
 import { withDocumentedRights } from '../testkit/topologies.js'
-import { retried, until } from '../testkit/until.js'
+import { isFulfilled, retried, until } from '../testkit/until.js'
 
 /*
  * While a store fails, requests are refused at once: 503 4001, a retry may succeed. When it is back, it is used again. A bug is
@@ -149,8 +148,7 @@ t.test('a connection to Postgres is replaced after 24 to 36 minutes, each at its
   const app = await build(t, { PG_POOL_MAX: '1' })
   let minutes = 0
   const { now } = performance
-  const clock = mock.method(performance, 'now', () => now.call(performance) + minutes * 60_000)
-  t.teardown(() => clock.mock.restore())
+  t.intercept(performance, 'now', { value: () => now.call(performance) + minutes * 60_000 })
   const ages: number[] = []
   for (let n = 0; n < 6; n++) {
     await backendOf(app)
@@ -276,11 +274,7 @@ t.test('a start that fails leaves no connection open', async (t) => {
 const endBackends = () =>
   postgres.query(`SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE usename = 'mobile_signup'`)
 
-const answers = (redis: Pick<Redis, 'ping'>) =>
-  redis.ping().then(
-    () => true,
-    () => false
-  )
+const answers = (redis: Pick<Redis, 'ping'>) => isFulfilled(redis.ping())
 
 interface Failure {
   isOutage: boolean

@@ -9,7 +9,7 @@ import { client } from '../testkit/client.js'
 import { startStores } from '../testkit/private-stores.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
-import { until } from '../testkit/until.js'
+import { isFulfilled, until } from '../testkit/until.js'
 
 const { stores, redis, build, startService, signUpBody } = await startTestbed(t)
 
@@ -80,13 +80,7 @@ t.test('the file of a CA is read once, so new connections need it no more', asyn
   await tlsStores.postgres.query(
     `SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'deleted'`
   )
-  const { checkWritable } = app.mobileSignup.postgres
-  await until('Postgres answers on a new connection', () =>
-    checkWritable().then(
-      () => true,
-      () => false
-    )
-  )
+  await until('Postgres answers on a new connection', () => isFulfilled(app.mobileSignup.postgres.checkWritable()))
 })
 
 t.test('a start that a certificate stops prints one line without the password, and exits with 1', async (t) => {
