@@ -3,7 +3,7 @@ import { fileURLToPath } from 'node:url'
 import { freePort } from '../dev/embedded-stores.js'
 import { type PrivateStores, startStores } from '../testkit/private-stores.js'
 import { ServerProcess } from '../testkit/server-process.js'
-import { until } from '../testkit/until.js'
+import { isFulfilled, until } from '../testkit/until.js'
 
 /** A server that listens, and its process. */
 export interface Server {
@@ -54,12 +54,7 @@ export class SystemUnderTest {
     const process = ServerProcess.start(args, { env })
     this.processes.push(process)
     const url = `http://127.0.0.1:${port}`
-    await until('the server listens', () =>
-      fetch(url).then(
-        () => true,
-        () => false
-      )
-    )
+    await until('the server listens', () => isFulfilled(fetch(url)))
     return { url, process }
   }
 }

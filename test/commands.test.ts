@@ -15,7 +15,7 @@ import { ServerProcess } from '../testkit/server-process.js'
 import { startWebhook } from '../testkit/sms-webhook.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { patient } from '../testkit/testbed.js'
-import { until } from '../testkit/until.js'
+import { isFulfilled, until } from '../testkit/until.js'
 
 /*
  * npm start (dev/start.ts), in folders of its own, and the command of the package, mobile-signup.
@@ -71,12 +71,9 @@ async function storePorts(folder: string): Promise<number[]> {
 
 async function refusesConnections(port: number): Promise<boolean> {
   const socket = connect(port, '127.0.0.1')
-  const isRefused = await once(socket, 'connect').then(
-    () => false,
-    () => true
-  )
+  const isConnected = await isFulfilled(once(socket, 'connect'))
   socket.destroy()
-  return isRefused
+  return !isConnected
 }
 
 /** Returns the counter in the id of a printed reply. */

@@ -27,15 +27,10 @@ async function startReceiver(t: Test, statusFor: (event: Received) => number | P
   const server = createServer(async (request, response) => {
     let body = ''
     for await (const chunk of request) body += chunk
-    const header = (name: string) => `${request.headers[name]}`
-    const [id, timestamp] = [header('webhook-id'), header('webhook-timestamp')]
-    const headers = {
-      'webhook-id': id,
-      'webhook-timestamp': timestamp,
-      'webhook-signature': header('webhook-signature')
-    }
+    const names = ['webhook-id', 'webhook-timestamp', 'webhook-signature']
+    const headers = Object.fromEntries(names.map((name) => [name, `${request.headers[name]}`]))
     new Webhook(secret).verify(body, headers)
-    const event: Received = { id, ...JSON.parse(body) }
+    const event: Received = { id: `${headers['webhook-id']}`, ...JSON.parse(body) }
     received.push(event)
     response.writeHead(await statusFor(event)).end()
   })
@@ -48,8 +43,6 @@ const untilDelivered = () => until('all events are delivered', async () => (awai
 /** Lets the next attempts begin now. */
 const makeDue = () => postgres.query(`UPDATE user_events SET due_at = now() WHERE due_at < 'infinity'`)
 
-const reset = async (mobile: string) => signUpBody({ mobile })
-
 t.test('a sign-up, a reset and a deletion are told to the receiver, signed as Standard Webhooks says', async (t) => {
   const { received, env } = await startReceiver(t)
   const api = client(await build(t, env))
@@ -57,7 +50,7 @@ t.test('a sign-up, a reset and a deletion are told to the receiver, signed as St
   const { mobile } = body
   const { user_id } = (await api.signUp(body)).json().data
   await api.signUp(body)
-  await api.resetPassword(await reset(mobile))
+  await api.resetPassword(await signUpBody({ mobile }))
   await api.deleteAccount(await signUpBody({ mobile }))
   await untilDelivered()
   t.strictSame(
@@ -109,7 +102,7 @@ t.test(
     const api = client(await build(t, env))
     const body = await signUpBody()
     t.equal((await api.signUp(body)).statusCode, 201)
-    t.equal((await api.resetPassword(await reset(body.mobile))).statusCode, 200)
+    t.equal((await api.resetPassword(await signUpBody({ mobile: body.mobile }))).statusCode, 200)
     t.equal((await api.signUp(await signUpBody())).statusCode, 201)
     const pauses: number[] = []
     for (let attempt = 1; attempt <= 4; attempt++) {
@@ -147,7 +140,7 @@ t.test('after three days an event is kept and counted, and the later ones of its
   const api = client(app)
   const body = await signUpBody()
   await api.signUp(body)
-  await api.resetPassword(await reset(body.mobile))
+  await api.resetPassword(await signUpBody({ mobile: body.mobile }))
   await until('the first attempt has failed', async () => (await waiting())[0].attempts === 1)
   await postgres.query(`UPDATE user_events SET created_at = created_at - interval '73 hours', due_at = now()`)
   await until('the later event is delivered', async () => (await waiting()).length === 1)

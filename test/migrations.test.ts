@@ -12,11 +12,6 @@ import { startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, newMobile, postgres, signUpBody, stores } = await startTestbed(t)
 
-async function createDatabase(name: string): Promise<string> {
-  await postgres.query(`CREATE DATABASE ${name}`)
-  return Object.assign(new URL(stores.databaseUrl), { pathname: `/${name}` }).href
-}
-
 t.test('G2: an id has the time, so it is new although the counter goes back, as after a failover', async (t) => {
   const insert = `INSERT INTO users (name, mobile, password_hash) VALUES ('n', $1, 'h') RETURNING id`
   const idOf = async () => BigInt((await postgres.query(insert, [newMobile()])).rows[0].id)
@@ -71,7 +66,7 @@ t.test('another application that uses node-pg-migrate works in the same database
     return applied.map(({ name }) => name)
   }
 
-  const before = await createDatabase('other_before')
+  const before = await stores.createDatabase('other_before')
   t.strictSame(await migrateOther(before), ['0001_orders'])
   const other = new pg.Client(before)
   await other.connect()
@@ -79,7 +74,7 @@ t.test('another application that uses node-pg-migrate works in the same database
   t.strictSame(await migrate(before), ['0001_users'], 'also while the other one migrates')
   await other.end()
 
-  const after = await createDatabase('other_after')
+  const after = await stores.createDatabase('other_after')
   t.strictSame(await migrate(after), ['0001_users'])
   t.strictSame(await migrateOther(after), ['0001_orders'])
   for (const url of [before, after]) {
@@ -88,7 +83,7 @@ t.test('another application that uses node-pg-migrate works in the same database
 })
 
 t.test('a table users of another application is refused, and nothing changes; the advised schema works', async (t) => {
-  const url = await createDatabase('foreign_users')
+  const url = await stores.createDatabase('foreign_users')
   const relations = () => queryOnce(url, `SELECT oid, relname FROM pg_class ORDER BY oid`)
   await queryOnce(url, 'CREATE TABLE users (email text)')
   const former = await relations()
@@ -122,7 +117,7 @@ t.test('a table users of another application is refused, and nothing changes; th
 })
 
 t.test('the migrate command applies pending migrations and prints their names', async (t) => {
-  const DATABASE_URL = await createDatabase('by_command')
+  const DATABASE_URL = await stores.createDatabase('by_command')
   const printed = () => execFileSync(process.execPath, ['dist/migrate.js'], { env: { DATABASE_URL }, encoding: 'utf8' })
   t.equal(printed(), 'applied: 0001_users\n')
   t.equal(printed(), 'applied: nothing was pending\n')

@@ -13,6 +13,7 @@ import t, { type Test } from 'tap'
 import { freePort } from '../dev/embedded-stores.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
+import { queryOnce } from '../testkit/postgres-admin.js'
 import { ServerProcess } from '../testkit/server-process.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { claimKey, patient, startTestbed } from '../testkit/testbed.js'
@@ -23,23 +24,13 @@ import { retried, until } from '../testkit/until.js'
  */
 
 const testbed = await startTestbed(t)
-const { stores, postgres, redis, startService, signUpBody, newMobile, issueCode, cookieOf, openProxy } = testbed
+const { stores, redis, startService, signUpBody, newMobile, issueCode, cookieOf, openProxy } = testbed
 
 // Some tests wait for fixed times of the service, so they run in parallel.
 t.jobs = 3
 
-/** Creates a database, and returns its URL. */
-async function createDatabase(name: string): Promise<string> {
-  await postgres.query(`CREATE DATABASE ${name}`)
-  const url = new URL(stores.databaseUrl)
-  url.pathname = `/${name}`
-  return url.href
-}
-
-const preload = (code: string) => `--import=data:text/javascript,${encodeURIComponent(code)}`
-
 t.test('a service', async (t) => {
-  const databaseUrl = await createDatabase('empty')
+  const databaseUrl = await stores.createDatabase('empty')
   const delayMs = 400
   const service = startService(t, {
     DATABASE_URL: databaseUrl,
@@ -55,11 +46,7 @@ t.test('a service', async (t) => {
   await t.test('migrates an empty database at its start', async (t) => {
     const body = await signUpBody()
     t.equal((await signUp(body)).statusCode, 201)
-    const connection = new pg.Client(databaseUrl)
-    await connection.connect()
-    const { rows } = await connection.query('SELECT mobile FROM users')
-    await connection.end()
-    t.strictSame(rows, [{ mobile: body.mobile }])
+    t.strictSame(await queryOnce(databaseUrl, 'SELECT mobile FROM users'), [{ mobile: body.mobile }])
   })
 
   await t.test('with HOST=:: answers over IPv6 and IPv4, the metrics included', async (t) => {
@@ -139,7 +126,7 @@ t.test('SIGTERM while the start waits for a store ends it with exit code 0', asy
 })
 
 t.test('ready fails until a long migration has ended and from SIGTERM on; a second SIGTERM ends at once', async (t) => {
-  const databaseUrl = await createDatabase('slow')
+  const databaseUrl = await stores.createDatabase('slow')
   const other = new pg.Client(databaseUrl)
   await other.connect()
   // Another instance migrates: this is its lock.
@@ -175,20 +162,14 @@ t.test('ready fails until a long migration has ended and from SIGTERM on; a seco
 /** Starts the built service with this standard output, and returns its URL. */
 async function startWithOutput(t: Test, output: number, env: Record<string, string> = {}) {
   const port = await freePort()
-  const threads = { HASH_THREADS: '1', UV_THREADPOOL_SIZE: '1' }
-  const service = spawn(process.execPath, ['dist/server.js'], {
-    env: { PATH: process.env.PATH, PORT: `${port}`, ...stores.environment, ...patient, ...threads, ...env },
-    stdio: ['ignore', output, 'inherit']
-  })
-  closeSync(output)
-  t.teardown(() => service.kill('SIGKILL'))
+  const service = startService(t, { PORT: `${port}`, UV_THREADPOOL_SIZE: '1', ...env }, output)
   const url = `http://127.0.0.1:${port}`
   const isReady = () =>
     fetch(`${url}/health/ready`).then(
       ({ ok }) => ok,
       () => false
     )
-  await until('the service listens', async () => service.exitCode !== null || (await isReady()))
+  await until('the service listens', async () => service.hasExited || (await isReady()))
   return { service, url }
 }
 
@@ -202,7 +183,7 @@ t.test('with a full disk as standard output, and without IPv6 in the kernel, a s
     HOST: '::',
     METRICS_PORT: `${metricsPort}`,
     SHUTDOWN_TIMEOUT_MS: '500',
-    NODE_OPTIONS: `--disable-warning=DEP0111 ${preload(withoutIpv6)}`
+    NODE_OPTIONS: `--disable-warning=DEP0111 --import=data:text/javascript,${encodeURIComponent(withoutIpv6)}`
   })
 
   await t.test('starts, and serves over IPv4, the metrics included', async (t) => {
@@ -212,14 +193,13 @@ t.test('with a full disk as standard output, and without IPv6 in the kernel, a s
   })
 
   await t.test('ends with exit code 1 if its shutdown exceeds SHUTDOWN_TIMEOUT_MS', async (t) => {
-    const exited = once(service, 'exit')
-    const inserting = proxy.strike('insert_user', { kind: 'hold', until: exited })
+    const inserting = proxy.strike('insert_user', { kind: 'hold', until: service.exit })
     const reply = client(url)
       .signUp(await signUpBody())
       .catch((error) => error)
     await inserting
     service.kill('SIGTERM')
-    t.strictSame(await exited, [1, null])
+    t.strictSame(await service.exit, [1, null])
     t.match(await reply, TypeError, 'the client is disconnected')
   })
 })
@@ -268,7 +248,7 @@ t.test('log lines that cannot be written are counted, and delay neither requests
   }
   t.equal((await client(url).signUp(await signUpBody())).statusCode, 201)
   service.kill('SIGTERM')
-  t.strictSame(await once(service, 'exit'), [0, null])
+  t.strictSame(await service.exit, [0, null])
 })
 
 t.test(

@@ -1,5 +1,4 @@
 import { readFile } from 'node:fs/promises'
-import { mock } from 'node:test'
 import type { FastifyInstance } from 'fastify'
 import { pino } from 'pino'
 import t, { type Test } from 'tap'
@@ -28,8 +27,7 @@ async function buildWithLog(t: Test, env: Environment = {}) {
 function withMovedClock(t: Test) {
   const { now } = performance
   let offsetMs = 0
-  const clock = mock.method(performance, 'now', () => now.call(performance) + offsetMs)
-  t.teardown(() => clock.mock.restore())
+  t.intercept(performance, 'now', { value: () => now.call(performance) + offsetMs })
   return { pass: (ms: number) => (offsetMs += ms) }
 }
 
@@ -180,8 +178,7 @@ t.test(
   async (t) => {
     const { app, lines } = await buildWithLog(t)
     let now = performance.now() + 3_600_000
-    const clock = mock.method(performance, 'now', () => now)
-    t.teardown(() => clock.mock.restore())
+    t.intercept(performance, 'now', { value: () => now })
     const urls = { no_such_route: '/nowhere', bad_request: '/api/v1.0/%zz', not_logged_in: '/api/v1.0/session' }
     for (const [kind, url] of Object.entries(urls)) {
       lines.length = 0

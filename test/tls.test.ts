@@ -9,7 +9,7 @@ import { client } from '../testkit/client.js'
 import { startStores } from '../testkit/private-stores.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
-import { until } from '../testkit/until.js'
+import { isFulfilled, until } from '../testkit/until.js'
 
 const { stores, redis, build, startService, signUpBody } = await startTestbed(t)
 
@@ -71,11 +71,6 @@ t.test('both stores work over verified TLS, with percent-encoded credentials', a
   t.match(`${await redis.client('LIST')}`, /user=gate:keeper/)
 })
 
-t.test('with --use-openssl-ca the CA of Redis is that of SSL_CERT_FILE', async (t) => {
-  const trust = { NODE_OPTIONS: '--use-openssl-ca', SSL_CERT_FILE: ca.certificate, SSL_CERT_DIR: directory }
-  t.match(await startService(t, { REDIS_URL: redisAt('localhost'), ...trust }).url(), /^http:/)
-})
-
 t.test('the file of a CA is read once, so new connections need it no more', async (t) => {
   const file = join(directory, 'deleted.crt')
   await copyFile(ca.certificate, file)
@@ -85,13 +80,7 @@ t.test('the file of a CA is read once, so new connections need it no more', asyn
   await tlsStores.postgres.query(
     `SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'deleted'`
   )
-  const { checkWritable } = app.mobileSignup.postgres
-  await until('Postgres answers on a new connection', () =>
-    checkWritable().then(
-      () => true,
-      () => false
-    )
-  )
+  await until('Postgres answers on a new connection', () => isFulfilled(app.mobileSignup.postgres.checkWritable()))
 })
 
 t.test('a start that a certificate stops prints one line without the password, and exits with 1', async (t) => {

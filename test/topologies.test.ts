@@ -1,6 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
-import type { Redis } from 'ioredis'
 import t, { type Test } from 'tap'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { FaultProxy } from '../testkit/fault-proxy.js'
@@ -8,7 +7,7 @@ import { password, type RedisServer, startCluster, startRedis, startSentinel } f
 import { ReplicatedPostgres } from '../testkit/replicated-postgres.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { poolerTimeoutMs, startPooler } from '../testkit/topologies.js'
-import { retried, until } from '../testkit/until.js'
+import { isFulfilled, retried, until } from '../testkit/until.js'
 
 /*
  * What is special to Redis Cluster, Sentinel, a Redis behind one address, a Postgres with a standby, and PgBouncer. All other
@@ -23,16 +22,12 @@ t.jobs = 3
 /** For requests that meet a dead server. It bounds the lease of a lost claim, too. */
 const impatient = { STORE_TIMEOUT_MS: '2000', HASH_MAX_WAIT_MS: '500', SMS: 'off' }
 
-const storeCode = (redis: Redis, { mobile, sms_code }: SignUpBody) =>
-  redis.set(`sms_code_${mobile}`, sms_code, 'EX', 300)
-
 /** Returns bodies of sign-ups whose codes are on one master. Other masters of a Cluster refuse the key. */
 async function bodiesOn({ admin }: RedisServer, count: number): Promise<SignUpBody[]> {
   const bodies: SignUpBody[] = []
   while (bodies.length < count) {
     const body = await signUpBody()
-    const isStored = await storeCode(admin, body).catch(() => undefined)
-    if (isStored) bodies.push(body)
+    if (await isFulfilled(admin.set(`sms_code_${body.mobile}`, body.sms_code, 'EX', 300))) bodies.push(body)
   }
   return bodies
 }

@@ -1,4 +1,4 @@
-import { chromium, type Page } from 'playwright-core'
+import { chromium } from 'playwright-core'
 import type { Test } from 'tap'
 import { findProgram } from '../dev/programs.js'
 
@@ -7,13 +7,6 @@ const programs = ['chromium', 'chromium-browser', 'google-chrome']
 
 /** Without a sandbox, because tests also run as root in containers, and without the browser's own requests to other hosts. */
 const flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking']
-
-/** A page, and what went wrong on it. */
-export interface Visit {
-  page: Page
-  /** Errors in the console, uncaught exceptions and requests to other hosts. */
-  errors: string[]
-}
 
 /** As long as `until()` waits. Playwright's 30 s are short for a busy machine. */
 const timeoutMs = 60_000
@@ -29,8 +22,9 @@ export async function startBrowser(t: Test) {
    * Opens a page with cookies and storage of its own, and closes it after the test.
    *
    * @param origin of the service, for example `http://127.0.0.1:3000`
+   * @returns the page, and its errors: also those in the console, and requests to other hosts
    */
-  async function visit(t: Test, origin: string, locale = 'zh-CN'): Promise<Visit> {
+  async function visit(t: Test, origin: string, locale = 'zh-CN') {
     const context = await browser.newContext({ baseURL: origin, locale, viewport: { width: 1_280, height: 900 } })
     t.teardown(() => context.close())
     context.setDefaultTimeout(timeoutMs)

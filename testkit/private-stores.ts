@@ -18,6 +18,8 @@ export interface PrivateStores {
   readonly redis: Redis
   /** The variables of a service on these stores. */
   readonly environment: Record<string, string>
+  /** Creates an empty database. @returns its URL */
+  createDatabase(name: string): Promise<string>
   stop(): Promise<void>
 }
 
@@ -59,6 +61,10 @@ export async function startStores(
     postgres,
     redis,
     environment: { DATABASE_URL: databaseUrl, REDIS_URL: redisUrl, SESSION_SECRET: sessionSecret },
+    async createDatabase(name) {
+      await postgres.query(`CREATE DATABASE ${name}`)
+      return Object.assign(new URL(databaseUrl), { pathname: `/${name}` }).href
+    },
     async stop() {
       redis.disconnect()
       await postgres.end()

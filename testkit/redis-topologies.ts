@@ -144,13 +144,8 @@ function clientOf(t: Test, masters: readonly RedisServer[]): Redis {
   return cluster as unknown as Redis
 }
 
-export interface SentinelTopology extends RedisTopology {
-  /** Returns the server that the sentinel calls the master. */
-  master(): Promise<RedisServer>
-}
-
 /** Starts a master with two replicas, and a sentinel that monitors them. */
-export async function startSentinel(t: Test): Promise<SentinelTopology> {
+export async function startSentinel(t: Test): Promise<RedisTopology & { master(): Promise<RedisServer> }> {
   const first = await startRedis(t)
   const replicas = await Promise.all([1, 2].map(() => startRedis(t, [`replicaof 127.0.0.1 ${first.port}`])))
   for (const replica of replicas) await until('the replica is in sync', () => isInSync(replica))
@@ -167,6 +162,7 @@ export async function startSentinel(t: Test): Promise<SentinelTopology> {
     return info.includes('status=ok') && info.includes('slaves=2')
   })
   const servers = [first, ...replicas]
+  /** Returns the server that the sentinel calls the master. */
   async function master(): Promise<RedisServer> {
     const address = await sentinel.admin.call('SENTINEL', 'GET-MASTER-ADDR-BY-NAME', name)
     const server = servers.find(({ port }) => `${address}` === `127.0.0.1,${port}`)

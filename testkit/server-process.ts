@@ -14,6 +14,8 @@ export interface ServerProcessOptions {
   cwd?: string
   /** Matches the output when the server listens. Its first group is the URL. */
   announcement?: RegExp
+  /** A file descriptor. By default a file, which `stdout` reads. */
+  stdout?: number | undefined
 }
 
 /** A server in a process of its own. Its output goes to files, so that reading it costs nothing during a measurement. */
@@ -34,7 +36,8 @@ export class ServerProcess {
   static start(args: string[] = [builtService], options: ServerProcessOptions = {}): ServerProcess {
     const { env, cwd, announcement = /Server listening at (http:[^"]+)/ } = options
     const directory = createTemporaryFolder()
-    const [stdout, stderr] = [openSync(join(directory, 'stdout'), 'w'), openSync(join(directory, 'stderr'), 'w')]
+    const { stdout = openSync(join(directory, 'stdout'), 'w') } = options
+    const stderr = openSync(join(directory, 'stderr'), 'w')
     // tap gives each process of Node.js a loader in NODE_OPTIONS, which took a quarter of the CPU time of all tests.
     const command = [`NODE_OPTIONS=${env?.NODE_OPTIONS ?? ''}`, process.execPath, ...args]
     const child = spawn('env', command, {

@@ -133,8 +133,8 @@ export async function startTestbed(t: Test) {
   }
 
   /** Starts the built service as a process on the private stores, and kills it after the test. */
-  function startService(t: Test, env: Environment = {}): ServerProcess {
-    const service = ServerProcess.start(undefined, { env: { ...fastSettings, ...environment, ...env } })
+  function startService(t: Test, env: Environment = {}, stdout?: number): ServerProcess {
+    const service = ServerProcess.start(undefined, { env: { ...fastSettings, ...environment, ...env }, stdout })
     t.teardown(() => service.dispose())
     return service
   }

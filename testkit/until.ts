@@ -30,6 +30,13 @@ export async function until(what: string, condition: () => boolean | Promise<boo
   }
 }
 
+/** Waits for the end of a promise. @returns whether it was fulfilled */
+export const isFulfilled = (promise: Promise<unknown>) =>
+  promise.then(
+    () => true,
+    () => false
+  )
+
 /** Repeats a request while it is answered 503, and returns the first other reply. */
 export async function retried<Reply extends { statusCode: number }>(send: () => Promise<Reply>): Promise<Reply> {
   let reply = await send()
