@@ -2,7 +2,7 @@ import { hash } from '@node-rs/argon2'
 import t from 'tap'
 import { HashQueue } from '#src/passwords/hash-queue.js'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { formerHashes } from '../testkit/former-hashes.js'
+import { formerHashes } from '../testkit/former-users.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 /**

@@ -27,3 +27,11 @@ export const formerHashes: Record<string, string[]> = {
     '$argon2i$v=19$m=64,t=1,p=1$SBfOzsq+ZYI8z0IvxT+7Pg$MiEdcOoY/yr0PBjeGDOT5q8VmTWjOJ12T2RHnkOZquk'
   ]
 }
+
+/** Makes the users of a former system. Their passwords are `correct horse`, and their hashes are of every kind in turn. */
+export function formerUsers(count: number): { mobile: string; password_hash: string }[] {
+  const hashes = formerHashes['correct horse'] ?? []
+  return Array.from({ length: count }, (_, n) => {
+    return { mobile: `${13_700_000_000 + n}`, password_hash: hashes[n % hashes.length] ?? '' }
+  })
+}
