@@ -62,7 +62,7 @@ export async function startStores(
     redis,
     environment: { DATABASE_URL: databaseUrl, REDIS_URL: redisUrl, SESSION_SECRET: sessionSecret },
     async createDatabase(name) {
-      await postgres.query(`CREATE DATABASE ${name}`)
+      await postgres.query(`CREATE DATABASE "${name}"`)
       return Object.assign(new URL(databaseUrl), { pathname: `/${name}` }).href
     },
     async stop() {
