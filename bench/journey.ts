@@ -67,7 +67,8 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
 
   const EVENTS_WEBHOOK_URL = await listenOnLoopback(createServer((_, response) => response.end()).unref())
   const withEvents = await system.startService({ EVENTS_WEBHOOK_URL })
-  await warmUp(withEvents, redis)
+  // As long as the other one has run by now.
+  await warmUp(withEvents, redis, 30)
   const events = await alternate(
     'events',
     5,
