@@ -101,7 +101,7 @@ export function startDelivery(
   async function deliverUntilClosed(): Promise<void> {
     while (!closing.signal.aborted) {
       const hasMore = await deliverBatch().catch((err) => {
-        warn(err, 'events could not be read')
+        warn(err, 'the outbox of events failed')
         isFailing = true
         return false
       })
