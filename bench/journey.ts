@@ -67,7 +67,7 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
 
   const EVENTS_WEBHOOK_URL = await listenOnLoopback(createServer((_, response) => response.end()).unref())
   const withEvents = await system.startService({ EVENTS_WEBHOOK_URL })
-  // As long as the other one has run by now.
+  // The other service has run for as long by now, and V8 has optimized it.
   await warmUp(withEvents, redis, 30)
   const events = await alternate(
     'events',

@@ -172,7 +172,7 @@ t.test('G4, G5: a repeat learns what the earlier requests with its code may have
     [['used_in_vain'], 'used_in_vain', [true]],
     [['used', 'unused'], [false, '7'], [true]],
     [['used', 'wrong_password', 'used', 'wrong_password'], 'wrong_code', [false]],
-    // An unused code has met the row of another: the conflict stays one.
+    // Nobody has used the code, and the row has another password: the 409 stays one (G5).
     [['wrong_password', 'wrong_password'], 'used_in_vain', [true]]
   ] as [End[], [boolean, string?] | string, [boolean]][]) {
     for (const isSentAgain of [false, true]) {

@@ -42,7 +42,7 @@ const hashMaxWaitMs = 600_000
 /** An instance of the service with a proxy in front of each of its stores. */
 type Instance = ReturnType<typeof client> & Record<RoundTrip['store'], FaultProxy>
 
-/** Prepares a request, at an instance that does not time out. Returns the cookie of a former session, which the request carries. */
+/** Prepares a request with an instance that does not time out. Returns a session cookie, if the request is to carry one. */
 type Prepare = (patient: Instance, body: SignUpBody) => Promise<string | undefined>
 
 /** A request with a code. */
@@ -295,7 +295,7 @@ t.test('G4, G5: a request with a fault of a store, and its retry', { timeout: 11
 
 t.test('docs/guarantees.md has the fault matrix that was found', async (t) => {
   const legend = faults.map(({ name, meaning }) => `*${name}*: ${meaning}`).join('; ')
-  // Faults with the same cells share a row, and so do round trips of which all rows are the same. A delay alone has none.
+  // Faults with the same cells share a row, and so do round trips of which all rows are the same. A row with the delay alone is left out.
   const rowsByTrips = new Map<string, string[]>()
   for (const [trip, cellsByFault] of matrix) {
     const namesByCells = new Map<string, string[]>()

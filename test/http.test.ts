@@ -448,7 +448,8 @@ t.test('G8: a client gone before its request is read counts for no network, and 
     const gone = newMobile()
     const body = JSON.stringify({ mobile: gone })
     const request = `POST /api/v1.0/sms_codes HTTP/1.1\r\n${json}Content-Length: ${body.length}\r\n\r\n${body}`
-    // The service reads nothing while another process sends the request and resets the connection: execFileSync blocks it.
+    // Another process sends the request and resets the connection. The service reads nothing meanwhile, because execFileSync blocks
+    // this process.
     const script = `
       const socket = require('net').connect(${port}, '127.0.0.1', () =>
         socket.write(${JSON.stringify(request)}, () => socket.resetAndDestroy()))`

@@ -1,9 +1,10 @@
 /**
- * Hashes of other systems, by their passwords. Made by the libraries themselves (werkzeug 3.1, Django 5.2, bcrypt 5.0 and argon2-cffi 25.1 for Python), with
+ * Hashes of other systems, by their passwords. The libraries themselves have made them (werkzeug 3.1, Django 5.2, bcrypt 5.0 and
+ * argon2-cffi 25.1 for Python), with
  *   generate_password_hash(password, method='pbkdf2:sha256:1000'), the same with pbkdf2:sha512:1000 and scrypt:1024:8:1,
  *   PBKDF2PasswordHasher().encode(password, 'saltsalt', 1000),
  *   bcrypt.hashpw(password.encode(), bcrypt.gensalt(4, prefix)), prefix b'2a' or b'2b'; $2y$ is PHP's name for the second,
- *   argon2.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1, type=argon2.Type.I).hash(password), and types D and ID.
+ *   argon2.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1, type=argon2.Type.I).hash(password), the same with Type.D and Type.ID.
  */
 export const formerHashes: Record<string, string[]> = {
   'correct horse': [

@@ -15,8 +15,8 @@ import { until } from './until.js'
 const standbyName = 'standby'
 
 /**
- * What a standby may still need after its copy was made, and how soon it looks for a primary that was away. A SIGKILL loses nothing that
- * the operating system has.
+ * The primary keeps the WAL that a standby needs after its base backup. A standby looks for its primary ten times a second. Without fsync a
+ * SIGKILL loses nothing, because the operating system has the data.
  */
 const settings = "wal_keep_size = '256MB'\nwal_retrieve_retry_interval = '100ms'\nfsync = off\n"
 

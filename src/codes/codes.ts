@@ -75,7 +75,7 @@ const guessesKey = (mobile: string) => `{${codeKey(mobile)}}:guesses`
 /** How long a request can be repeated at least (G5). */
 const repeatMs = 300_000
 
-/** The window of its wrong codes is twice as long: limits.ts. */
+/** How long a ticket is valid. Its wrong codes count for twice as long (limits.ts). */
 const ticketLifeMs = 3_600_000
 
 /** The round trips of a sign-up whose code was taken over: hold, find, INSERT, find, release. */

@@ -70,7 +70,7 @@ export async function signUpPeople(options: PeopleOptions): Promise<Person[]> {
   return people
 }
 
-/** Sends the request with a new code, and repeats it. */
+/** Gives a person a new code, and sends the request until it succeeds. */
 export async function askFor(operation: Operation, person: Person, options: PeopleOptions): Promise<void> {
   person.code = `${Math.floor(options.random.between(100_000, 999_999))}`
   await options.redis.set(`sms_code_${person.mobile}`, person.code, 'EX', 600)
