@@ -1,5 +1,5 @@
 import { execFile, type PromiseWithChild } from 'node:child_process'
-import { randomBytes, randomInt } from 'node:crypto'
+import { randomBytes } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { chown, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { createRequire } from 'node:module'
@@ -173,14 +173,15 @@ async function readOrCreateSecret(file: string): Promise<string> {
   return secret
 }
 
-/** The ports that this process has chosen. Their servers may not have bound them yet. */
-const chosenPorts = new Set<number>()
+/** How many ports this process has tried. */
+let triedPorts = 0
 
-/** Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. */
+/**
+ * Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. Each process
+ * begins at another port, so that test files that start at once do not choose the same.
+ */
 export async function freePort(): Promise<number> {
-  const port = randomInt(10_000, 32_000)
-  if (chosenPorts.has(port)) return freePort()
-  chosenPorts.add(port)
+  const port = 10_000 + ((process.pid * 20 + triedPorts++) % 22_000)
   const server = createServer()
   const isFree = await new Promise<boolean>((resolve) => {
     server.once('error', () => resolve(false))

@@ -25,6 +25,11 @@ const { passwords } = strictApp.mobileSignup
 const { signUp, ...strictApi } = client(strictApp)
 const logIn = ({ mobile, password }: SignUpBody) => strictApi.logIn({ mobile, password })
 
+/** Admits everybody, and listens. It hashes at its start, so it starts before a test holds all hashes. */
+const patientApp = await build(t, { HASH_MAX_WAIT_MS: '600000', METRICS_PORT: '0' }, { logStream })
+await patientApp.listen({ port: 0, host: '127.0.0.1' })
+const patientPasswords = patientApp.mobileSignup.passwords
+
 /** Creates a queue. Its jobs run until the test ends them. `started` lists the jobs that have started, in order. */
 function startQueue(threads: number, maxWaitMs = 0) {
   const queue = new HashQueue(threads, maxWaitMs)
@@ -140,11 +145,6 @@ t.test('G6: a request that is answered without a hash frees its place', async (t
   for (let n = 0; n < 5; n++) t.strictSame(statusAndErrno(await signUp({ ...body, sms_code: 'wrong' })), [422, '4004'])
   t.equal((await signUp(body)).statusCode, 201)
 })
-
-/** Admits everybody, and listens. */
-const patientApp = await build(t, { HASH_MAX_WAIT_MS: '600000', METRICS_PORT: '0' }, { logStream })
-await patientApp.listen({ port: 0, host: '127.0.0.1' })
-const patientPasswords = patientApp.mobileSignup.passwords
 
 /** Sends sign-ups on one connection, without waiting for answers. */
 function pipeline(...bodies: SignUpBody[]): Socket {

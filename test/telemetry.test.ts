@@ -16,6 +16,10 @@ const testbed = await startTestbed(t)
 const { build, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy } = testbed
 const { postgres, redis, signUpBody } = testbed
 
+const webhook = await startWebhook(t)
+/** The application with metrics of several tests. */
+const measured = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: webhook.url })
+
 /** Builds an application whose log lines are collected. */
 async function buildWithLog(t: Test, env: Environment = {}) {
   const lines: Record<string, unknown>[] = []
@@ -258,10 +262,6 @@ const requestCount = (text: string, outcome: string, route = '/api/v1.0/users', 
   sampleOf(text, `request_duration_seconds_count{method="${method}",route="${route}",outcome="${outcome}"}`)
 
 const scrape = async (app: FastifyInstance) => (await fetch(app.metricsUrl ?? '')).text()
-
-const webhook = await startWebhook(t)
-/** The application with metrics of several tests. */
-const measured = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: webhook.url })
 
 t.test('metrics are off by default, on a port of their own, and failures are counted from 0', async (t) => {
   t.equal((await build(t)).metricsUrl, undefined)
