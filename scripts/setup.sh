@@ -35,7 +35,7 @@ need() {
 need redis-server valkey-server
 if [ "${1:-}" = tests ]; then
   # For testkit/browser.ts, testkit/topologies.ts and test/deploy.test.ts.
-  need chromium chromium-browser google-chrome
+  need chromium-headless-shell chromium chromium-browser google-chrome
   need openssl
   need pgbouncer
   need nginx

@@ -1,9 +1,8 @@
-import { execFile } from 'node:child_process'
 import { readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { promisify } from 'node:util'
 import t from 'tap'
+import { runNode } from '../testkit/run-node.js'
 
 /*
  * What may depend on what: the folders of src (docs/architecture.md), and the service on packages.
@@ -57,7 +56,7 @@ interface Sbom {
 }
 
 t.test('the bill of materials lists every runtime dependency, each with an allowed licence', async (t) => {
-  const { stdout } = await promisify(execFile)(process.execPath, ['scripts/sbom.js'], { maxBuffer: 2 ** 24 })
+  const { stdout } = await runNode(['scripts/sbom.js'])
   const { components }: Sbom = JSON.parse(stdout)
   const { packages }: { packages: Record<string, { version: string; dev?: boolean }> } = JSON.parse(
     readFileSync('package-lock.json', 'utf8')

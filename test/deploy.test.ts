@@ -1,4 +1,4 @@
-import { execFile, execFileSync } from 'node:child_process'
+import { execFileSync } from 'node:child_process'
 import { once } from 'node:events'
 import { chmod, readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer, type RequestListener } from 'node:http'
@@ -20,6 +20,7 @@ import { GuardedServer } from '../dev/guarded-server.js'
 import { findProgram } from '../dev/programs.js'
 import { describeVariables } from '../testkit/generated-docs.js'
 import { listen } from '../testkit/listen.js'
+import { type Outcome, runNode } from '../testkit/run-node.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
@@ -142,13 +143,9 @@ t.test('with Compose, POSTGRES_PASSWORD may contain any character', async (t) =>
 })
 
 /** Runs the command of the HEALTHCHECK. */
-function probe(env: Record<string, string>): Promise<{ code: unknown; stdout: string }> {
+function probe(env: Record<string, string>): Promise<Outcome> {
   const [, command = ''] = /^HEALTHCHECK [^[]*CMD (\[.*\])$/m.exec(dockerfile) ?? []
-  return new Promise((resolve) => {
-    execFile(process.execPath, JSON.parse(command).slice(1), { env, timeout: 20_000 }, (error, stdout) =>
-      resolve({ code: error ? error.code : 0, stdout })
-    )
-  })
+  return runNode(JSON.parse(command).slice(1), env)
 }
 
 t.test('HEALTHCHECK passes for a live service, fails by itself for one that hangs, and knows PORT', async (t) => {

@@ -8,6 +8,7 @@ import { client } from '../testkit/client.js'
 import { numberFrom } from '../testkit/environment.js'
 import { formerHashes, formerUsers } from '../testkit/former-users.js'
 import { listen } from '../testkit/listen.js'
+import { type Outcome, runNode } from '../testkit/run-node.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
@@ -20,22 +21,11 @@ t.teardown(() => rm(directory, { recursive: true }))
 const command = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
 const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
 
-interface Outcome {
-  code: number
-  stdout: string
-  stderr: string
-}
-
 /** Imports a file of these lines. */
 async function runImport(name: string, lines: string[], options: string[] = [], variables = env): Promise<Outcome> {
   const file = join(directory, name)
   await writeFile(file, lines.join('\r\n'))
-  return new Promise((resolve) => {
-    const args = [command, 'import', file, ...options]
-    const child = execFile(process.execPath, args, { env: variables }, (_error, stdout, stderr) =>
-      resolve({ code: child.exitCode ?? -1, stdout, stderr })
-    )
-  })
+  return runNode([command, 'import', file, ...options], variables)
 }
 
 /** Returns a line of JSON for a new, locked user. */

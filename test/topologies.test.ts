@@ -176,7 +176,9 @@ t.test('Redis behind one address, whose master changes', async (t) => {
   t.jobs = Object.keys(changes).length
   for (const [answer, change] of Object.entries(changes)) {
     t.test(`${answer}: the connection is dropped, and the next one finds the new master`, async (t) => {
-      const former = await startRedis(t, ['enable-debug-command yes', 'loading-process-events-interval-bytes 1024'])
+      // It answers after each key that it loads.
+      const loading = ['loading-process-events-interval-bytes 1024', 'rdbcompression no']
+      const former = await startRedis(t, ['enable-debug-command yes', ...loading])
       const address = await FaultProxy.open(former.url)
       t.teardown(() => address.close())
       const app = await build(t, { REDIS_URL: address.url })

@@ -3,7 +3,7 @@ import type { Test } from 'tap'
 import { findProgram } from '../dev/programs.js'
 
 /** The browsers that `npm run setup:test` looks for. If there is none, it installs the first. */
-const programs = ['chromium', 'chromium-browser', 'google-chrome']
+const programs = ['chromium-headless-shell', 'chromium', 'chromium-browser', 'google-chrome']
 
 /** Without a sandbox, because tests also run as root in containers, and without the browser's own requests to other hosts. */
 const flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking']
