@@ -43,12 +43,7 @@ async function startWithPrivateStores(): Promise<void> {
 async function start(closers: (() => Promise<unknown>)[]): Promise<void> {
   const { EmbeddedStores } = await import('./embedded-stores.js')
   const { receiveCodes } = await import('./code-receiver.js')
-  const { demoBanner, prettyLog } = await import('./demo.js')
-  const { signUpPage } = await import('./sign-up-page.js')
-  const { buildApp } = await import('../src/app.js')
   const { loadConfig } = await import('../src/config/config.js')
-  const { migrate } = await import('../src/stores/migrations.js')
-
   const stores = await EmbeddedStores.prepare('.data')
   const config = loadConfig({
     ...process.env,
@@ -57,6 +52,12 @@ async function start(closers: (() => Promise<unknown>)[]): Promise<void> {
   })
   closers.push(() => stores.stop())
   await stores.start()
+
+  // They take a second to load, and a folder that cannot be used is told before.
+  const { demoBanner, prettyLog } = await import('./demo.js')
+  const { signUpPage } = await import('./sign-up-page.js')
+  const { buildApp } = await import('../src/app.js')
+  const { migrate } = await import('../src/stores/migrations.js')
   await migrate(config.databaseUrl)
   const app = await buildApp(config, { logStream: await prettyLog() })
   closers.push(() => app.close())

@@ -59,11 +59,11 @@ async function main(): Promise<void> {
   const isTracing = Boolean(process.env.OTEL_EXPORTER_OTLP_ENDPOINT)
   const stopTracing = isTracing ? (await import('./telemetry/traces.js')).startTracing() : undefined
   const { loadConfig } = await import('./config/config.js')
+  const config = loadConfig(process.env)
   const { buildApp } = await import('./app.js')
   const { migrate } = await import('./stores/migrations.js')
   const { jsonLog } = await import('./telemetry/log.js')
 
-  const config = loadConfig(process.env)
   // Each address of a store but the last has this time to connect. Node's 250 ms are short for one that is far away.
   setDefaultAutoSelectFamilyAttemptTimeout(Math.ceil(config.storeTimeoutMs / 2))
   const logStream = jsonLog()
