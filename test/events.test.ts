@@ -1,7 +1,7 @@
 import { createServer } from 'node:http'
 import { Webhook } from 'standardwebhooks'
 import t, { type Test } from 'tap'
-import { signatureHeaders } from '#src/http/webhook-signature.js'
+import { signatureHeaders } from '#src/http/webhook.js'
 import { client } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { startTestbed } from '../testkit/testbed.js'

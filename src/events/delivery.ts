@@ -1,16 +1,13 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
 import type { Config } from '../config/config.js'
-import { signatureHeaders } from '../http/webhook-signature.js'
+import { postWebhook } from '../http/webhook.js'
 import type { NamedStatement, Postgres } from '../stores/postgres.js'
 import type { EventBacklog } from '../telemetry/observer.js'
 import { sampledWarnings } from '../telemetry/sampled-warnings.js'
 
 /** The pause before the next look for events, if there were none. */
 const pauseMs = 1_000
-
-/** How long the receiver may take to answer. Less than the first pause between two attempts, so that they do not overlap. */
-const timeoutMs = 5_000
 
 /** How many events an instance delivers at a time. */
 const batchSize = 50
@@ -26,8 +23,9 @@ interface UserEvent {
 }
 
 /**
- * Takes the events that are due. The same UPDATE schedules the next attempt: after 6, 12, 24 s and so on, and at last each hour. So an
- * event whose instance dies needs nothing else. The attempt after three days is the last one: then the event is kept.
+ * Takes the events that are due. The same UPDATE schedules the next attempt: after 6 s, which is longer than an attempt takes, 12, 24 and
+ * so on, and at last each hour. So an event whose instance dies needs nothing else. The attempt after three days is the last one: then
+ * the event is kept.
  *
  * Only the oldest event of a user is taken, until it is delivered or kept, so a receiver hears of a user in order.
  */
@@ -73,13 +71,8 @@ export function startDelivery(
 
   /** @throws if the receiver does not accept the event */
   async function deliver({ id, type, timestamp, ...data }: UserEvent): Promise<void> {
-    const body = JSON.stringify({ type, timestamp, data })
-    const signature = eventsWebhookSecret === undefined ? undefined : signatureHeaders(eventsWebhookSecret, id, body)
-    const headers = { 'content-type': 'application/json', ...signature }
-    const signal = AbortSignal.timeout(timeoutMs)
-    const response = await fetch(url, { method: 'POST', headers, body, redirect: 'manual', signal })
-    await response.body?.cancel()
-    if (!response.ok) throw new Error(`the receiver answered ${response.status}`)
+    const { isAccepted, outcome } = await postWebhook(url, eventsWebhookSecret, id, { type, timestamp, data })
+    if (!isAccepted) throw new Error(`the receiver ${outcome}`)
   }
 
   /** @returns whether there may be more events that can be delivered now */
