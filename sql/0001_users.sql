@@ -21,15 +21,15 @@ ALTER SEQUENCE user_id_counter OWNED BY users.id;
 -- What other services are told of users (EVENTS_WEBHOOK_URL). A row is written in the statement that changes the user, and is deleted
 -- when the receiver has accepted it.
 CREATE TABLE user_events (
-  id         uuid        PRIMARY KEY DEFAULT gen_random_uuid(), -- the webhook-id
-  number     bigint      GENERATED ALWAYS AS IDENTITY,          -- the order of the events of a user
+  id         uuid        NOT NULL DEFAULT gen_random_uuid(), -- the webhook-id
+  number     bigint      GENERATED ALWAYS AS IDENTITY,       -- the order of the events of a user
   user_id    bigint      NOT NULL,
   type       text        NOT NULL,
   mobile     text        NOT NULL,
   name       text        NOT NULL,
   created_at timestamptz NOT NULL DEFAULT now(),
   attempts   integer     NOT NULL DEFAULT 0,
-  due_at     timestamptz NOT NULL DEFAULT now()                 -- of the next attempt; infinity: none
+  due_at     timestamptz NOT NULL DEFAULT now(),             -- of the next attempt; infinity: none
+  PRIMARY KEY (user_id, number)
 );
 CREATE INDEX ON user_events (due_at);
-CREATE INDEX ON user_events (user_id, number);

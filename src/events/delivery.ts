@@ -15,6 +15,7 @@ const batchSize = 50
 /** An event as the outbox has it. */
 interface UserEvent {
   id: string
+  number: string
   type: string
   timestamp: Date
   user_id: string
@@ -34,16 +35,20 @@ const takeEvents: NamedStatement = {
   text: `UPDATE user_events SET attempts = attempts + 1, due_at = CASE
            WHEN created_at < now() - interval '3 days' THEN 'infinity'
            ELSE now() + LEAST(interval '1 hour', interval '6 s' * 2 ^ LEAST(attempts, 10)) END
-         WHERE id IN (
-           SELECT id FROM user_events AS event
+         WHERE (user_id, number) IN (
+           SELECT user_id, number FROM user_events AS event
            WHERE due_at <= now() AND NOT EXISTS (
              SELECT FROM user_events AS older
              WHERE older.user_id = event.user_id AND older.number < event.number AND older.due_at < 'infinity')
            ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED)
-         RETURNING id, type, created_at AS timestamp, user_id, mobile, name`
+         RETURNING id, number, type, created_at AS timestamp, user_id, mobile, name`
 }
 
-const deleteEvents: NamedStatement = { name: 'delete_events', text: 'DELETE FROM user_events WHERE id = ANY ($1)' }
+const deleteEvents: NamedStatement = {
+  name: 'delete_events',
+  text: `DELETE FROM user_events
+         WHERE (user_id, number) IN (SELECT user_id, number FROM unnest($1::bigint[], $2::bigint[]) AS event (user_id, number))`
+}
 
 const readBacklog: NamedStatement = {
   name: 'read_backlog',
@@ -70,7 +75,7 @@ export function startDelivery(
   let isFailing = false
 
   /** @throws if the receiver does not accept the event */
-  async function deliver({ id, type, timestamp, ...data }: UserEvent): Promise<void> {
+  async function deliver({ id, number, type, timestamp, ...data }: UserEvent): Promise<void> {
     const { isAccepted, outcome } = await postWebhook(url, eventsWebhookSecret, id, { type, timestamp, data })
     if (!isAccepted) throw new Error(`the receiver ${outcome}`)
   }
@@ -82,12 +87,13 @@ export function startDelivery(
     const { rows } = await postgres.query<UserEvent>(takeEvents, [limit])
     if (rows.length === 0) return false
     const results = await Promise.allSettled(rows.map(deliver))
-    const ids = rows.filter((_, index) => results[index]?.status === 'fulfilled').map(({ id }) => id)
+    const delivered = rows.filter((_, index) => results[index]?.status === 'fulfilled')
     const failure = results.find((result) => result.status === 'rejected')
     if (failure) warn(failure.reason, 'an event could not be delivered')
-    if (ids.length > 0) await postgres.query(deleteEvents, [ids])
-    if (ids.length > 0 && isFailing) fastify.log.info('events are delivered again')
-    isFailing = ids.length === 0
+    const keys = [delivered.map(({ user_id }) => user_id), delivered.map(({ number }) => number)]
+    if (delivered.length > 0) await postgres.query(deleteEvents, keys)
+    if (delivered.length > 0 && isFailing) fastify.log.info('events are delivered again')
+    isFailing = delivered.length === 0
     return !isFailing && rows.length === limit
   }
 

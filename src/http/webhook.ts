@@ -12,6 +12,8 @@ const addressTimeout = { autoSelectFamilyAttemptTimeout: timeoutMs / 2 }
 /** Codes for a connection that broke before an answer. */
 const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT'])
 
+const timeoutCode = 'timeout'
+
 /** How much of an answer is read, so that its connection can be reused. */
 const answerMaxBytes = 65_536
 
@@ -39,15 +41,15 @@ export async function postWebhook(
   message: object
 ): Promise<WebhookResult> {
   const body = JSON.stringify(message)
-  const signal = AbortSignal.timeout(timeoutMs)
+  const deadline = performance.now() + timeoutMs
   const post = () => {
     const signature = secret === undefined ? undefined : signatureHeaders(secret, id, body)
-    return postOnce(url, { 'content-type': 'application/json', ...signature }, body, signal)
+    return postOnce(url, { 'content-type': 'application/json', ...signature }, body, deadline)
   }
   const first = await post()
-  // A receiver that was too slow, or did not speak HTTP, may have the message already.
+  // A receiver that did not speak HTTP may have the message already.
   const isRepeated = !first.mayBeReceived || brokenConnections.has(first.code)
-  if (first.status !== undefined || signal.aborted || !isRepeated) return first
+  if (first.status !== undefined || first.code === timeoutCode || !isRepeated) return first
   const second = await post()
   return { ...second, mayBeReceived: first.mayBeReceived || second.mayBeReceived }
 }
@@ -56,12 +58,18 @@ function postOnce(
   url: string,
   headers: http.OutgoingHttpHeaders,
   body: string,
-  signal: AbortSignal
+  deadline: number
 ): Promise<WebhookResult & { code: string }> {
   const { request: open } = new URL(url).protocol === 'https:' ? https : http
   return new Promise((resolve) => {
-    const request = open(url, { method: 'POST', headers, signal, ...addressTimeout })
+    const request = open(url, { method: 'POST', headers, ...addressTimeout })
     let wasWritten = false
+    let isLate = false
+    // An AbortSignal takes as long as the rest of the request.
+    const timer = setTimeout(() => {
+      isLate = true
+      request.destroy()
+    }, deadline - performance.now())
     function write(): void {
       wasWritten = true
       request.end(body)
@@ -86,12 +94,15 @@ function postOnce(
       })
     })
     function fail(error?: unknown): void {
-      const code = signal.aborted ? 'timeout' : codeOf(error)
+      const code = isLate ? timeoutCode : codeOf(error)
       const outcome = `did not answer: ${code}`
       resolve({ status: undefined, isAccepted: false, mayBeReceived: wasWritten, outcome, code })
     }
     request.on('error', fail)
-    request.once('close', fail)
+    request.once('close', () => {
+      clearTimeout(timer)
+      fail()
+    })
   })
 }
 
