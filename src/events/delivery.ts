@@ -32,16 +32,18 @@ interface UserEvent {
  */
 const takeEvents: NamedStatement = {
   name: 'take_events',
-  text: `UPDATE user_events SET attempts = attempts + 1, due_at = CASE
-           WHEN created_at < now() - interval '3 days' THEN 'infinity'
-           ELSE now() + LEAST(interval '1 hour', interval '6 s' * 2 ^ LEAST(attempts, 10)) END
-         WHERE (user_id, number) IN (
+  // A subquery in WHERE could run more than once, and so exceed its LIMIT.
+  text: `WITH due AS MATERIALIZED (
            SELECT user_id, number FROM user_events AS event
            WHERE due_at <= now() AND NOT EXISTS (
              SELECT FROM user_events AS older
              WHERE older.user_id = event.user_id AND older.number < event.number AND older.due_at < 'infinity')
            ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED)
-         RETURNING id, number, type, created_at AS timestamp, user_id, mobile, name`
+         UPDATE user_events AS event SET attempts = attempts + 1, due_at = CASE
+           WHEN created_at < now() - interval '3 days' THEN 'infinity'
+           ELSE now() + LEAST(interval '1 hour', interval '6 s' * 2 ^ LEAST(attempts, 10)) END
+         FROM due WHERE event.user_id = due.user_id AND event.number = due.number
+         RETURNING id, event.number, type, created_at AS timestamp, event.user_id, mobile, name`
 }
 
 const deleteEvents: NamedStatement = {
