@@ -66,7 +66,7 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
   )
 
   const EVENTS_WEBHOOK_URL = await listenOnLoopback(createServer((_, response) => response.end()).unref())
-  /** Measures a new process: how fast one is depends on where its memory lies, and stays so. */
+  /** Measures a new process. Memory layout makes a process up to a tenth faster or slower for its whole life. */
   async function measureNew(env: Record<string, string>) {
     const server = await system.startService(env)
     await warmUp(server, redis, 10)

@@ -173,15 +173,16 @@ async function readOrCreateSecret(file: string): Promise<string> {
   return secret
 }
 
-/** How many ports this process has tried. */
+/** How many ports this process has tried. Their servers may not have bound them yet. */
 let triedPorts = 0
 
 /**
- * Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. Each process
- * begins at another port, so that test files that start at once do not choose the same.
+ * Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. Processes with
+ * near pids begin hundreds of ports apart: test files that run together do not take each other's ports while those are not bound.
  */
 export async function freePort(): Promise<number> {
-  const port = 10_000 + ((process.pid * 20 + triedPorts++) % 22_000)
+  // 13,597 is 22,000 ÷ the golden ratio, and has no common divisor with it.
+  const port = 10_000 + ((process.pid * 13_597 + triedPorts++) % 22_000)
   const server = createServer()
   const isFree = await new Promise<boolean>((resolve) => {
     server.once('error', () => resolve(false))

@@ -56,7 +56,7 @@ interface Sbom {
 }
 
 t.test('the bill of materials lists every runtime dependency, each with an allowed licence', async (t) => {
-  const { stdout } = await runNode(['scripts/sbom.js'])
+  const { stdout } = await runNode(['scripts/sbom.js'], process.env)
   const { components }: Sbom = JSON.parse(stdout)
   const { packages }: { packages: Record<string, { version: string; dev?: boolean }> } = JSON.parse(
     readFileSync('package-lock.json', 'utf8')

@@ -20,7 +20,7 @@ import { GuardedServer } from '../dev/guarded-server.js'
 import { findProgram } from '../dev/programs.js'
 import { describeVariables } from '../testkit/generated-docs.js'
 import { listen } from '../testkit/listen.js'
-import { type Outcome, runNode } from '../testkit/run-node.js'
+import { type ExitResult, runNode } from '../testkit/run-node.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
@@ -143,7 +143,7 @@ t.test('with Compose, POSTGRES_PASSWORD may contain any character', async (t) =>
 })
 
 /** Runs the command of the HEALTHCHECK. */
-function probe(env: Record<string, string>): Promise<Outcome> {
+function probe(env: Record<string, string>): Promise<ExitResult> {
   const [, command = ''] = /^HEALTHCHECK [^[]*CMD (\[.*\])$/m.exec(dockerfile) ?? []
   return runNode(JSON.parse(command).slice(1), env)
 }

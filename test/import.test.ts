@@ -8,7 +8,7 @@ import { client } from '../testkit/client.js'
 import { numberFrom } from '../testkit/environment.js'
 import { formerHashes, formerUsers } from '../testkit/former-users.js'
 import { listen } from '../testkit/listen.js'
-import { type Outcome, runNode } from '../testkit/run-node.js'
+import { type ExitResult, runNode } from '../testkit/run-node.js'
 import { createTemporaryFolder } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
@@ -22,7 +22,7 @@ const command = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
 const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
 
 /** Imports a file of these lines. */
-async function runImport(name: string, lines: string[], options: string[] = [], variables = env): Promise<Outcome> {
+async function runImport(name: string, lines: string[], options: string[] = [], variables = env): Promise<ExitResult> {
   const file = join(directory, name)
   await writeFile(file, lines.join('\r\n'))
   return runNode([command, 'import', file, ...options], variables)

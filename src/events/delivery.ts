@@ -24,9 +24,9 @@ interface UserEvent {
 }
 
 /**
- * Takes the events that are due. The same UPDATE schedules the next attempt: after 6 s, which is longer than an attempt takes, 12, 24 and
- * so on, and at last each hour. So an event whose instance dies needs nothing else. The attempt after three days is the last one: then
- * the event is kept.
+ * Takes the events that are due. The same UPDATE schedules the next attempt, after 6, 12, 24 s and so on, at last each hour, so an event
+ * whose instance dies needs nothing else. The first pause exceeds the timeout of http/webhook.ts, so attempts do not overlap. The attempt
+ * after three days is the last one: then the event is kept.
  *
  * Only the oldest event of a user is taken, until it is delivered or kept, so a receiver hears of a user in order.
  */
@@ -48,8 +48,8 @@ const takeEvents: NamedStatement = {
 
 const deleteEvents: NamedStatement = {
   name: 'delete_events',
-  text: `DELETE FROM user_events
-         WHERE (user_id, number) IN (SELECT user_id, number FROM unnest($1::bigint[], $2::bigint[]) AS event (user_id, number))`
+  text: `DELETE FROM user_events AS event USING unnest($1::bigint[], $2::bigint[]) AS delivered (user_id, number)
+         WHERE event.user_id = delivered.user_id AND event.number = delivered.number`
 }
 
 const readBacklog: NamedStatement = {
@@ -76,11 +76,8 @@ export function startDelivery(
   const closing = new AbortController()
   let isFailing = false
 
-  /** @throws if the receiver does not accept the event */
-  async function deliver({ id, number, type, timestamp, ...data }: UserEvent): Promise<void> {
-    const { isAccepted, outcome } = await postWebhook(url, eventsWebhookSecret, id, { type, timestamp, data })
-    if (!isAccepted) throw new Error(`the receiver ${outcome}`)
-  }
+  const deliver = ({ id, number: _, type, timestamp, ...data }: UserEvent) =>
+    postWebhook(url, eventsWebhookSecret, id, { type, timestamp, data })
 
   /** @returns whether there may be more events that can be delivered now */
   async function deliverBatch(): Promise<boolean> {
@@ -88,13 +85,17 @@ export function startDelivery(
     const limit = isFailing ? 1 : batchSize
     const { rows } = await postgres.query<UserEvent>(takeEvents, [limit])
     if (rows.length === 0) return false
-    const results = await Promise.allSettled(rows.map(deliver))
-    const delivered = rows.filter((_, index) => results[index]?.status === 'fulfilled')
-    const failure = results.find((result) => result.status === 'rejected')
-    if (failure) warn(failure.reason, 'an event could not be delivered')
-    const keys = [delivered.map(({ user_id }) => user_id), delivered.map(({ number }) => number)]
-    if (delivered.length > 0) await postgres.query(deleteEvents, keys)
-    if (delivered.length > 0 && isFailing) fastify.log.info('events are delivered again')
+    const results = await Promise.all(rows.map(deliver))
+    const failure = results.find(({ isAccepted }) => !isAccepted)
+    if (failure) warn(new Error(`the receiver ${failure.summary}`), 'an event could not be delivered')
+    const delivered = rows.filter((_, index) => results[index]?.isAccepted)
+    if (delivered.length > 0) {
+      await postgres.query(deleteEvents, [
+        delivered.map(({ user_id }) => user_id),
+        delivered.map(({ number }) => number)
+      ])
+      if (isFailing) fastify.log.info('events are delivered again')
+    }
     isFailing = delivered.length === 0
     return !isFailing && rows.length === limit
   }

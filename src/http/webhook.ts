@@ -3,7 +3,7 @@ import http from 'node:http'
 import https from 'node:https'
 import { TLSSocket } from 'node:tls'
 
-/** The time for both attempts together. */
+/** The time for both attempts together. Events rely on it: less than the 6 s until their next delivery (events/delivery.ts). */
 const timeoutMs = 5_000
 
 /** Each address of the receiver but the last has this time to connect. Node's 250 ms are short for one that is far away. */
@@ -11,8 +11,6 @@ const addressTimeout = { autoSelectFamilyAttemptTimeout: timeoutMs / 2 }
 
 /** Codes for a connection that broke before an answer. */
 const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT'])
-
-const timeoutCode = 'timeout'
 
 /** How much of an answer is read, so that its connection can be reused. */
 const answerMaxBytes = 65_536
@@ -24,13 +22,14 @@ export interface WebhookResult {
   /** Whether the status is 2xx. */
   isAccepted: boolean
   /** Whether the receiver may have got the message in an attempt that has no answer. */
-  mayBeReceived: boolean
+  mayHaveArrived: boolean
   /** For the log: `answered 500`, or `did not answer: ECONNRESET` with a code of the system, of TLS or of the HTTP parser. */
-  outcome: string
+  summary: string
 }
 
 /**
  * POSTs a message as JSON, and once more if no connection is made, or one breaks before an answer. With a secret the request is signed.
+ * Resolves also if the receiver fails.
  *
  * @param id the same for each attempt to deliver the same message
  */
@@ -46,12 +45,10 @@ export async function postWebhook(
     const signature = secret === undefined ? undefined : signatureHeaders(secret, id, body)
     return postOnce(url, { 'content-type': 'application/json', ...signature }, body, deadline)
   }
-  const first = await post()
-  // A receiver that did not speak HTTP may have the message already.
-  const isRepeated = !first.mayBeReceived || brokenConnections.has(first.code)
-  if (first.status !== undefined || first.code === timeoutCode || !isRepeated) return first
-  const second = await post()
-  return { ...second, mayBeReceived: first.mayBeReceived || second.mayBeReceived }
+  const { mayRepeat, result } = await post()
+  if (!mayRepeat) return result
+  const { result: second } = await post()
+  return { ...second, mayHaveArrived: result.mayHaveArrived || second.mayHaveArrived }
 }
 
 function postOnce(
@@ -59,13 +56,13 @@ function postOnce(
   headers: http.OutgoingHttpHeaders,
   body: string,
   deadline: number
-): Promise<WebhookResult & { code: string }> {
+): Promise<{ result: WebhookResult; mayRepeat: boolean }> {
   const { request: open } = new URL(url).protocol === 'https:' ? https : http
   return new Promise((resolve) => {
     const request = open(url, { method: 'POST', headers, ...addressTimeout })
     let wasWritten = false
     let isLate = false
-    // An AbortSignal takes as long as the rest of the request.
+    // Not AbortSignal.timeout(), which took half of the CPU time of a request.
     const timer = setTimeout(() => {
       isLate = true
       request.destroy()
@@ -84,7 +81,10 @@ function postOnce(
     request.once('response', (response) => {
       const { statusCode: status = 0 } = response
       const isAccepted = status >= 200 && status < 300
-      resolve({ status, isAccepted, mayBeReceived: false, outcome: `answered ${status}`, code: '' })
+      resolve({
+        result: { status, isAccepted, mayHaveArrived: false, summary: `answered ${status}` },
+        mayRepeat: false
+      })
       // Only the status counts. The body is read so that the connection can be reused.
       let bytes = 0
       response.on('error', () => undefined)
@@ -94,9 +94,11 @@ function postOnce(
       })
     })
     function fail(error?: unknown): void {
-      const code = isLate ? timeoutCode : codeOf(error)
-      const outcome = `did not answer: ${code}`
-      resolve({ status: undefined, isAccepted: false, mayBeReceived: wasWritten, outcome, code })
+      const code = isLate ? 'timeout' : codeOf(error)
+      const summary = `did not answer: ${code}`
+      // After a timeout no time is left. A receiver that did not speak HTTP may have the message already.
+      const mayRepeat = !isLate && (!wasWritten || brokenConnections.has(code))
+      resolve({ result: { status: undefined, isAccepted: false, mayHaveArrived: wasWritten, summary }, mayRepeat })
     }
     request.on('error', fail)
     request.once('close', () => {

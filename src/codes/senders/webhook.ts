@@ -5,11 +5,11 @@ import { MessageNotSent, MessageRefused, type SmsSender } from './sender.js'
 export function webhookSender(url: string, secret: string | undefined): SmsSender {
   return async ({ mobile, code, ttlSeconds, id, purpose = null, language }) => {
     const message = { mobile, code, ttl_s: ttlSeconds, id, purpose, language }
-    const { status, isAccepted, mayBeReceived, outcome } = await postWebhook(url, secret, id, message)
+    const { status, isAccepted, mayHaveArrived, summary } = await postWebhook(url, secret, id, message)
     if (isAccepted) return
-    const cause = `the SMS webhook ${outcome}`
-    if (mayBeReceived) throw new Error(cause)
-    if (status === undefined) throw new MessageNotSent(cause)
-    throw status >= 400 && status < 500 ? new MessageRefused(cause) : new Error(cause)
+    const reason = `the SMS webhook ${summary}`
+    if (mayHaveArrived) throw new Error(reason)
+    if (status === undefined) throw new MessageNotSent(reason)
+    throw status >= 400 && status < 500 ? new MessageRefused(reason) : new Error(reason)
   }
 }
