@@ -112,6 +112,7 @@ t.test('a message is one POST of JSON, signed if there is a secret', async (t) =
   t.match(seen.requests[0], `\r\ncontent-type: application/json\r\n`)
   t.match(seen.requests[0], `\r\nContent-Length: ${body.length}\r\n`)
   t.ok(seen.requests[0]?.endsWith(`\r\n\r\n${body}`))
+  t.match(seen.requests[0], `\r\nwebhook-id: ${id}\r\n`, 'by which a receiver drops duplicates')
   t.notMatch(seen.requests[0], /webhook-signature/i)
 
   await send(http, 'a secret')

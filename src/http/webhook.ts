@@ -31,7 +31,7 @@ export interface WebhookResult {
  * POSTs a message as JSON, and once more if no connection is made, or one breaks before an answer. With a secret the request is signed.
  * Resolves also if the receiver fails.
  *
- * @param id the same for each attempt to deliver the same message
+ * @param id the same for each attempt to deliver the same message, so that a receiver can drop duplicates
  */
 export async function postWebhook(
   url: string,
@@ -43,7 +43,7 @@ export async function postWebhook(
   const deadline = performance.now() + timeoutMs
   const post = () => {
     const signature = secret === undefined ? undefined : signatureHeaders(secret, id, body)
-    return postOnce(url, { 'content-type': 'application/json', ...signature }, body, deadline)
+    return postOnce(url, { 'content-type': 'application/json', 'webhook-id': id, ...signature }, body, deadline)
   }
   const { mayRepeat, result } = await post()
   if (!mayRepeat) return result
