@@ -3,6 +3,7 @@ import dns from 'node:dns'
 import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { rm } from 'node:fs/promises'
+import { globalAgent as httpAgent } from 'node:http'
 import { globalAgent } from 'node:https'
 import net, { type Socket } from 'node:net'
 import { join } from 'node:path'
@@ -119,6 +120,12 @@ t.test('a message is one POST of JSON, signed if there is a secret', async (t) =
   const headers = Object.fromEntries((seen.requests[1] ?? '').split('\r\n').map((line) => line.split(': ')))
   t.strictSame(new Webhook('a secret', { format: 'raw' }).verify(body, headers), JSON.parse(body))
   t.equal(seen.connections, 1, 'the connection is used again')
+})
+
+t.test('an answer counts although its body does not end, and its connection is closed', async (t) => {
+  const { http } = await startTcp(t, answer('HTTP/1.1 200 Any\r\nTransfer-Encoding: chunked\r\n\r\n'))
+  t.strictSame(await send(http), ['sent', ''])
+  t.equal(Object.values(httpAgent.sockets).flat().length, 0)
 })
 
 t.test('a 4xx refuses the message; any other answer, or none: it may have been sent, once', async (t) => {

@@ -7,13 +7,14 @@ import { TLSSocket } from 'node:tls'
 const timeoutMs = 5_000
 
 /** Each address of the receiver but the last has this time to connect. Node's 250 ms are short for one that is far away. */
-const addressTimeout = { autoSelectFamilyAttemptTimeout: timeoutMs / 2 }
+const addressTimeout = { autoSelectFamilyAttemptTimeout: 1_500 }
 
 /** Codes for a connection that broke before an answer. */
 const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT'])
 
-/** How much of an answer is read, so that its connection can be reused. */
+/** How much of an answer is read, and for how long, so that its connection can be reused. Otherwise it is closed. */
 const answerMaxBytes = 65_536
+const bodyTimeoutMs = 100
 
 /** What became of a message. */
 export interface WebhookResult {
@@ -39,31 +40,35 @@ export async function postWebhook(
   id: string,
   message: object
 ): Promise<WebhookResult> {
+  const client = url.startsWith('https:') ? https : http
   const body = JSON.stringify(message)
   const deadline = performance.now() + timeoutMs
   const post = () => {
     const signature = secret === undefined ? undefined : signatureHeaders(secret, id, body)
-    return postOnce(url, { 'content-type': 'application/json', 'webhook-id': id, ...signature }, body, deadline)
+    const headers = { 'content-type': 'application/json', 'webhook-id': id, ...signature }
+    return postOnce(client.request(url, { method: 'POST', headers, ...addressTimeout }), body, deadline)
   }
   const { mayRepeat, result } = await post()
   if (!mayRepeat) return result
+  // What broke one idle connection may have broken all.
+  for (const socket of Object.values(client.globalAgent.freeSockets).flat()) socket?.destroy()
   const { result: second } = await post()
   return { ...second, mayHaveArrived: result.mayHaveArrived || second.mayHaveArrived }
 }
 
+/** Resolves when the connection is free again, or closed: so there are never more connections than messages. */
 function postOnce(
-  url: string,
-  headers: http.OutgoingHttpHeaders,
+  request: http.ClientRequest,
   body: string,
   deadline: number
 ): Promise<{ result: WebhookResult; mayRepeat: boolean }> {
-  const { request: open } = new URL(url).protocol === 'https:' ? https : http
   return new Promise((resolve) => {
-    const request = open(url, { method: 'POST', headers, ...addressTimeout })
     let wasWritten = false
     let isLate = false
+    let answer: WebhookResult | undefined
+    let failure: unknown
     // Not AbortSignal.timeout(), which took half of the CPU time of a request.
-    const timer = setTimeout(() => {
+    let timer = setTimeout(() => {
       isLate = true
       request.destroy()
     }, deadline - performance.now())
@@ -72,6 +77,8 @@ function postOnce(
       request.end(body)
     }
     request.once('socket', (socket) => {
+      // Without a route it has failed already.
+      if (socket.destroyed) return
       // Not before the certificate is verified. So this one place knows whether anybody can have read the message.
       // A connection that is used again, and one through an outgoing proxy, is open already.
       const isTls = socket instanceof TLSSocket
@@ -80,12 +87,14 @@ function postOnce(
     })
     request.once('response', (response) => {
       const { statusCode: status = 0 } = response
-      const isAccepted = status >= 200 && status < 300
-      resolve({
-        result: { status, isAccepted, mayHaveArrived: false, summary: `answered ${status}` },
-        mayRepeat: false
-      })
-      // Only the status counts. The body is read so that the connection can be reused.
+      answer = {
+        status,
+        isAccepted: status >= 200 && status < 300,
+        mayHaveArrived: false,
+        summary: `answered ${status}`
+      }
+      clearTimeout(timer)
+      timer = setTimeout(() => request.destroy(), bodyTimeoutMs)
       let bytes = 0
       response.on('error', () => undefined)
       response.on('data', (chunk: Buffer) => {
@@ -93,17 +102,17 @@ function postOnce(
         if (bytes > answerMaxBytes) response.destroy()
       })
     })
-    function fail(error?: unknown): void {
-      const code = isLate ? 'timeout' : codeOf(error)
+    request.on('error', (error) => {
+      failure ??= error
+    })
+    request.once('close', () => {
+      clearTimeout(timer)
+      if (answer) return resolve({ result: answer, mayRepeat: false })
+      const code = isLate ? 'timeout' : codeOf(failure)
       const summary = `did not answer: ${code}`
       // After a timeout no time is left. A receiver that did not speak HTTP may have the message already.
       const mayRepeat = !isLate && (!wasWritten || brokenConnections.has(code))
       resolve({ result: { status: undefined, isAccepted: false, mayHaveArrived: wasWritten, summary }, mayRepeat })
-    }
-    request.on('error', fail)
-    request.once('close', () => {
-      clearTimeout(timer)
-      fail()
     })
   })
 }
