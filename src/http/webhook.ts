@@ -40,13 +40,14 @@ export async function postWebhook(
   id: string,
   message: object
 ): Promise<WebhookResult> {
-  const client = url.startsWith('https:') ? https : http
+  const target = new URL(url)
+  const client = target.protocol === 'https:' ? https : http
   const body = JSON.stringify(message)
   const deadline = performance.now() + timeoutMs
   const post = () => {
     const signature = secret === undefined ? undefined : signatureHeaders(secret, id, body)
     const headers = { 'content-type': 'application/json', 'webhook-id': id, ...signature }
-    return postOnce(client.request(url, { method: 'POST', headers, ...addressTimeout }), body, deadline)
+    return postOnce(client.request(target, { method: 'POST', headers, ...addressTimeout }), body, deadline)
   }
   const { mayRepeat, result } = await post()
   if (!mayRepeat) return result
