@@ -66,7 +66,7 @@ export async function journey(system: SystemUnderTest): Promise<Row[]> {
   )
 
   const EVENTS_WEBHOOK_URL = await listenOnLoopback(createServer((_, response) => response.end()).unref())
-  /** Measures a new process. Memory layout makes a process up to a tenth faster or slower for its whole life. */
+  /** Measures a new process, because its memory layout makes a process up to a tenth faster or slower for its whole life. */
   async function measureNew(env: Record<string, string>) {
     const server = await system.startService(env)
     await warmUp(server, redis, 10)

@@ -18,7 +18,7 @@ const benchmarks: Record<string, Benchmark> = {
 }
 
 const usage = `usage:
-  npm run bench                    all benchmarks, in about ten minutes
+  npm run bench                    all benchmarks, in about twelve minutes
   npm run bench -- NAME            one of them: ${Object.keys(benchmarks).join(', ')}
   npm run bench -- limit --short   limit in less than a minute, without a result file
 The results are written to bench/results/NAME.json, those of all benchmarks to bench/results/all.json.

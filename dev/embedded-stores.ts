@@ -177,8 +177,8 @@ async function readOrCreateSecret(file: string): Promise<string> {
 let triedPorts = 0
 
 /**
- * Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. Processes with
- * near pids begin hundreds of ports apart: test files that run together do not take each other's ports while those are not bound.
+ * Returns a free port below the ephemeral range, so that no outgoing connection takes it before the server does. Processes
+ * whose pids are close start far apart in the range. So test files that run at the same time do not take each other's ports.
  */
 export async function freePort(): Promise<number> {
   // 13,597 is 22,000 ÷ the golden ratio, and has no common divisor with it.

@@ -53,7 +53,7 @@ async function start(closers: (() => Promise<unknown>)[]): Promise<void> {
   closers.push(() => stores.stop())
   await stores.start()
 
-  // Loading these takes a second. A bad environment and a folder that cannot be used are told before.
+  // Loading these takes a second. A bad environment and a folder that cannot be used are reported before.
   const { demoBanner, prettyLog } = await import('./demo.js')
   const { signUpPage } = await import('./sign-up-page.js')
   const { buildApp } = await import('../src/app.js')

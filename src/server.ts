@@ -58,7 +58,7 @@ async function main(): Promise<void> {
   // Before the modules that it instruments are loaded.
   const isTracing = Boolean(process.env.OTEL_EXPORTER_OTLP_ENDPOINT)
   const stopTracing = isTracing ? (await import('./telemetry/traces.js')).startTracing() : undefined
-  // A bad environment is told before the rest is loaded, which takes half a second of CPU time.
+  // A bad environment is reported before the rest is loaded. Loading takes half a second of CPU time.
   const { loadConfig } = await import('./config/config.js')
   const config = loadConfig(process.env)
   const { buildApp } = await import('./app.js')

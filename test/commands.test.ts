@@ -172,7 +172,8 @@ t.test('an npm start that fails prints one line that says what to do, and leaves
 t.test('mobile-signup starts the service, migrates, and says what each command needs', async (t) => {
   const file = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
   const run = (...args: string[]) => runNode([file, ...args], {})
-  const { stdout } = await run('migrate', '--help')
+  const { code, stdout } = await run('migrate', '--help')
+  t.equal(code, 0)
   for (const text of ['mobile-signup migrate', 'DATABASE_URL', 'TRUST_PROXY']) t.match(stdout, text)
   for (const args of [['unknown'], ['migrate', 'unknown']]) {
     t.match(await run(...args), { code: 1, stdout: /^$/, stderr: /^usage:/ })

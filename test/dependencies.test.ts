@@ -56,7 +56,8 @@ interface Sbom {
 }
 
 t.test('the bill of materials lists every runtime dependency, each with an allowed licence', async (t) => {
-  const { stdout } = await runNode(['scripts/sbom.js'], process.env)
+  const { code, stdout } = await runNode(['scripts/sbom.js'], process.env)
+  t.equal(code, 0)
   const { components }: Sbom = JSON.parse(stdout)
   const { packages }: { packages: Record<string, { version: string; dev?: boolean }> } = JSON.parse(
     readFileSync('package-lock.json', 'utf8')

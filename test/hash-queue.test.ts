@@ -25,7 +25,7 @@ const { passwords } = strictApp.mobileSignup
 const { signUp, ...strictApi } = client(strictApp)
 const logIn = ({ mobile, password }: SignUpBody) => strictApi.logIn({ mobile, password })
 
-/** Admits everybody, and listens. It hashes at its start, so it starts before a test holds all hashes. */
+/** Admits every request, and listens. Its start needs a hash, so it is built before a test holds all hashes. */
 const patientApp = await build(t, { HASH_MAX_WAIT_MS: '600000', METRICS_PORT: '0' }, { logStream })
 await patientApp.listen({ port: 0, host: '127.0.0.1' })
 const patientPasswords = patientApp.mobileSignup.passwords

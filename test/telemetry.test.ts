@@ -17,7 +17,7 @@ const { build, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy } = 
 const { postgres, redis, signUpBody } = testbed
 
 const webhook = await startWebhook(t)
-/** The application with metrics of several tests. It hashes at its start, so it starts before a test moves the clock. */
+/** The application with metrics that several tests use. It is built before a test moves the clock. */
 const measured = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: webhook.url })
 
 /** Builds an application whose log lines are collected. */
@@ -318,7 +318,7 @@ t.test('G7: counters match the requests, and no label identifies a user', async 
 })
 
 t.test('gauges show the hash queue and the Postgres pool at the time of the scrape', async (t) => {
-  // Without events, whose delivery has a connection now and then.
+  // It delivers no events. Each delivery takes a Postgres connection, which the gauge would count.
   const app = await build(t, { METRICS_PORT: '0' })
   const inserts = await holdInserts(t)
   const replies = [client(app).signUp(await signUpBody()), client(app).signUp(await signUpBody())]

@@ -176,7 +176,7 @@ t.test('Redis behind one address, whose master changes', async (t) => {
   t.jobs = Object.keys(changes).length
   for (const [answer, change] of Object.entries(changes)) {
     t.test(`${answer}: the connection is dropped, and the next one finds the new master`, async (t) => {
-      // A Redis that loads answers its clients after each 1,024 bytes read. Compressed, many keys are that short.
+      // While it loads, Redis answers its clients after every 1,024 bytes that it reads. Compressed, those would be many keys.
       const loading = ['loading-process-events-interval-bytes 1024', 'rdbcompression no']
       const former = await startRedis(t, ['enable-debug-command yes', ...loading])
       const address = await FaultProxy.open(former.url)

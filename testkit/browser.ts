@@ -2,8 +2,7 @@ import { chromium } from 'playwright-core'
 import type { Test } from 'tap'
 import { findProgram } from '../dev/programs.js'
 
-/** The browsers that `npm run setup:test` looks for. If there is none, it installs the first that the
- * package manager has. */
+/** The browsers that `npm run setup:test` looks for. If there is none, it installs the first that is a package. */
 const programs = ['chromium-headless-shell', 'chromium', 'chromium-browser', 'google-chrome']
 
 /** Without a sandbox, because tests also run as root in containers, and without the browser's own requests to other hosts. */

@@ -2,8 +2,10 @@ import { execFile } from 'node:child_process'
 import type { Environment } from '#src/config/config.js'
 
 /**
- * Returns arguments of `env` that start Node.js without the loader that tap adds to NODE_OPTIONS of each process it sees started. The
- * loader takes longer than a short command.
+ * tap adds a loader to NODE_OPTIONS of each process that a test starts. The loader takes more time than a short command, so `env` removes
+ * it again.
+ *
+ * @returns the arguments of `env`
  */
 export const nodeWithoutLoader = (args: readonly string[], env: Environment = {}) => [
   `NODE_OPTIONS=${env.NODE_OPTIONS ?? ''}`,
@@ -19,7 +21,7 @@ export interface ExitResult {
 
 /** Runs Node.js until it ends, for at most a minute; then the code is -1. */
 export function runNode(args: readonly string[], env: Environment): Promise<ExitResult> {
-  // The loader measures the coverage.
+  // Only the loader measures the coverage.
   const isCoverageMeasured = process.env.TAP_DISABLE_COVERAGE === '0'
   const command = isCoverageMeasured ? [process.execPath, ...args] : nodeWithoutLoader(args, env)
   return new Promise((resolve) => {

@@ -24,9 +24,9 @@ interface UserEvent {
 }
 
 /**
- * Takes the events that are due. The same UPDATE schedules the next attempt, after 6, 12, 24 s and so on, at last each hour, so an event
- * whose instance dies needs nothing else. The first pause exceeds the timeout of http/webhook.ts, so attempts do not overlap. The attempt
- * after three days is the last one: then the event is kept.
+ * Takes the events that are due. The same UPDATE schedules the next attempt: after 6, 12, 24 s and so on, and at last each hour. So if
+ * an instance dies, another one repeats its attempts. The first pause is longer than the timeout of http/webhook.ts, so that two
+ * attempts do not overlap. The attempt after three days is the last one: then the event is kept.
  *
  * Only the oldest event of a user is taken, until it is delivered or kept, so a receiver hears of a user in order.
  */

@@ -6,10 +6,10 @@ import { TLSSocket } from 'node:tls'
 /** The time for both attempts together. Events rely on it: less than the 6 s until their next delivery (events/delivery.ts). */
 const timeoutMs = 5_000
 
-/** Each address of the receiver but the last has this time to connect. Node's 250 ms are short for one that is far away. */
+/** If the receiver has several addresses, each but the last has this time to connect. Node's 250 ms are too short for a distant one. */
 const addressTimeout = { autoSelectFamilyAttemptTimeout: 1_500 }
 
-/** Codes for a connection that broke before an answer. */
+/** The error codes of a connection that broke before an answer. */
 const brokenConnections: ReadonlySet<string> = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT'])
 
 /** How much of an answer is read, and for how long, so that its connection can be reused. Otherwise it is closed. */
@@ -24,7 +24,7 @@ export interface WebhookResult {
   isAccepted: boolean
   /** Whether the receiver may have got the message in an attempt that has no answer. */
   mayHaveArrived: boolean
-  /** For the log: `answered 500`, or `did not answer: ECONNRESET` with a code of the system, of TLS or of the HTTP parser. */
+  /** For the log: `answered 500`, or `did not answer: ECONNRESET`. The code is `timeout`, or from the system, TLS or the HTTP parser. */
   summary: string
 }
 
@@ -45,8 +45,8 @@ export async function postWebhook(
   const body = JSON.stringify(message)
   const deadline = performance.now() + timeoutMs
   const post = () => {
-    const signature = secret === undefined ? undefined : signatureHeaders(secret, id, body)
-    const headers = { 'content-type': 'application/json', 'webhook-id': id, ...signature }
+    const signature = secret === undefined ? { 'webhook-id': id } : signatureHeaders(secret, id, body)
+    const headers = { 'content-type': 'application/json', ...signature }
     return postOnce(client.request(target, { method: 'POST', headers, ...addressTimeout }), body, deadline)
   }
   const { mayRepeat, result } = await post()
@@ -57,7 +57,7 @@ export async function postWebhook(
   return { ...second, mayHaveArrived: result.mayHaveArrived || second.mayHaveArrived }
 }
 
-/** Resolves when the connection is free again, or closed: so there are never more connections than messages. */
+/** Resolves when the connection is free or closed. So there are never more connections than unfinished messages. */
 function postOnce(
   request: http.ClientRequest,
   body: string,
@@ -80,8 +80,8 @@ function postOnce(
     request.once('socket', (socket) => {
       // Without a route it has failed already.
       if (socket.destroyed) return
-      // Not before the certificate is verified. So this one place knows whether anybody can have read the message.
-      // A connection that is used again, and one through an outgoing proxy, is open already.
+      // The body is written only when the certificate is verified. So `wasWritten` tells whether anybody can have read it.
+      // A reused connection, and one through an outgoing proxy, is open already.
       const isTls = socket instanceof TLSSocket
       if (isTls ? socket.getPeerFinished() !== undefined : !socket.connecting) write()
       else socket.once(isTls ? 'secureConnect' : 'connect', write)
@@ -111,7 +111,7 @@ function postOnce(
       if (answer) return resolve({ result: answer, mayRepeat: false })
       const code = isLate ? 'timeout' : codeOf(failure)
       const summary = `did not answer: ${code}`
-      // After a timeout no time is left. A receiver that did not speak HTTP may have the message already.
+      // After a timeout no time is left. After an answer that is not HTTP, the receiver may have the message.
       const mayRepeat = !isLate && (!wasWritten || brokenConnections.has(code))
       resolve({ result: { status: undefined, isAccepted: false, mayHaveArrived: wasWritten, summary }, mayRepeat })
     })
@@ -121,10 +121,10 @@ function postOnce(
 const codeOf = (error: unknown): string => (error instanceof Error && 'code' in error ? `${error.code}` : 'unknown')
 
 /**
- * Returns the headers by which a receiver verifies that a webhook is from this service, as Standard Webhooks says
- * (https://www.standardwebhooks.com). Libraries in many languages verify them.
+ * Returns the headers of Standard Webhooks (https://www.standardwebhooks.com). A receiver verifies with them that a message comes
+ * from this service. Libraries in many languages do that.
  *
- * @param secret `whsec_<base64>`, or any other text, whose bytes are the key
+ * @param secret `whsec_` and the key in base64, or any other text, whose bytes are the key
  */
 export function signatureHeaders(secret: string, id: string, body: string) {
   const key = secret.startsWith('whsec_') ? Buffer.from(secret.slice('whsec_'.length), 'base64') : secret
