@@ -9,35 +9,31 @@ export interface Parser<T> {
   parse(text: string): T
 }
 
-/** Quotes the text, so only for values that are not secret. */
-const invalid = (text: string, problem: string) => new Error(`${JSON.stringify(text.slice(0, 80))} ${problem}`)
-
-export const integer = (min: number, max: number): Parser<number> => ({
-  expected: `an integer from ${min} to ${max}`,
+/**
+ * Parses values that are not secret: an error quotes them.
+ *
+ * @param read returns undefined for an invalid text
+ */
+const parser = <T>(expected: string, read: (text: string) => T | undefined): Parser<T> => ({
+  expected,
   parse(text) {
-    if (!/^-?\d{1,15}$/.test(text)) throw invalid(text, 'is not an integer')
-    const value = Number(text)
-    if (value < min || value > max) throw invalid(text, 'is out of range')
+    const value = read(text)
+    if (value === undefined) throw new Error(`is ${JSON.stringify(text.slice(0, 80))}`)
     return value
   }
 })
 
-export const oneOf = <const T extends string>(...values: readonly T[]): Parser<T> => ({
-  expected: `one of ${values.join(', ')}`,
-  parse(text) {
-    const value = values.find((candidate) => candidate === text)
-    if (value !== undefined) return value
-    throw invalid(text, 'is not one of them')
-  }
-})
+export const integer = (min: number, max: number) =>
+  parser(`an integer from ${min} to ${max}`, (text) => {
+    const value = /^-?\d{1,15}$/.test(text) ? Number(text) : Number.NaN
+    return value >= min && value <= max ? value : undefined
+  })
 
-const flag = (on: string, off: string): Parser<boolean> => ({
-  expected: `${on} or ${off}`,
-  parse(text) {
-    if (text === on || text === off) return text === on
-    throw invalid(text, `is neither ${on} nor ${off}`)
-  }
-})
+export const oneOf = <const T extends string>(...values: readonly T[]) =>
+  parser(`one of ${values.join(', ')}`, (text) => values.find((value) => value === text))
+
+const flag = (on: string, off: string) =>
+  parser(`${on} or ${off}`, (text) => (text === on || text === off ? text === on : undefined))
 
 export const trueOrFalse = flag('true', 'false')
 export const onOrOff = flag('on', 'off')
@@ -45,33 +41,21 @@ export const onOrOff = flag('on', 'off')
 /** Any text, so it may hold a secret. */
 export const anyText: Parser<string> = { expected: 'a text', parse: (value) => value }
 
-export const hostName: Parser<string> = {
-  expected: 'an IP address or a host name',
-  parse(text) {
-    if (isIP(text) !== 0 || /^(?!-)[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*$/.test(text)) return text
-    throw invalid(text, 'is not a host')
-  }
-}
+export const hostName = parser('an IP address or a host name', (text) =>
+  isIP(text) !== 0 || /^(?!-)[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*$/.test(text) ? text : undefined
+)
 
-export const pathPrefix: Parser<string> = {
-  expected: 'a path such as /api/v1.0, or / for none',
-  parse(text) {
-    if (text === '/') return ''
-    if (/^(\/[A-Za-z0-9._~-]+)+$/.test(text)) return text
-    throw invalid(text, 'is not a path')
-  }
-}
+export const pathPrefix = parser('a path such as /api/v1.0, or / for none', (text) =>
+  text === '/' ? '' : /^(\/[A-Za-z0-9._~-]+)+$/.exec(text)?.[0]
+)
 
-export const addressRanges: Parser<readonly string[]> = {
-  expected: 'IP addresses or CIDRs, separated by commas, or none',
-  parse(text) {
-    if (text === 'none') return []
-    const ranges = text.split(',').map((range) => range.trim())
-    const bad = ranges.find((range) => !isAddressRange(range))
-    if (bad === undefined) return ranges
-    throw invalid(bad, 'is not an address range')
+export const addressRanges = parser<readonly string[]>(
+  'IP addresses or CIDRs, separated by commas, or none',
+  (text) => {
+    const ranges = text === 'none' ? [] : text.split(',').map((range) => range.trim())
+    return ranges.every(isAddressRange) ? ranges : undefined
   }
-}
+)
 
 function isAddressRange(range: string): boolean {
   const [address = '', prefixLength, ...rest] = range.split('/')
