@@ -80,12 +80,7 @@ export function readVariables(read: Read, production: boolean) {
       `Signs cookies and tickets; at least ${secretMinLength} characters. Of several, separated by commas, the first signs and all verify.`,
       'random'
     ),
-    cookieSecure: read(
-      'COOKIE_SECURE',
-      trueOrFalse,
-      production,
-      'Cookies have `Secure` and names such as `__Host-sid` instead of `sid`.'
-    ),
+    cookieSecure: read('COOKIE_SECURE', trueOrFalse, production, 'Cookies have `Secure` and the prefix `__Host-`.'),
     trustProxy: read<readonly string[]>(
       'TRUST_PROXY',
       addressRanges,
@@ -95,18 +90,8 @@ export function readVariables(read: Read, production: boolean) {
     ),
     /** Starts with a slash and ends without one; empty for the root. */
     apiPrefix: read('API_PREFIX', pathPrefix, '/api/v1.0', 'Path before all routes; `/` for none.'),
-    legacyStatus: read(
-      'LEGACY_STATUS',
-      trueOrFalse,
-      false,
-      'Status 200 for every outcome, as in the Flask handler. Probes keep theirs.'
-    ),
-    defaultLanguage: read(
-      'DEFAULT_LANGUAGE',
-      oneOf(...languages),
-      'zh',
-      '`zh` or `en`, where `Accept-Language` does not choose.'
-    ),
+    legacyStatus: read('LEGACY_STATUS', trueOrFalse, false, 'Status 200 for all but probes, as in the Flask handler.'),
+    defaultLanguage: read('DEFAULT_LANGUAGE', oneOf(...languages), 'zh', '`zh` or `en`, if a client chooses neither.'),
     /** In code points. */
     passwordMin: read(
       'PASSWORD_MIN',
@@ -118,10 +103,7 @@ export function readVariables(read: Read, production: boolean) {
     sms: read('SMS', onOrOff, true, '`off`: another service sends codes; `POST /sms_codes` is absent.', 'on'),
     smsWebhookUrl: optionalUrl('SMS_WEBHOOK_URL', 'Receives each code. Unset: nothing is sent.'),
     smsWebhookSecret: optionalText('SMS_WEBHOOK_SECRET', 'Signs requests to [the webhook](#the-sms-webhook).'),
-    eventsWebhookUrl: optionalUrl(
-      'EVENTS_WEBHOOK_URL',
-      'Receives [events](#events) of users. Unset: none are written.'
-    ),
+    eventsWebhookUrl: optionalUrl('EVENTS_WEBHOOK_URL', 'Receives [events](#events). Unset: none are written.'),
     eventsWebhookSecret: optionalText('EVENTS_WEBHOOK_SECRET', 'Signs requests to that webhook.'),
     smsCodeTtlS: read(
       'SMS_CODE_TTL_S',
@@ -134,12 +116,7 @@ export function readVariables(read: Read, production: boolean) {
     smsIpHourlyMax: limit('SMS_IP_HOURLY_MAX', 20, 'Unused codes for a network.'),
     smsPrefixHourlyMax: limit('SMS_PREFIX_HOURLY_MAX', 200, 'Unused codes for the first seven digits of a mobile.'),
     smsHourlyMax: limit('SMS_HOURLY_MAX', 5_000, 'Unused codes in all.'),
-    smsCodeAttempts: read(
-      'SMS_CODE_ATTEMPTS',
-      integer(1, 1_000),
-      5,
-      'Wrong codes for a mobile, of a ticket or a network.'
-    ),
+    smsCodeAttempts: read('SMS_CODE_ATTEMPTS', integer(1, 1_000), 5, 'Wrong codes for a mobile by ticket or network.'),
     smsGuessDailyMax: limit('SMS_GUESS_DAILY_MAX', 50, 'Wrong codes for a mobile without a ticket.'),
     smsGuessIpHourlyMax: limit('SMS_GUESS_IP_HOURLY_MAX', 50, 'Wrong codes without a ticket, of a network.'),
     smsGuessHourlyMax: limit('SMS_GUESS_HOURLY_MAX', 1_000, 'Wrong codes without a ticket, in all.'),
@@ -152,12 +129,7 @@ export function readVariables(read: Read, production: boolean) {
     ),
     hashPasses: read('HASH_PASSES', integer(1, argon2Max.passes), 3, 'Passes over that memory.'),
     ...readThreads(read),
-    hashMaxWaitMs: read(
-      'HASH_MAX_WAIT_MS',
-      integer(0, 600_000),
-      2_000,
-      'Longest wait for a hash; above it 503 `4500`.'
-    ),
+    hashMaxWaitMs: read('HASH_MAX_WAIT_MS', integer(0, 600_000), 2_000, 'Longest wait for a hash; then 503 `4500`.'),
     pgPooler: read('PG_POOLER', oneOf('none', 'transaction'), 'none', '`transaction` behind a [pooler](#poolers).'),
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10, 'Connections to Postgres.'),
     storeTimeoutMs: read('STORE_TIMEOUT_MS', integer(1, 60_000), 1_000, 'Timeout of each round trip to a store.'),
@@ -168,10 +140,7 @@ export function readVariables(read: Read, production: boolean) {
       undefined,
       'Port of `/metrics`; 0 takes a free one. Unset: no metrics.'
     ),
-    otlpEndpoint: optionalUrl(
-      'OTEL_EXPORTER_OTLP_ENDPOINT',
-      'Where [spans](#traces) go. Unset: OpenTelemetry is not loaded.'
-    ),
+    otlpEndpoint: optionalUrl('OTEL_EXPORTER_OTLP_ENDPOINT', 'Where [spans](#traces) go. Unset: no tracing.'),
     logLevel: read(
       'LOG_LEVEL',
       oneOf('fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'),
@@ -184,24 +153,14 @@ export function readVariables(read: Read, production: boolean) {
       72_000,
       'How long an idle connection stays open: longer than [the gateway](#the-gateway) keeps it.'
     ),
-    shutdownDelayMs: read(
-      'SHUTDOWN_DELAY_MS',
-      integer(0, 600_000),
-      0,
-      'Time for the balancer before [the shutdown](#stop).'
-    ),
+    shutdownDelayMs: read('SHUTDOWN_DELAY_MS', integer(0, 600_000), 0, 'Pause before [the shutdown](#stop).'),
     shutdownTimeoutMs: read(
       'SHUTDOWN_TIMEOUT_MS',
       integer(1, 600_000),
       15_000,
       'Longest shutdown after that; at least `HASH_MAX_WAIT_MS` + 5 × `STORE_TIMEOUT_MS`.'
     ),
-    migrate: read(
-      'MIGRATE',
-      trueOrFalse,
-      true,
-      'A start applies pending migrations. Behind a pooler the default is false.'
-    )
+    migrate: read('MIGRATE', trueOrFalse, true, 'A start applies migrations. The default behind a pooler is false.')
   }
 }
 
