@@ -159,13 +159,14 @@ t.test('the reply of every outcome on every route matches its description', asyn
 
   // Failures.
   for (const path of ['live', 'ready']) check(`GET /health/${path}`, 'healthy', await app.inject(`/health/${path}`))
-  const { admit, hash } = app.mobileSignup.passwords
-  app.mobileSignup.passwords.admit = () => {
+  const { hash, queue } = app.mobileSignup.passwords
+  const { admit } = queue
+  queue.admit = () => {
     throw new QueueFull(1)
   }
   for (const operation of [signUp, resetPassword]) check(operation, 'busy', await send(operation, await signUpBody()))
   check(logIn, 'busy', await api.logIn({ mobile, password }))
-  app.mobileSignup.passwords.admit = admit
+  queue.admit = admit
   app.mobileSignup.passwords.hash = () => Promise.reject(new Error('no memory'))
   check(signUp, 'internal_error', await api.signUp(await signUpBody()))
   app.mobileSignup.passwords.hash = hash

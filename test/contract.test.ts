@@ -183,7 +183,7 @@ t.test('503 and 500: a store that fails, a full hash queue, and a bug that tells
       const admit = () => {
         throw outcome === 'busy' ? new QueueFull(7) : new Error('a secret cause')
       }
-      const { restore } = t.intercept(passwords, 'admit', { value: admit })
+      const { restore } = t.intercept(passwords.queue, 'admit', { value: admit })
       const reply = await send(body)
       restore()
       checkRefusal(t, reply, outcome)

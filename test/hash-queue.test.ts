@@ -110,7 +110,7 @@ t.test('G6: a request whose hash would wait too long gets 503 4500 at once, and 
   t.strictSame([refused.statusCode, refused.json()], [503, { errno: '4500', errmsg: '服务繁忙，请稍后重试' }])
   t.match(refused.headers['retry-after'], /^[1-9]\d*$/)
   t.strictSame(statusAndErrno(await logIn(third)), [503, '4500'])
-  t.equal(passwords.queueLength, 1, 'the answer does not wait for the queue')
+  t.equal(passwords.queue.queueLength, 1, 'the answer does not wait for the queue')
   t.equal(await redis.get(`sms_code_${third.mobile}`), third.sms_code, 'the code stays')
   t.strictSame(await redis.keys(`login_failures:*${third.mobile}*`), [], 'the login is not counted')
 
@@ -125,9 +125,9 @@ t.test('G6: requests that wait for Redis count, and a login is admitted again wh
   t.equal((await signUp(user)).statusCode, 201)
   const writes = await holdRedisWrites(t)
   const admitted = [logIn(user), signUp(body)] as const
-  await until('both are admitted', () => passwords.expectedWaitMs > 0)
+  await until('both are admitted', () => passwords.queue.expectedWaitMs > 0)
   for (const send of [signUp, logIn]) t.strictSame(statusAndErrno(await send(third)), [503, '4500'])
-  t.equal(passwords.queueLength, 0, 'the next is refused while the queue is still empty')
+  t.equal(passwords.queue.queueLength, 0, 'the next is refused while the queue is still empty')
   const hashes = holdHashes(t)
   const queue = [1, 2, 3].map(() => passwords.hash('a password'))
   await writes.release()
@@ -136,7 +136,7 @@ t.test('G6: requests that wait for Redis count, and a login is admitted again wh
   hashes.release()
   t.equal((await admitted[1]).statusCode, 201, 'a sign-up that holds its code is hashed')
   await Promise.all(queue)
-  t.equal(passwords.expectedWaitMs, 0)
+  t.equal(passwords.queue.expectedWaitMs, 0)
   t.equal((await signUp(third)).statusCode, 201)
 })
 
@@ -158,14 +158,14 @@ function pipeline(...bodies: SignUpBody[]): Socket {
 
 t.test('G6: so does one whose answer is never sent, because its connection dies before its turn', async (t) => {
   const hashes = holdHashes(t)
-  const admits = t.capture(patientPasswords, 'admit', patientPasswords.admit)
+  const admits = t.capture(patientPasswords.queue, 'admit', patientPasswords.queue.admit)
   const wrong = { ...(await signUpBody()), sms_code: 'wrong' }
   const first = await signUpBody()
   const socket = pipeline(first, wrong, wrong, wrong)
   let admitted = 0
   await until('all are admitted, and only the first is hashed', () => {
     admitted += admits().length
-    return admitted === 4 && patientPasswords.expectedWaitMs === 0
+    return admitted === 4 && patientPasswords.queue.expectedWaitMs === 0
   })
   socket.destroy()
   hashes.release()
@@ -182,7 +182,7 @@ t.test('after a disconnection a hash that runs is finished, by a shutdown, too; 
   await hashes.untilJoined(2)
   for (const socket of sockets) socket.destroy()
   await until('it is logged', () => lines.some((line) => line.includes('"outcome":"client_disconnected"')))
-  t.strictSame([patientPasswords.queueLength, errors()], [0, []])
+  t.strictSame([patientPasswords.queue.queueLength, errors()], [0, []])
   const metrics = await (await fetch(patientApp.metricsUrl ?? '')).text()
   t.match(metrics, /_count\{method="POST",route="\/api\/v1\.0\/users",outcome="client_disconnected"\} 1\n/)
   const closed = patientApp.close()

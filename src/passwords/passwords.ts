@@ -42,14 +42,8 @@ export async function createPasswords(
   const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
 
   return {
-    /**
-     * Admission, to be checked before any store is touched.
-     *
-     * @param response counts as queued until it joins the queue by `hash` or `verify`, or is answered: the `raw` of a reply.
-     * Without it only checks.
-     * @throws {QueueFull} if the expected wait for a thread is over `HASH_MAX_WAIT_MS`
-     */
-    admit: (response?: Writable) => queue.admit(response),
+    /** Admits requests before any store is touched. A response counts as queued until it joins the queue or is answered. */
+    queue,
     /**
      * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one
      * password (NIST SP 800-63B, section 3.1.1.2).
@@ -76,14 +70,6 @@ export async function createPasswords(
         return false
       }
       return queue.run(matches, response)
-    },
-    /** The number of passwords that wait for a thread. */
-    get queueLength() {
-      return queue.queueLength
-    },
-    /** How long a new password would wait for a thread. */
-    get expectedWaitMs() {
-      return queue.expectedWaitMs
     },
     /** Whether a PHC string has other parameters than the configured ones. */
     isOutdated: (phc: string) => !phc.startsWith(phcPrefix)

@@ -17,7 +17,7 @@ const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 /** Values that are read at each scrape. */
 interface MetricsSources {
-  readonly passwords: { readonly queueLength: number; readonly expectedWaitMs: number }
+  readonly passwords: { readonly queue: { readonly queueLength: number; readonly expectedWaitMs: number } }
   readonly postgres: { connections(): { total: number; idle: number; waiting: number } }
   /** Undefined without `EVENTS_WEBHOOK_URL`. */
   readonly readEventBacklog: (() => Promise<EventBacklog>) | undefined
@@ -36,6 +36,15 @@ export function createMetrics(limitNames: readonly string[]) {
   collectDefaultMetrics({ register: registry })
   const described = <Label extends string>(name: string, help: string, ...labelNames: Label[]) => {
     return { name: `mobile_signup_${name}`, help, labelNames, registers: [registry], buckets }
+  }
+
+  function addGauge<Label extends string>(
+    name: string,
+    help: string,
+    labelNames: Label[],
+    read: (gauge: Gauge<Label>) => void | Promise<void>
+  ): void {
+    const gauge: Gauge<Label> = new Gauge({ ...described(name, help, ...labelNames), collect: () => read(gauge) })
   }
 
   const answered = 'Time from a request to its answer; _count is the number of answered requests'
@@ -74,59 +83,35 @@ export function createMetrics(limitNames: readonly string[]) {
     registry,
     requests,
     observer,
-    /** Adds the gauges of the service. */
-    addSources({ passwords, postgres, readEventBacklog, storeChecks }: MetricsSources): void {
-      new Gauge({
-        ...described('hash_queue_length', 'Passwords that wait for a thread'),
-        collect() {
-          this.set(passwords.queueLength)
-        }
-      })
+    /** Adds the gauges of the service. A scrape reads them in this order. */
+    addSources({ passwords: { queue }, postgres, readEventBacklog, storeChecks }: MetricsSources): void {
+      addGauge('hash_queue_length', 'Passwords that wait for a thread', [], (gauge) => gauge.set(queue.queueLength))
       const wait = 'How long a new sign-up would wait for a thread; above HASH_MAX_WAIT_MS it is refused'
-      new Gauge({
-        ...described('hash_expected_wait_seconds', wait),
-        collect() {
-          this.set(passwords.expectedWaitMs / 1_000)
-        }
-      })
+      addGauge('hash_expected_wait_seconds', wait, [], (gauge) => gauge.set(queue.expectedWaitMs / 1_000))
       const states = 'Connections of the pool by state; waiting: statements that wait for a connection'
-      new Gauge({
-        ...described('postgres_connections', states, 'state'),
-        collect() {
-          const { total, idle, waiting } = postgres.connections()
-          this.set({ state: 'busy' }, total - idle)
-          this.set({ state: 'idle' }, idle)
-          this.set({ state: 'waiting' }, waiting)
-        }
+      addGauge('postgres_connections', states, ['state'], (gauge) => {
+        const { total, idle, waiting } = postgres.connections()
+        for (const [state, count] of Object.entries({ busy: total - idle, idle, waiting })) gauge.set({ state }, count)
       })
       if (readEventBacklog) {
-        const states = 'Events of users by state: waiting; undeliverable after three days'
-        // The first gauge reads for both: a scrape collects them in the order of their registration.
+        /** Read once for both gauges. */
         let backlog: Promise<EventBacklog> | undefined
-        new Gauge({
-          ...described('events', states, 'state'),
-          async collect() {
-            backlog = readEventBacklog()
-            const { waiting, undeliverable } = await backlog
-            this.set({ state: 'waiting' }, waiting)
-            this.set({ state: 'undeliverable' }, undeliverable)
-          }
+        const eventStates = 'Events of users by state: waiting; undeliverable after three days'
+        addGauge('events', eventStates, ['state'], async (gauge) => {
+          backlog = readEventBacklog()
+          const { waiting, undeliverable } = await backlog
+          gauge.set({ state: 'waiting' }, waiting)
+          gauge.set({ state: 'undeliverable' }, undeliverable)
         })
-        new Gauge({
-          ...described('events_oldest_age_seconds', 'Age of the oldest event that waits'),
-          async collect() {
-            this.set((await backlog)?.oldestSeconds ?? Number.NaN)
-          }
-        })
+        addGauge('events_oldest_age_seconds', 'Age of the oldest event that waits', [], async (gauge) =>
+          gauge.set((await backlog)?.oldestSeconds ?? Number.NaN)
+        )
       }
       // Last, because the check of Postgres takes a connection.
       const available = 'Whether a store answers and can be written; checked at each scrape'
-      new Gauge({
-        ...described('store_available', available, 'store'),
-        async collect() {
-          const failing = await storeChecks.failing()
-          for (const name of storeChecks.names) this.set({ store: name.toLowerCase() }, failing.includes(name) ? 0 : 1)
-        }
+      addGauge('store_available', available, ['store'], async (gauge) => {
+        const failing = await storeChecks.failing()
+        for (const name of storeChecks.names) gauge.set({ store: name.toLowerCase() }, failing.includes(name) ? 0 : 1)
       })
     }
   }

@@ -81,7 +81,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     const refund = () => rateLimits.refund(limits.counted, unit).catch(logUncounted)
 
     // Refuse before any store is touched, if the hash queue is too long.
-    passwords.admit(reply.raw)
+    passwords.queue.admit(reply.raw)
     const giveBackPlace = places.take(mobile, request.ip, deviceId)
     let user: User | undefined
     try {
@@ -123,7 +123,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
   async function findVerifiedUser(mobile: string, password: string, reply: FastifyReply) {
     const user = await users.find(mobile)
     // Again, now that it joins the queue: the wait may have grown, and no code would be lost.
-    passwords.admit(reply.raw)
+    passwords.queue.admit(reply.raw)
     return (await passwords.verify(user?.passwordHash, password, reply.raw)) ? user : undefined
   }
 
@@ -137,7 +137,7 @@ export const logInRoute: FastifyPluginAsync<{ config: Config }> = async (fastify
     const { mobile } = request.body
     let giveBackPlace: (() => void) | undefined
     try {
-      passwords.admit()
+      passwords.queue.admit()
       giveBackPlace = places.take(mobile, request.ip, deviceId)
       await users.replaceHash(mobile, passwordHash, await passwords.hash(password))
     } catch (err) {

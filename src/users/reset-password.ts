@@ -32,7 +32,7 @@ export const resetPasswordRoute: FastifyPluginAsync<{ config: Config }> = async 
     if (fault !== undefined) return reply.outcome(fault)
 
     postgres.assertAvailable()
-    passwords.admit(reply.raw)
+    passwords.queue.admit(reply.raw)
 
     const hold = await codes.hold(request, 'password')
     // A mobile without a user is answered as a wrong code, so that the answer does not tell who is registered.

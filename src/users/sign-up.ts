@@ -40,7 +40,7 @@ export const signUpRoute: FastifyPluginAsync<{ config: Config }> = async (fastif
 
     // 2. Admit. Refuse before the code is touched, if Postgres is down or the hash queue is too long.
     postgres.assertAvailable()
-    passwords.admit(reply.raw)
+    passwords.queue.admit(reply.raw)
 
     // 3. Hold the code.
     const hold = await codes.hold(request, 'sign_up')
