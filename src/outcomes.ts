@@ -68,10 +68,8 @@ export const outcomes = {
 
 export type OutcomeName = keyof typeof outcomes
 
-const isOutcomeName = (name: unknown): name is OutcomeName => typeof name === 'string' && Object.hasOwn(outcomes, name)
-
 /** All names, in the order of the table. */
-export const outcomeNames = Object.keys(outcomes).filter(isOutcomeName)
+export const outcomeNames = Object.keys(outcomes).filter((name): name is OutcomeName => name in outcomes)
 
 /** What an answer may carry beside its status, errno and message. */
 export interface OutcomeDetails {

@@ -67,7 +67,7 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
     url: '/health/live',
     schema: { tags: ['health'], operationId: 'live', summary: 'Whether the process lives' },
     config: { isProbe: true, outcomes: ['healthy', 'busy'] },
-    handler: live
+    handler: async (_request, reply) => reply.outcome('healthy')
   })
   fastify.route({
     method: 'GET',
@@ -80,10 +80,6 @@ export const healthRoutes: FastifyPluginAsync<HealthOptions> = async (fastify, {
     config: { isProbe: true, outcomes: ['healthy', 'busy'], data: { healthy: FailingData, busy: FailingData } },
     handler: ready
   })
-
-  async function live(_request: FastifyRequest, reply: FastifyReply) {
-    return reply.outcome('healthy')
-  }
 
   async function ready(_request: FastifyRequest, reply: FastifyReply) {
     const failing = await storeChecks.failing()

@@ -42,11 +42,8 @@ export function networksOf(address: string, siteFactor = 64): [Network, ...Netwo
     const ipv4 = parsed.toByteArray().slice(offset, offset + 4)
     return [{ network: ipv4.join('.'), factor: 1 }]
   }
-  const prefix = (groups: number) =>
-    `${parsed.parts
-      .slice(0, groups)
-      .map((part) => part.toString(16))
-      .join(':')}::/${16 * groups}`
+  const parts = parsed.parts.map((part) => part.toString(16))
+  const prefix = (groups: number) => `${parts.slice(0, groups).join(':')}::/${16 * groups}`
   return [
     { network: prefix(4), factor: 1 },
     { network: prefix(3), factor: siteFactor }

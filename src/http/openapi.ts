@@ -108,16 +108,10 @@ function describeReplies(route: FastifyContextConfig, config: Config) {
   const names = outcomeNames.filter((name) => name === 'bad_request' || route.outcomes?.includes(name))
   const isLegacy = config.legacyStatus && !route.isProbe
   const statusOf = (name: OutcomeName) => (isLegacy && name !== 'bad_request' ? 200 : outcomes[name].status)
+  const namesOf = (status: number) => names.filter((name) => statusOf(name) === status)
   const statuses = [...new Set(names.map(statusOf))]
   return Object.fromEntries(
-    statuses.map((status) => [
-      status,
-      describeReply(
-        names.filter((name) => statusOf(name) === status),
-        route.data ?? {},
-        config
-      )
-    ])
+    statuses.map((status) => [status, describeReply(namesOf(status), route.data ?? {}, config)])
   )
 }
 

@@ -1,4 +1,4 @@
-import { pbkdf2, scrypt, timingSafeEqual } from 'node:crypto'
+import { pbkdf2, type ScryptOptions, scrypt, timingSafeEqual } from 'node:crypto'
 import { promisify } from 'node:util'
 import { verify as verifyArgon2 } from '@node-rs/argon2'
 import { verify as verifyBcrypt } from '@node-rs/bcrypt'
@@ -31,11 +31,8 @@ function scryptVerifier([N, r, p]: [number, number, number], salt: string, key: 
   if (!isPowerOfTwo || N >= 2 ** (16 * r) || 128 * N * r * p > scryptMaxBytes) return undefined
   // Node.js also counts its buffers.
   const options = { N, r, p, maxmem: 2 * scryptMaxBytes }
-  return matching(key, (password) => {
-    return new Promise((resolve, reject) => {
-      scrypt(password, salt, key.length, options, (error, derived) => (error ? reject(error) : resolve(derived)))
-    })
-  })
+  const derive = promisify<string, string, number, ScryptOptions, Buffer>(scrypt)
+  return matching(key, (password) => derive(password, salt, key.length, options))
 }
 
 /**

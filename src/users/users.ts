@@ -89,8 +89,7 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger, hasEvent
      * @returns undefined if the mobile has no user
      */
     async setPassword(mobile: string, passwordHash: string): Promise<Omit<User, 'passwordHash'> | undefined> {
-      const values = [mobile, passwordHash]
-      const { rows } = await postgres.query<Omit<User, 'passwordHash'>>(setPassword, values)
+      const { rows } = await postgres.query<Omit<User, 'passwordHash'>>(setPassword, [mobile, passwordHash])
       return rows[0]
     },
     /** Replaces a hash by another one of the same password, unless the hash has been replaced since. */
@@ -108,8 +107,7 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger, hasEvent
      * @returns the epoch, or undefined if the user has been deleted
      */
     async beginSessionEpoch({ mobile, user_id }: { mobile: string; user_id: string }): Promise<number | undefined> {
-      const values = [mobile, user_id]
-      const { rows } = await postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, values)
+      const { rows } = await postgres.query<Pick<User, 'sessionEpoch'>>(beginSessionEpoch, [mobile, user_id])
       return rows[0]?.sessionEpoch
     }
   }
