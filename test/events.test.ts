@@ -4,7 +4,7 @@ import t, { type Test } from 'tap'
 import { signatureHeaders } from '#src/http/webhook.js'
 import { client } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
-import { startTestbed } from '../testkit/testbed.js'
+import { impatient, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 /** Every committed change of a user is told to the receiver: at least once, in order for a user. */
@@ -164,11 +164,33 @@ t.test('instances share the work: each event is sent once if nothing fails', asy
   t.equal(received.length, 60)
 })
 
+t.test('the plan of an empty outbox does not hold up the backlog after an outage of the receiver', async (t) => {
+  const { received, env } = await startReceiver(t)
+  await postgres.query('TRUNCATE user_events')
+  await postgres.query('VACUUM ANALYZE user_events')
+  await postgres.query('ALTER DATABASE postgres SET plan_cache_mode = force_generic_plan')
+  t.teardown(() => postgres.query('ALTER DATABASE postgres RESET ALL'))
+  const lines: string[] = []
+  const app = await build(
+    t,
+    { ...env, ...impatient, PG_POOL_MAX: '1' },
+    { logStream: { write: (line) => lines.push(line) } }
+  )
+  await client(app).signUp(await signUpBody())
+  await untilDelivered()
+  await postgres.query(
+    `INSERT INTO user_events (user_id, type, mobile, name) SELECT n, 'user.deleted', '', '' FROM generate_series(1, 10000) AS n`
+  )
+  await until('a hundred are delivered', () => received.length > 100)
+  await postgres.query('DELETE FROM user_events')
+  t.notMatch(lines.join(), 'the outbox of events failed')
+})
+
 t.test('an event whose delivery could not be recorded is delivered again', async (t) => {
   const { received, env } = await startReceiver(t)
   const proxy = await openProxy(t, 'DATABASE_URL')
   const app = await build(t, { ...env, DATABASE_URL: proxy.url })
-  proxy.strike('delete_event', { kind: 'reset' })
+  proxy.strike('DELETE FROM user_events', { kind: 'reset' })
   t.equal((await client(app).signUp(await signUpBody())).statusCode, 201)
   await until('it was received', () => received.length === 1)
   t.equal((await waiting()).length, 1)

@@ -2,7 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
 import type { Config } from '../config/config.js'
 import { postWebhook } from '../http/webhook.js'
-import type { NamedStatement, Postgres } from '../stores/postgres.js'
+import type { Postgres, Statement } from '../stores/postgres.js'
 import type { EventBacklog } from '../telemetry/observer.js'
 import { sampledWarnings } from '../telemetry/sampled-warnings.js'
 
@@ -29,9 +29,10 @@ interface UserEvent {
  * attempts do not overlap. The attempt after three days is the last one: then the event is kept.
  *
  * Only the oldest event of a user is taken, until it is delivered or kept, so a receiver hears of a user in order.
+ *
+ * No statement here is prepared: a plan that was made for an empty outbox takes seconds for the backlog after an outage of the receiver.
  */
-const takeEvents: NamedStatement = {
-  name: 'take_events',
+const takeEvents: Statement = {
   // A subquery in WHERE could run more than once, and so exceed its LIMIT.
   text: `WITH due AS MATERIALIZED (
            SELECT user_id, number FROM user_events AS event
@@ -46,14 +47,12 @@ const takeEvents: NamedStatement = {
          RETURNING id, event.number, type, created_at AS timestamp, event.user_id, mobile, name`
 }
 
-const deleteEvents: NamedStatement = {
-  name: 'delete_events',
+const deleteEvents: Statement = {
   text: `DELETE FROM user_events AS event USING unnest($1::bigint[], $2::bigint[]) AS delivered (user_id, number)
          WHERE event.user_id = delivered.user_id AND event.number = delivered.number`
 }
 
-const readBacklog: NamedStatement = {
-  name: 'read_backlog',
+const readBacklog: Statement = {
   text: `SELECT count(*) FILTER (WHERE due_at < 'infinity')::float AS waiting,
                 count(*) FILTER (WHERE due_at = 'infinity')::float AS undeliverable,
                 COALESCE(extract(epoch FROM now() - min(created_at) FILTER (WHERE due_at < 'infinity')), 0)::float AS "oldestSeconds"

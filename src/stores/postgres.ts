@@ -10,8 +10,8 @@ import { PoolConnections } from './pool-connections.js'
 import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
-/** A prepared statement: it is parsed and planned once for each connection. */
-export type NamedStatement = Required<Pick<QueryConfig, 'name' | 'text'>>
+/** With a name it is a prepared statement: it is parsed and planned once for each connection. */
+export type Statement = Pick<QueryConfig, 'name' | 'text'>
 
 export type Postgres = Awaited<ReturnType<typeof openPostgres>>
 
@@ -21,9 +21,9 @@ const poolName = 'mobileSignup'
 /** The longest pause between two probes of a Postgres that does not answer. */
 const probeIntervalMaxMs = 1_000
 
-const selectOne: NamedStatement = { name: 'select_one', text: 'SELECT 1' }
+const selectOne: Statement = { name: 'select_one', text: 'SELECT 1' }
 
-const readState: NamedStatement = {
+const readState: Statement = {
   name: 'read_state',
   text: `SELECT current_setting('transaction_read_only') = 'on' AS "isReadOnly", to_regclass('users') IS NOT NULL AS "hasSchema"`
 }
@@ -67,7 +67,7 @@ export async function openPostgres(
 
   /** @param check throws if the rows show that the connection must not be used again */
   async function runOnPool<Row extends QueryResultRow>(
-    { name, text }: NamedStatement,
+    { name, text }: Statement,
     values: unknown[],
     check?: (rows: Row[]) => void
   ) {
@@ -133,13 +133,13 @@ export async function openPostgres(
   }
 
   /**
-   * Runs a prepared statement in one round trip on a pooled connection.
+   * Runs a statement in one round trip on a pooled connection.
    *
    * @throws {StoreUnavailable} if Postgres cannot serve now, or does not answer within `STORE_TIMEOUT_MS`
    * @throws {Error} the error of Postgres itself, if it shows a bug, such as a missing right
    */
   async function query<Row extends QueryResultRow>(
-    statement: NamedStatement,
+    statement: Statement,
     values: unknown[],
     check?: (rows: Row[]) => void
   ) {

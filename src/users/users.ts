@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { verifierOf } from '../passwords/stored-hash.js'
-import type { NamedStatement, Postgres } from '../stores/postgres.js'
+import type { Postgres, Statement } from '../stores/postgres.js'
 
 export interface User {
   /** A 64-bit integer in decimal. */
@@ -16,7 +16,7 @@ export interface User {
  * Returns a statement that changes a user. With events, it also writes one to the outbox (events/), in the same round trip: the event is
  * there if and only if the change is.
  */
-function change(name: string, text: string, columns: string, event: string, hasEvents: boolean): NamedStatement {
+function change(name: string, text: string, columns: string, event: string, hasEvents: boolean): Statement {
   if (!hasEvents) return { name, text: `${text} RETURNING ${columns}` }
   const outbox = `INSERT INTO user_events (user_id, type, mobile, name) SELECT id, '${event}', mobile, name FROM changed`
   return {
@@ -28,7 +28,7 @@ function change(name: string, text: string, columns: string, event: string, hasE
 const insertion = 'INSERT INTO users (name, mobile, password_hash) VALUES ($1, $1, $2) ON CONFLICT (mobile) DO NOTHING'
 export const insertUser = (hasEvents: boolean) => change('insert_user', insertion, 'id', 'user.registered', hasEvents)
 
-const findUser: NamedStatement = {
+const findUser: Statement = {
   name: 'find_user',
   text: `SELECT id, name, password_hash AS "passwordHash", session_epoch AS "sessionEpoch" FROM users WHERE mobile = $1`
 }
@@ -40,12 +40,12 @@ const findUser: NamedStatement = {
  */
 export const nextEpoch = 'GREATEST(session_epoch + 1, floor(extract(epoch FROM now()) - 1704067200)::int)'
 
-const replaceHash: NamedStatement = {
+const replaceHash: Statement = {
   name: 'replace_hash',
   text: 'UPDATE users SET password_hash = $3 WHERE mobile = $1 AND password_hash = $2'
 }
 
-const beginSessionEpoch: NamedStatement = {
+const beginSessionEpoch: Statement = {
   name: 'begin_session_epoch',
   text: `UPDATE users SET session_epoch = ${nextEpoch} WHERE mobile = $1 AND id = $2
          RETURNING session_epoch AS "sessionEpoch"`
