@@ -33,10 +33,15 @@ const apiPrefix = '/api/v1.0'
 
 /** A client of the API. A body that is a string or a buffer is sent as it is, with the type JSON. */
 export function client(target: Target) {
-  const send = (method: Method, path: string, body: unknown, options: RequestOptions = {}): Promise<Reply> =>
-    typeof target === 'string'
-      ? fetchReply(`${target}${apiPrefix}${path}`, method, body, options)
-      : inject(target, `${apiPrefix}${path}`, method, body, options)
+  async function send(method: Method, path: string, body: unknown, options: RequestOptions = {}): Promise<Reply> {
+    const { from: remoteAddress = '127.0.0.1', headers, signal = null } = options
+    const encoded = typeof body === 'string' || Buffer.isBuffer(body) ? body : JSON.stringify(body)
+    const type = encoded !== undefined && { 'content-type': 'application/json' }
+    const request = { method, headers: { ...type, ...headers } }
+    const url = `${apiPrefix}${path}`
+    if (typeof target === 'string') return fetchReply(`${target}${url}`, { ...request, body: encoded, signal })
+    return target.inject({ ...request, url, payload: encoded, remoteAddress })
+  }
   return {
     sendCode: (mobile: unknown, { purpose, ...options }: RequestOptions & { purpose?: unknown } = {}) =>
       send('POST', '/sms_codes', { mobile, purpose }, options),
@@ -49,29 +54,8 @@ export function client(target: Target) {
   }
 }
 
-function encode(body: unknown): string | Buffer {
-  return typeof body === 'string' || Buffer.isBuffer(body) ? body : JSON.stringify(body)
-}
-
-function inject(app: FastifyInstance, url: string, method: Method, body: unknown, options: RequestOptions) {
-  const withBody = body !== undefined && { payload: encode(body) }
-  return app.inject({
-    method,
-    url,
-    headers: { ...(withBody && { 'content-type': 'application/json' }), ...options.headers },
-    ...withBody,
-    ...(options.from !== undefined && { remoteAddress: options.from })
-  })
-}
-
-async function fetchReply(url: string, method: Method, body: unknown, options: RequestOptions): Promise<Reply> {
-  const withBody = body !== undefined && { body: encode(body) }
-  const response = await fetch(url, {
-    method,
-    headers: { ...(withBody && { 'content-type': 'application/json' }), ...options.headers },
-    ...withBody,
-    ...(options.signal && { signal: options.signal })
-  })
+async function fetchReply(url: string, request: RequestInit): Promise<Reply> {
+  const response = await fetch(url, request)
   const text = await response.text()
   const setCookies = response.headers.getSetCookie()
   return {
