@@ -1,7 +1,7 @@
 import { execFile } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
-import { readFile, rm, writeFile } from 'node:fs/promises'
+import { readFile, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -14,7 +14,7 @@ import { initializedFolder } from '../testkit/private-stores.js'
 import { runNode } from '../testkit/run-node.js'
 import { ServerProcess } from '../testkit/server-process.js'
 import { startWebhook } from '../testkit/sms-webhook.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
+import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { patient } from '../testkit/testbed.js'
 import { isFulfilled, until } from '../testkit/until.js'
 
@@ -30,15 +30,9 @@ const npmStart = [
 // Each start takes seconds of CPU time.
 t.jobs = 2
 
-async function createFolder(t: Test): Promise<string> {
-  const folder = createTemporaryFolder()
-  t.teardown(() => rm(folder, { recursive: true }))
-  return folder
-}
-
 /** Creates a folder with initialized stores, so that a start in it is not the first. */
 async function createInitializedFolder(t: Test): Promise<string> {
-  const folder = await createFolder(t)
+  const folder = temporaryFolderFor(t)
   await promisify(execFile)('cp', ['-a', await initializedFolder(), join(folder, '.data')])
   return folder
 }
@@ -89,7 +83,7 @@ async function assertNoStore(t: Test, folder: string): Promise<void> {
 }
 
 t.test('npm start runs the service on private stores, whose data survives restarts and kills', async (t) => {
-  const folder = await createFolder(t)
+  const folder = temporaryFolderFor(t)
   const mobile = '13812345678'
 
   const interrupted = start(t, folder)
@@ -145,7 +139,7 @@ t.test('npm start runs the service on private stores, whose data survives restar
 })
 
 t.test('with a store URL, or in production, npm start is the service alone', async (t) => {
-  const folder = await createFolder(t)
+  const folder = temporaryFolderFor(t)
   for (const env of [{ DATABASE_URL: 'postgresql://127.0.0.1:1/postgres' }, { NODE_ENV: 'production' }]) {
     const service = start(t, folder, env)
     t.strictSame(await service.exit, [1, null])
@@ -155,7 +149,7 @@ t.test('with a store URL, or in production, npm start is the service alone', asy
 })
 
 t.test('an npm start that fails prints one line that says what to do, and leaves no store behind', async (t) => {
-  const file = await createFolder(t)
+  const file = temporaryFolderFor(t)
   await writeFile(join(file, '.data'), 'a file')
   const withoutFolder = start(t, file)
   t.strictSame(await withoutFolder.exit, [1, null])

@@ -1,6 +1,6 @@
 import { execFileSync } from 'node:child_process'
 import { once } from 'node:events'
-import { chmod, readFile, rm, writeFile } from 'node:fs/promises'
+import { chmod, readFile, writeFile } from 'node:fs/promises'
 import { createServer, type RequestListener } from 'node:http'
 import { Agent, request } from 'node:https'
 import { basename, join } from 'node:path'
@@ -21,7 +21,7 @@ import { findProgram } from '../dev/programs.js'
 import { describeVariables } from '../testkit/generated-docs.js'
 import { listen } from '../testkit/listen.js'
 import { type ExitResult, runNode } from '../testkit/run-node.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
+import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { type SignUpBody, startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
@@ -165,8 +165,7 @@ t.test('HEALTHCHECK passes for a live service, fails by itself for one that hang
   t.equal(new URL(stdout).port, `${describeVariables().find(({ name }) => name === 'PORT')?.shownDefault}`)
 })
 
-const directory = createTemporaryFolder()
-t.teardown(() => rm(directory, { recursive: true }))
+const directory = temporaryFolderFor(t)
 // The workers of nginx do not run as root.
 await chmod(directory, 0o755)
 const file = (name: string) => join(directory, name)

@@ -1,5 +1,5 @@
 import { execFile } from 'node:child_process'
-import { rm, writeFile } from 'node:fs/promises'
+import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
@@ -9,15 +9,14 @@ import { numberFrom } from '../testkit/environment.js'
 import { formerHashes, formerUsers } from '../testkit/former-users.js'
 import { listen } from '../testkit/listen.js'
 import { type ExitResult, runNode } from '../testkit/run-node.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
+import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
 /** `mobile-signup import FILE`: the users of another system. With IMPORT_USERS=100000 it imports so many. */
 
 const { build, newMobile, openProxy, postgres, signUpBody, stores, userRows } = await startTestbed(t)
-const directory = createTemporaryFolder()
-t.teardown(() => rm(directory, { recursive: true }))
+const directory = temporaryFolderFor(t)
 const command = fileURLToPath(new URL('../dist/cli.js', import.meta.url))
 const env = { PATH: process.env.PATH, DATABASE_URL: stores.databaseUrl }
 

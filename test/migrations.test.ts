@@ -1,4 +1,4 @@
-import { readFile, rm, writeFile } from 'node:fs/promises'
+import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { PG_MIGRATE_LOCK_ID, runner } from 'node-pg-migrate'
 import pg from 'pg'
@@ -7,7 +7,7 @@ import { migrate } from '#src/stores/migrations.js'
 import { client } from '../testkit/client.js'
 import { queryOnce } from '../testkit/postgres-admin.js'
 import { runNode } from '../testkit/run-node.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
+import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 const { build, cookieOf, newMobile, postgres, signUpBody, stores } = await startTestbed(t)
@@ -57,8 +57,7 @@ t.test('G2: on Citus an id has the node, too, and a node that does not fit is an
 })
 
 t.test('another application that uses node-pg-migrate works in the same database, before and after', async (t) => {
-  const dir = createTemporaryFolder()
-  t.teardown(() => rm(dir, { recursive: true }))
+  const dir = temporaryFolderFor(t)
   await writeFile(join(dir, '0001_orders.sql'), 'CREATE TABLE orders (id integer);')
   /** With the defaults of its command. */
   const migrateOther = async (databaseUrl: string) => {

@@ -2,7 +2,7 @@ import { execFileSync, spawn, spawnSync } from 'node:child_process'
 import { createSocket } from 'node:dgram'
 import { once } from 'node:events'
 import { closeSync, constants as fsConstants, openSync, readSync } from 'node:fs'
-import { readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { readdir, readFile, writeFile } from 'node:fs/promises'
 import { createServer as createHttpServer } from 'node:http'
 import { createServer } from 'node:net'
 import { constants, getPriority } from 'node:os'
@@ -15,7 +15,7 @@ import { client, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { queryOnce } from '../testkit/postgres-admin.js'
 import { ServerProcess } from '../testkit/server-process.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
+import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { claimKey, patient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
@@ -205,8 +205,7 @@ t.test('with a full disk as standard output, and without IPv6 in the kernel, a s
 })
 
 t.test('log lines that cannot be written are counted, and delay neither requests nor the end', async (t) => {
-  const folder = createTemporaryFolder()
-  t.teardown(() => rm(folder, { recursive: true }))
+  const folder = temporaryFolderFor(t)
   const pipe = join(folder, 'pipe')
   execFileSync('mkfifo', [pipe])
   const openReader = () => openSync(pipe, fsConstants.O_RDONLY | fsConstants.O_NONBLOCK)
@@ -320,8 +319,7 @@ async function startNameServer(t: Test, zone: Record<string, string[] | number>)
 
   /** Runs Node.js with this name server. */
   async function run(args: string[], options: string, env: Record<string, string> = {}) {
-    const folder = createTemporaryFolder()
-    t.teardown(() => rm(folder, { recursive: true }))
+    const folder = temporaryFolderFor(t)
     const file = join(folder, 'resolv.conf')
     await writeFile(file, `nameserver ${host}\n${options}`)
     const command = `mount --bind ${file} /etc/resolv.conf && exec "$@"`

@@ -2,7 +2,6 @@ import { execFileSync, spawn } from 'node:child_process'
 import dns from 'node:dns'
 import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
-import { rm } from 'node:fs/promises'
 import { globalAgent as httpAgent } from 'node:http'
 import { globalAgent } from 'node:https'
 import net, { type Socket } from 'node:net'
@@ -15,7 +14,7 @@ import { GatewayBreaker } from '#src/codes/gateway-breaker.js'
 import { MessageNotSent, MessageRefused } from '#src/codes/senders/sender.js'
 import { webhookSender } from '#src/codes/senders/webhook.js'
 import { freePort } from '../dev/embedded-stores.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
+import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { until } from '../testkit/until.js'
 
 /*
@@ -32,8 +31,7 @@ const message = {
   language: 'en'
 } as const
 
-const folder = createTemporaryFolder()
-t.teardown(() => rm(folder, { recursive: true }))
+const folder = temporaryFolderFor(t)
 
 const key = join(folder, 'key')
 const openssl = (...args: string[]) => execFileSync('openssl', args, { stdio: 'ignore', cwd: folder })

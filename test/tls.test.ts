@@ -7,7 +7,7 @@ import { freePort } from '../dev/embedded-stores.js'
 import { isRoot, unprivilegedId } from '../dev/guarded-server.js'
 import { client } from '../testkit/client.js'
 import { startStores } from '../testkit/private-stores.js'
-import { createTemporaryFolder } from '../testkit/temporary-folder.js'
+import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { isFulfilled, until } from '../testkit/until.js'
 
@@ -16,8 +16,7 @@ const { stores, redis, build, startService, signUpBody } = await startTestbed(t)
 // A service that cannot connect waits for 10 s, so all tests run in parallel.
 t.jobs = 10
 
-const directory = createTemporaryFolder()
-t.teardown(() => rm(directory, { recursive: true }))
+const directory = temporaryFolderFor(t)
 if (isRoot) chownSync(directory, unprivilegedId, unprivilegedId)
 
 /** Creates a certificate that a CA signs for localhost, or without a CA a new CA. */

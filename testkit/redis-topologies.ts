@@ -1,11 +1,11 @@
-import { rm, writeFile } from 'node:fs/promises'
+import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { Cluster, Redis } from 'ioredis'
 import type { Test } from 'tap'
 import { freePort, redisBinary } from '../dev/embedded-stores.js'
 import { GuardedServer } from '../dev/guarded-server.js'
 import { redisRules, redisUser } from './rights.js'
-import { createTemporaryFolder } from './temporary-folder.js'
+import { temporaryFolderFor } from './temporary-folder.js'
 import { until } from './until.js'
 
 /** The password of every server but the sentinel. It needs percent-encoding in a URL. */
@@ -50,7 +50,7 @@ export function startRedis(t: Test, lines: string[] = []): Promise<RedisServer> 
 }
 
 async function startServer(t: Test, lines: string[], { password = '', mode = '' }): Promise<RedisServer> {
-  const [directory, port] = [createTemporaryFolder(), await freePort()]
+  const [directory, port] = [temporaryFolderFor(t), await freePort()]
   const config = join(directory, 'redis.conf')
   await writeFile(config, ['bind 127.0.0.1', `port ${port}`, `dir "${directory}"`, ...lines].join('\n'))
   const admin = new Redis({ port, lazyConnect: true, retryStrategy: () => null, ...(password && { password }) })
@@ -61,7 +61,6 @@ async function startServer(t: Test, lines: string[], { password = '', mode = '' 
   t.teardown(async () => {
     admin.disconnect()
     await server.stop()
-    await rm(directory, { recursive: true })
   })
   // A sentinel closes all connections of a server that it makes a master.
   admin.options.retryStrategy = () => 50

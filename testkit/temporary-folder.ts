@@ -2,6 +2,7 @@ import { mkdtempSync, statfsSync } from 'node:fs'
 import { readdir, rm, stat, utimes } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import type { Test } from 'tap'
 
 /** How often a process shows that it still uses its folders, and after what time without a sign they are left over. */
 const signIntervalMs = 60_000
@@ -17,6 +18,13 @@ export function createTemporaryFolder(parent = tmpdir()): string {
     utimes(folder, now, now).catch(() => clearInterval(sign))
   }, signIntervalMs)
   sign.unref()
+  return folder
+}
+
+/** Creates a folder, and deletes it after the test. */
+export function temporaryFolderFor(t: Test): string {
+  const folder = createTemporaryFolder()
+  t.teardown(() => rm(folder, { recursive: true }))
   return folder
 }
 

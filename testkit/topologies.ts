@@ -1,4 +1,4 @@
-import { chmod, rm, writeFile } from 'node:fs/promises'
+import { chmod, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { Redis } from 'ioredis'
 import type { Test } from 'tap'
@@ -8,7 +8,7 @@ import { findProgram } from '../dev/programs.js'
 import type { PrivateStores } from './private-stores.js'
 import { startCluster, startSentinel } from './redis-topologies.js'
 import { postgresRole, redisRules, redisUser, refusedObjects } from './rights.js'
-import { createTemporaryFolder } from './temporary-folder.js'
+import { temporaryFolderFor } from './temporary-folder.js'
 
 /**
  * The timeout of statements behind the pooler, and of the round trips of the applications. On a busy machine the pooler is one
@@ -66,7 +66,7 @@ export async function withDocumentedRights({ postgres, redis, databaseUrl, redis
 /** Starts a PgBouncer in transaction mode in front of a Postgres. @returns the URL of Postgres through it */
 export async function startPooler(t: Test, databaseUrl: string): Promise<string> {
   const program = findProgram('pgbouncer') ?? '/usr/sbin/pgbouncer'
-  const directory = createTemporaryFolder()
+  const directory = temporaryFolderFor(t)
   const { hostname, port, username, password } = new URL(databaseUrl)
   const url = Object.assign(new URL(databaseUrl), { port: await freePort() })
   const [config, users] = [join(directory, 'pgbouncer.ini'), join(directory, 'users')]
@@ -90,10 +90,7 @@ max_client_conn = 200
   // PgBouncer does not run as root, and must read the files.
   await chmod(directory, 0o755)
   const server = GuardedServer.spawn('PgBouncer', unprivileged([program, config]), join(directory, 'log'))
-  t.teardown(async () => {
-    await server.stop()
-    await rm(directory, { recursive: true })
-  })
+  t.teardown(() => server.stop())
   await server.untilReady(() => connectOnce(url.href))
   return url.href
 }
