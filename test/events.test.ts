@@ -9,7 +9,7 @@ import { until } from '../testkit/until.js'
 
 /** Every committed change of a user is told to the receiver: at least once, in order for a user. */
 
-const { build, openProxy, postgres, signUpBody } = await startTestbed(t)
+const { build, buildWithLog, openProxy, postgres, signUpBody } = await startTestbed(t)
 t.afterEach(() => postgres.query('DELETE FROM user_events'))
 
 const secret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw'
@@ -205,14 +205,13 @@ t.test('a receiver that fails is asked with one event at a time, and is one line
   const held = new Promise<number>((resolve) => {
     release = resolve
   })
-  const lines: string[] = []
   // The first attempt of each of five events fails, and the sixth request is held.
   const { received, env } = await startReceiver(t, () => (received.length <= 5 ? 503 : held))
   // Postgres then prefers a plan that runs a subquery again for each row.
   for (const step of ['hashagg', 'hashjoin', 'material', 'mergejoin', 'sort'])
     await postgres.query(`ALTER DATABASE postgres SET enable_${step} = off`)
   t.teardown(() => postgres.query('ALTER DATABASE postgres RESET ALL'))
-  const app = await build(t, env, { logStream: { write: (line) => lines.push(line) } })
+  const { app, lines } = await buildWithLog(t, env)
   for (let n = 0; n < 5; n++) await client(app).signUp(await signUpBody())
   await until('all were tried', async () => (await waiting()).every(({ attempts }) => attempts === 1))
   await makeDue()
@@ -220,6 +219,6 @@ t.test('a receiver that fails is asked with one event at a time, and is one line
   t.equal((await waiting()).filter(({ attempts }) => attempts === 2).length, 1)
   release(204)
   await untilDelivered()
-  const count = (text: string) => lines.filter((line) => line.includes(text)).length
+  const count = (text: string) => lines.filter(({ msg }) => `${msg}`.includes(text)).length
   t.strictSame([count('an event could not be delivered'), count('events are delivered again')], [1, 1])
 })

@@ -12,7 +12,7 @@ import { isFulfilled, retried, until } from '../testkit/until.js'
  * 500 4500: a retry does not help, and an alert names the cause.
  */
 
-const { build, holdInserts, holdRedisWrites, log, openProxy, postgres, redis, signUpBody, stores } =
+const { build, buildWithLog, holdInserts, holdRedisWrites, log, openProxy, postgres, redis, signUpBody, stores } =
   await startTestbed(t)
 
 const rights = await withDocumentedRights(stores)
@@ -347,9 +347,7 @@ const failures: Record<string, Failure> = {
 
 for (const [name, { isOutage, message, cause, cure }] of Object.entries(failures)) {
   t.test(`G4: ${name}: ${isOutage ? '503 4001' : '500 4500'}, and the log has the cause`, async (t) => {
-    const lines: Record<string, unknown>[] = []
-    const logStream = { write: (line: string) => void lines.push(JSON.parse(line)) }
-    const app = await build(t, { ...rights, PG_POOL_MAX: '1' }, { logStream })
+    const { app, lines } = await buildWithLog(t, { ...rights, PG_POOL_MAX: '1' })
     const { signUp } = client(app)
     const body = await signUpBody()
     await cause(body.mobile, t)

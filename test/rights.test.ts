@@ -14,7 +14,8 @@ import { until } from '../testkit/until.js'
  * The rights in docs/operating.md. Other files run with them, too: `TESTBED_STORES=rights npx tap test/races.test.ts`.
  */
 
-const { build, cookieOf, issueCode, newMobile, postgres, redis, signUpBody, stores } = await startTestbed(t)
+const { build, buildWithLog, cookieOf, issueCode, newMobile, postgres, redis, signUpBody, stores } =
+  await startTestbed(t)
 
 const rights = await withDocumentedRights(stores)
 const { DATABASE_URL, REDIS_URL } = rights
@@ -27,9 +28,8 @@ t.test(
       t,
       createServer((_, response) => response.end())
     )
-    const lines: string[] = []
     const env = { ...rights, SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: events }
-    const app = await build(t, env, { logStream: { write: (line) => lines.push(line) } })
+    const { app, lines } = await buildWithLog(t, env)
     t.strictSame((await app.inject('/health/ready')).json().data.failing, [])
     const api = client(app)
     const mobile = newMobile()
@@ -67,7 +67,7 @@ t.test(
       return (await postgres.query('SELECT FROM user_events')).rowCount === 0
     })
 
-    const called = new Set(lines.map((line) => JSON.parse(line)).map(({ method, route }) => `${method} ${route}`))
+    const called = new Set(lines.map(({ method, route }) => `${method} ${route}`))
     const described = Object.entries(app.swagger().paths ?? {}).flatMap(([path, operations]) =>
       Object.keys(operations ?? {}).map((method) => `${method.toUpperCase()} ${path}`)
     )

@@ -12,7 +12,7 @@ import { startTestbed } from '../testkit/testbed.js'
  */
 
 const testbed = await startTestbed(t)
-const { build, buildHashingAfter, issueCode, newMobile, redis, signUpBody, holdInserts, stores } = testbed
+const { build, buildWithLog, buildHashingAfter, issueCode, newMobile, redis, signUpBody, holdInserts, stores } = testbed
 
 const webhook = await startWebhook(t)
 /** What the webhook answers to the messages of a mobile; by default it accepts them. */
@@ -357,7 +357,6 @@ t.test('G5, G8: a code as people type it is the code, and what cannot be one cos
 })
 
 t.test('G8: in production a limit that is turned off is named at the start', async (t) => {
-  const lines: string[] = []
   const production = {
     NODE_ENV: 'production',
     SMS: 'off',
@@ -366,8 +365,8 @@ t.test('G8: in production a limit that is turned off is named at the start', asy
     HASH_PASSES: '5'
   }
   const off = { SMS_GUESS_DAILY_MAX: '0', LOGIN_IP_HOURLY_MAX: '0' }
-  await build(t, { ...production, ...off }, { logStream: { write: (line) => lines.push(line) } })
-  const limits = lines.map((line) => JSON.parse(line).limits).filter((limits) => limits !== undefined)
+  const { lines } = await buildWithLog(t, { ...production, ...off })
+  const limits = lines.map((line) => line.limits).filter((limits) => limits !== undefined)
   t.strictSame(limits, [['SMS_GUESS_DAILY_MAX', 'LOGIN_IP_HOURLY_MAX']])
 })
 

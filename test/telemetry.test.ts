@@ -3,7 +3,6 @@ import type { FastifyInstance } from 'fastify'
 import { pino } from 'pino'
 import t, { type Test } from 'tap'
 import { parse } from 'yaml'
-import type { Environment } from '#src/config/config.js'
 import { outcomes } from '#src/outcomes.js'
 import { serializers } from '#src/telemetry/log.js'
 import { sampledWarnings } from '#src/telemetry/sampled-warnings.js'
@@ -13,19 +12,12 @@ import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
 
 const testbed = await startTestbed(t)
-const { build, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy } = testbed
+const { build, buildWithLog, cookieOf, holdInserts, holdRedisWrites, newMobile, openProxy } = testbed
 const { postgres, redis, signUpBody } = testbed
 
 const webhook = await startWebhook(t)
 /** The application with metrics that several tests use. It is built before a test moves the clock. */
 const measured = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: webhook.url })
-
-/** Builds an application whose log lines are collected. */
-async function buildWithLog(t: Test, env: Environment = {}) {
-  const lines: Record<string, unknown>[] = []
-  const app = await build(t, env, { logStream: { write: (line) => void lines.push(JSON.parse(line)) } })
-  return { app, lines }
-}
 
 /** Gives the service a clock that a test moves. */
 function withMovedClock(t: Test) {

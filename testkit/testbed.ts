@@ -121,6 +121,13 @@ export async function startTestbed(t: Test) {
     return app
   }
 
+  /** Builds an application whose log lines are collected, in order. */
+  async function buildWithLog(t: Test, env: Environment = {}) {
+    const lines: Record<string, unknown>[] = []
+    const app = await build(t, env, { logStream: { write: (line) => void lines.push(JSON.parse(line)) } })
+    return { app, lines }
+  }
+
   /** Builds an application that calls a function before each hash. The function may wait or throw. */
   async function buildHashingAfter(t: Test, beforeHash: () => Promise<unknown>, env: Environment = {}) {
     const app = await build(t, env)
@@ -239,6 +246,7 @@ export async function startTestbed(t: Test) {
     redis,
     config,
     build,
+    buildWithLog,
     buildHashingAfter,
     startService,
     openProxy,
