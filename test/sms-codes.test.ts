@@ -12,9 +12,7 @@ import { until } from '../testkit/until.js'
 const { build, redis, newMobile, issueCode, openProxy, signUpBody, log } = await startTestbed(t)
 
 const webhook = await startWebhook(t)
-/** What the webhook answers to the messages of a mobile; by default it accepts them. */
-const answers = new Map<string, Answer>()
-webhook.answer = (...args) => (answers.get(args[2].mobile) ?? accept)(...args)
+const { answers } = webhook
 const messagesTo = (mobile: string) => webhook.received.filter((message) => message.mobile === mobile)
 
 const unlimited = { ...unlimitedSms, SMS_WEBHOOK_URL: webhook.url, SMS_WEBHOOK_SECRET: 'the secret of the webhook' }

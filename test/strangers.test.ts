@@ -3,7 +3,7 @@ import t from 'tap'
 import { SignedTokens } from '#src/http/signed-tokens.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { withMovedClock } from '../testkit/moved-clock.js'
-import { type Answer, accept, answerWith, startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
+import { answerWith, startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
 import { startTestbed } from '../testkit/testbed.js'
 
 /*
@@ -15,9 +15,7 @@ const testbed = await startTestbed(t)
 const { build, buildWithLog, buildHashingAfter, issueCode, newMobile, redis, signUpBody, holdInserts, stores } = testbed
 
 const webhook = await startWebhook(t)
-/** What the webhook answers to the messages of a mobile; by default it accepts them. */
-const answers = new Map<string, Answer>()
-webhook.answer = (...args) => (answers.get(args[2].mobile) ?? accept)(...args)
+const { answers } = webhook
 const codeSentTo = (mobile: string) => `${webhook.received.findLast((message) => message.mobile === mobile)?.code}`
 
 const sessionSecret = stores.environment.SESSION_SECRET ?? ''

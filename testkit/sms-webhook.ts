@@ -1,4 +1,5 @@
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
+import { text } from 'node:stream/consumers'
 import type { Test } from 'tap'
 import { listen } from './listen.js'
 
@@ -25,15 +26,18 @@ export const answerWith =
   (_request, response) =>
     response.writeHead(status).end()
 
-/** Starts an SMS gateway on loopback that records its messages. It accepts them until a test replaces `answer`. */
+/**
+ * Starts an SMS gateway on loopback that records its messages. It accepts them until a test replaces `answer`, or sets that of a
+ * mobile in `answers`.
+ */
 export async function startWebhook(t: Test) {
-  const webhook = { received: [] as ReceivedMessage[], url: '', answer: accept }
+  const webhook = { received: [] as ReceivedMessage[], url: '', answer: accept, answers: new Map<string, Answer>() }
   const server = createServer(async (request, response) => {
-    let body = ''
-    for await (const chunk of request) body += chunk
+    const body = await text(request)
     const message: ReceivedMessage = { ...JSON.parse(body), body, signature: request.headers['webhook-signature'] }
     webhook.received.push(message)
-    webhook.answer(request, response, message)
+    const answer = webhook.answers.get(message.mobile) ?? webhook.answer
+    answer(request, response, message)
   })
   webhook.url = `${await listen(t, server)}/sms`
   return webhook
