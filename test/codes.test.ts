@@ -103,7 +103,10 @@ t.test('a code is sent again while at least half of its life is left, and then s
   await issue(mobile, 'password')
   t.strictSame((await readIssue(mobile)).purposes, { password: true }, 'not for what an expired one was')
   const foreign = await issueCode(mobile)
-  t.not((await issue(mobile)).code, foreign, 'a code of another service is replaced')
+  const own = await issue(mobile, 'password')
+  t.not(own.code, foreign, 'a code of another service is replaced')
+  // G8: it serves everything, as that one did.
+  await hold(mobile, own.code, 'sign_up')
 })
 
 t.test('G8: a purpose that is added neither makes a code nor changes its life', async (t) => {

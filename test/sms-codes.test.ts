@@ -148,12 +148,6 @@ t.test('G8: a code serves what a refused request has asked for, whichever limit 
   }
 })
 
-t.test('G8: a code that replaces one of another service serves everything, as that one did', async (t) => {
-  const { sms_code: _, ...body } = await signUpBody()
-  t.equal((await open.sendCode(body.mobile, { purpose: 'password' })).statusCode, 202)
-  t.equal((await open.signUp({ ...body, sms_code: messagesTo(body.mobile)[0]?.code })).statusCode, 201)
-})
-
 t.test('G8: 60 parallel requests on two instances send exactly as many codes as each limit allows', async (t) => {
   const mobile = newMobile()
   const ofPrefix = (n: number) => `1500000${1_000 + n}`
