@@ -8,7 +8,7 @@ import { mkdirSync, writeFileSync } from 'node:fs'
 import { freePort } from '../dev/embedded-stores.js'
 import { client } from '../testkit/client.js'
 import { startStores } from '../testkit/private-stores.js'
-import { until } from '../testkit/until.js'
+import { isReady, until } from '../testkit/until.js'
 
 const [program = '', ...args] = process.argv.slice(2)
 const stores = await startStores()
@@ -19,10 +19,7 @@ const service = spawn(program, args, { env: { ...process.env, ...variables }, st
 try {
   await until('the service is ready', async () => {
     if (service.exitCode !== null) throw new Error('the service ended')
-    return fetch(`${url}/health/ready`).then(
-      ({ ok }) => ok,
-      () => false
-    )
+    return isReady(url)
   })
   const [mobile, sms_code, password] = ['13812345678', '123456', 'a password of the smoke run']
   await stores.redis.set(`sms_code_${mobile}`, sms_code, 'EX', 300)

@@ -72,8 +72,7 @@ await auditRows(postgres, people, report, mayLoseRows)
 await auditEvents(postgres, people, receiver.bodies, report, mayLoseRows)
 if (people.length === 0) report.violate('nobody has signed up, so nothing was checked')
 
-receiver.close()
-await Promise.all([redisProxy.close(), receiverProxy.close()])
+// The receiver and the proxies end with this process.
 await Promise.all([postgres.stop(), stores.stop()])
 report.print()
 process.stdout.write(`chaos: ${people.length} clients, ${report.violations.length} violations, CHAOS_SEED=${seed}\n`)

@@ -1,4 +1,5 @@
 import { createServer } from 'node:http'
+import { text } from 'node:stream/consumers'
 import { Webhook } from 'standardwebhooks'
 import t, { type Test } from 'tap'
 import { signatureHeaders } from '#src/http/webhook.js'
@@ -25,12 +26,9 @@ interface Received {
 async function startReceiver(t: Test, statusFor: (event: Received) => number | Promise<number> = () => 204) {
   const received: Received[] = []
   const server = createServer(async (request, response) => {
-    let body = ''
-    for await (const chunk of request) body += chunk
-    const names = ['webhook-id', 'webhook-timestamp', 'webhook-signature']
-    const headers = Object.fromEntries(names.map((name) => [name, `${request.headers[name]}`]))
-    new Webhook(secret).verify(body, headers)
-    const event: Received = { id: `${headers['webhook-id']}`, ...JSON.parse(body) }
+    const body = await text(request)
+    new Webhook(secret).verify(body, request.headers as Record<string, string>)
+    const event: Received = { id: `${request.headers['webhook-id']}`, ...JSON.parse(body) }
     received.push(event)
     response.writeHead(await statusFor(event)).end()
   })

@@ -7,17 +7,18 @@ import { createServer as createHttpServer } from 'node:http'
 import { createServer } from 'node:net'
 import { constants, getPriority } from 'node:os'
 import { join } from 'node:path'
+import { text } from 'node:stream/consumers'
 import { setTimeout as sleep } from 'node:timers/promises'
 import pg from 'pg'
 import t, { type Test } from 'tap'
 import { freePort } from '../dev/embedded-stores.js'
 import { client, statusAndErrno } from '../testkit/client.js'
-import { listen } from '../testkit/listen.js'
+import { listen, listenOnLoopback } from '../testkit/listen.js'
 import { queryOnce } from '../testkit/postgres-admin.js'
 import { ServerProcess } from '../testkit/server-process.js'
 import { temporaryFolderFor } from '../testkit/temporary-folder.js'
 import { claimKey, patient, startTestbed } from '../testkit/testbed.js'
-import { retried, until } from '../testkit/until.js'
+import { isReady, retried, until } from '../testkit/until.js'
 
 /*
  * The built service as a process: its start, its signals, its standard output, the names that it looks up, and the spans that it sends.
@@ -95,18 +96,16 @@ t.test(
   }
 )
 
-/** Starts a store that accepts connections and says nothing. @returns its host and port */
+/** Starts a store that accepts connections and says nothing. */
 async function startSilentStore(t: Test) {
   const store = createServer()
-  const port = await freePort()
-  await once(store.listen(port, '127.0.0.1'), 'listening')
   t.teardown(() => store.close())
-  return { store, host: `127.0.0.1:${port}` }
+  const { host } = new URL(await listenOnLoopback(store))
+  return { host, connected: once(store, 'connection') }
 }
 
 t.test('a store that does not answer stops the start after 10 s with one line and exit code 1', async (t) => {
-  const { store, host } = await startSilentStore(t)
-  const connected = once(store, 'connection')
+  const { host, connected } = await startSilentStore(t)
   const DATABASE_URL = `postgresql://postgres@${host}/postgres`
   const service = startService(t, { DATABASE_URL, STORE_TIMEOUT_MS: '60000' })
   const [socket] = await connected
@@ -116,8 +115,7 @@ t.test('a store that does not answer stops the start after 10 s with one line an
 })
 
 t.test('SIGTERM while the start waits for a store ends it with exit code 0', async (t) => {
-  const { store, host } = await startSilentStore(t)
-  const connected = once(store, 'connection')
+  const { host, connected } = await startSilentStore(t)
   const service = startService(t, { REDIS_URL: `redis://${host}` })
   await connected
   service.kill('SIGTERM')
@@ -164,12 +162,7 @@ async function startWithOutput(t: Test, output: number, env: Record<string, stri
   const port = await freePort()
   const service = startService(t, { PORT: `${port}`, UV_THREADPOOL_SIZE: '1', ...env }, output)
   const url = `http://127.0.0.1:${port}`
-  const isReady = () =>
-    fetch(`${url}/health/ready`).then(
-      ({ ok }) => ok,
-      () => false
-    )
-  await until('the service listens', async () => service.hasExited || (await isReady()))
+  await until('the service is ready', async () => service.hasExited || (await isReady(url)))
   return { service, url }
 }
 
@@ -390,8 +383,7 @@ const traceparent = (traceId: string, flags = '01') => ({ traceparent: `00-${tra
 async function startCollector(t: Test) {
   const collector = { url: '', received: '', spans: [] as Span[] }
   const server = createHttpServer(async (request, response) => {
-    let body = ''
-    for await (const chunk of request) body += chunk
+    const body = await text(request)
     collector.received += body
     for (const { scopeSpans } of JSON.parse(body).resourceSpans) {
       for (const { spans } of scopeSpans) collector.spans.push(...spans)

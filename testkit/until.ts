@@ -37,6 +37,13 @@ export const isFulfilled = (promise: Promise<unknown>) =>
     () => false
   )
 
+/** Returns whether a service listens, and is ready. */
+export const isReady = (url: string) =>
+  fetch(`${url}/health/ready`).then(
+    ({ ok }) => ok,
+    () => false
+  )
+
 /** Repeats a request while it is answered 503, and returns the first other reply. */
 export async function retried<Reply extends { statusCode: number }>(send: () => Promise<Reply>): Promise<Reply> {
   let reply = await send()
