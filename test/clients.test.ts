@@ -11,7 +11,7 @@ import { freePort } from '../dev/embedded-stores.js'
 import { signUpPage } from '../dev/sign-up-page.js'
 import { createWebhook, MessageRefused, type SmsMessage } from '../examples/sms-webhook.js'
 import { startBrowser } from '../testkit/browser.js'
-import { client, type Reply, statusAndErrno } from '../testkit/client.js'
+import { client, type Method, type Reply, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { startTestbed } from '../testkit/testbed.js'
 
@@ -22,22 +22,18 @@ import { startTestbed } from '../testkit/testbed.js'
 const { build, openProxy, signUpBody, issueCode, cookieOf, newMobile, redis } = await startTestbed(t)
 const { visit } = await startBrowser(t)
 
+/** A request body or a response. Only a response has headers and examples. */
+interface Content<Schema> {
+  headers?: object
+  content: {
+    'application/json': { schema: Schema; examples: Record<string, { value: { errmsg: string; data?: object } }> }
+  }
+}
+
 interface Operation {
   security?: object[]
-  requestBody?: {
-    content: {
-      'application/json': { schema: { properties: Record<string, { examples?: string[] }>; examples?: object[] } }
-    }
-  }
-  responses: Record<
-    string,
-    {
-      headers?: object
-      content: {
-        'application/json': { schema: object; examples: Record<string, { value: { errmsg: string; data?: object } }> }
-      }
-    }
-  >
+  requestBody?: Content<{ properties: Record<string, { examples?: string[] }>; examples?: object[] }>
+  responses: Record<string, Content<object>>
 }
 
 type Paths = Record<string, Record<string, Operation>>
@@ -89,13 +85,8 @@ t.test('the reply of every outcome on every route matches its description', asyn
   const body = await signUpBody()
   const { mobile } = body
   const send = (operation: string, payload: object | string, type = 'application/json') => {
-    const [method = '', url = ''] = operation.split(' ')
-    return app.inject({
-      method: method === 'PUT' || method === 'DELETE' ? method : 'POST',
-      url,
-      headers: { 'content-type': type },
-      payload
-    })
+    const [method, url] = operation.split(' ') as [Method, string]
+    return app.inject({ method, url, headers: { 'content-type': type }, payload })
   }
   const { password, sms_code } = body
   for (const operation of [signUp, resetPassword, logIn, sendCode, deleteAccount, logOut]) {
@@ -201,11 +192,7 @@ t.test('the document is OpenAPI 3.1, and its examples are valid', async (t) => {
       const { properties, examples } = requestBody.content['application/json'].schema
       const ofFields = Object.entries(properties).map(([name, { examples }]) => [name, examples?.[0]])
       const [payload = Object.fromEntries(ofFields)] = examples ?? []
-      const reply = await app.inject({
-        method: method === 'put' ? 'PUT' : method === 'delete' ? 'DELETE' : 'POST',
-        url: path,
-        payload
-      })
+      const reply = await app.inject({ method: method.toUpperCase() as Method, url: path, payload })
       t.not(reply.statusCode, 400, `${method} ${path} accepts its example`)
     }
   }
