@@ -1,8 +1,6 @@
 import { EventEmitter, once } from 'node:events'
-import { mock } from 'node:test'
 import { hash } from '@node-rs/argon2'
 import t from 'tap'
-import { SignedTokens } from '#src/http/signed-tokens.js'
 import { HashQueue, QueueFull } from '#src/passwords/hash-queue.js'
 import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { holdHashes } from '../testkit/hold-hashes.js'
@@ -15,7 +13,7 @@ import { retried, until } from '../testkit/until.js'
 
 const testbed = await startTestbed(t)
 const { build, buildWithLog, cookieOf, holdInserts, newMobile, openProxy } = testbed
-const { postgres, redis, signUpBody, stores, userRows } = testbed
+const { postgres, redis, signUpBody, stores, tokenOf, userRows } = testbed
 
 const secret = `${stores.environment.SESSION_SECRET}`
 const newerSecret = 'a newer secret of at least thirty-two characters'
@@ -298,32 +296,21 @@ t.test('a device token that is forged or expired, or for another mobile, counts 
   const [{ mobile, login, device }, other] = [await registerUser(), await registerUser()]
   const token = device.slice('device='.length)
   const [id, expiry] = token.split('.')
-  const issue = (
-    ageSeconds: number,
-    secrets: [string, ...string[]] = [secret],
-    purpose: 'ticket' | 'device' = 'device'
-  ) => {
-    const now = Date.now()
-    const clock = mock.method(Date, 'now', () => now - ageSeconds * 1_000)
-    const issued = new SignedTokens(secrets, purpose, yearSeconds * 1_000).issue(mobile)
-    clock.mock.restore()
-    return `device=${issued}`
-  }
   const { ticket } = (await api.sendCode(mobile)).json().data
   const ofRotated = deviceOf(await logIn(login, '192.0.2.60', '', rotatedApi))
   await attack(mobile)
   for (const cookie of [
     other.device,
     `device=${ticket}`,
-    issue(0, [secret], 'ticket'),
     ofRotated,
-    issue(yearSeconds + 1),
+    `device=${tokenOf('device', mobile, yearSeconds + 1)}`,
     ...[`x${token}`, token.slice(0, -1), `${id}.${expiry}`, mobile, '%'].map((forged) => `device=${forged}`),
     `sid=${token}`
   ]) {
     t.equal(await statusOf(login, '192.0.2.1', cookie), 429, cookie)
   }
-  t.equal(await statusOf(login, '192.0.2.1', issue(yearSeconds - 60)), 201, 'in the last minute of its year')
+  const old = `device=${tokenOf('device', mobile, yearSeconds - 60)}`
+  t.equal(await statusOf(login, '192.0.2.1', old), 201, 'in the last minute of its year')
   const several = `device=forged; ${other.device}; ${device}`
   t.equal(await statusOf(login, '192.0.2.1', several), 201, 'of several the one that verifies counts')
   // After a rotation of SESSION_SECRET the first one signs, and all verify.

@@ -1,6 +1,4 @@
-import { mock } from 'node:test'
 import t from 'tap'
-import { SignedTokens } from '#src/http/signed-tokens.js'
 import { client, statusAndErrno } from '../testkit/client.js'
 import { withMovedClock } from '../testkit/moved-clock.js'
 import { answerWith, startWebhook, unlimitedSms } from '../testkit/sms-webhook.js'
@@ -12,7 +10,8 @@ import { startTestbed } from '../testkit/testbed.js'
  */
 
 const testbed = await startTestbed(t)
-const { build, buildWithLog, buildHashingAfter, issueCode, newMobile, redis, signUpBody, holdInserts, stores } = testbed
+const { build, buildWithLog, buildHashingAfter, holdInserts } = testbed
+const { issueCode, newMobile, redis, signUpBody, stores, tokenOf } = testbed
 
 const webhook = await startWebhook(t)
 const { answers } = webhook
@@ -55,14 +54,7 @@ async function requestCode(mobile = newMobile()): Promise<Body> {
   return { ...body, sms_code: codeSentTo(mobile), ticket }
 }
 
-/** Returns a ticket that was issued so many seconds ago. */
-function ticketOf(mobile: string, ageSeconds: number, secret = sessionSecret): string {
-  const now = Date.now()
-  const clock = mock.method(Date, 'now', () => now - ageSeconds * 1_000)
-  const ticket = new SignedTokens([secret], 'ticket', 3_600_000).issue(mobile)
-  clock.mock.restore()
-  return ticket
-}
+const ticketOf = (mobile: string, ageSeconds: number, secret?: string) => tokenOf('ticket', mobile, ageSeconds, secret)
 
 /** Makes the windows of all budgets of a mobile end earlier. */
 async function ageGuesses(mobile: string, seconds: number): Promise<void> {

@@ -1,8 +1,10 @@
 import { randomInt } from 'node:crypto'
+import { mock } from 'node:test'
 import type { FastifyInstance, FastifyPluginAsync } from 'fastify'
 import type { Test } from 'tap'
 import { type BuildOptions, buildApp } from '#src/app.js'
 import { type Config, type Environment, loadConfig } from '#src/config/config.js'
+import { SignedTokens } from '#src/http/signed-tokens.js'
 import type { Reply } from './client.js'
 import { FaultProxy } from './fault-proxy.js'
 import { startStores } from './private-stores.js'
@@ -172,6 +174,16 @@ export async function startTestbed(t: Test) {
     return pair
   }
 
+  /** Returns a ticket or a device token that was issued so many seconds ago. */
+  function tokenOf(purpose: 'ticket' | 'device', mobile: string, ageSeconds: number, secret?: string): string {
+    const now = Date.now()
+    const clock = mock.method(Date, 'now', () => now - ageSeconds * 1_000)
+    const lifeMs = purpose === 'ticket' ? 3_600_000 : 31_536_000_000
+    const token = new SignedTokens([secret ?? `${environment.SESSION_SECRET}`], purpose, lifeMs).issue(mobile)
+    clock.mock.restore()
+    return token
+  }
+
   async function userRows(mobile: string) {
     const { rows } = await postgres.query('SELECT * FROM users WHERE mobile = $1', [mobile])
     return rows
@@ -243,6 +255,7 @@ export async function startTestbed(t: Test) {
     issueCode,
     signUpBody,
     cookieOf,
+    tokenOf,
     userRows,
     holdInserts,
     holdRedisWrites,
