@@ -173,6 +173,6 @@ t.test('mobile-signup starts the service, migrates, and says what each command n
     t.match(await run(...args), { code: 1, stdout: /^$/, stderr: /^usage:/ })
   }
   t.match(await run('migrate'), { code: 1, stderr: /^migrate: invalid environment:/ })
-  const unset = /^mobile-signup: invalid environment:\n {2}DATABASE_URL, REDIS_URL: unset/
-  t.match(await run(), { code: 1, stderr: unset })
+  const faults = /^mobile-signup: invalid environment:\n {2}PORT: .*"http".*\n {2}DATABASE_URL, REDIS_URL: unset.*\n$/
+  t.match(await runNode([file], { PORT: 'http' }), { code: 1, stderr: faults })
 })
