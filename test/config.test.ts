@@ -10,6 +10,7 @@ import { describeVariables } from '../testkit/generated-docs.js'
 
 const stores = { DATABASE_URL: 'postgresql://u:p%40ss@db/app', REDIS_URL: 'rediss://:p%40ss@cache:6380/1' }
 const secret = 'x'.repeat(32)
+const secrets = [secret, `${secret}2`]
 const production = { ...stores, NODE_ENV: 'production', SESSION_SECRET: secret, SMS: 'off', TRUST_PROXY: 'none' }
 
 function faultsOf(env: Environment): readonly string[] {
@@ -29,16 +30,7 @@ const variables: [name: string, text: string, field: keyof Config, value: unknow
   ['HOST', '::1', 'host', '::1', 'a b', 'http://host', '-host', '1.2.3.4:80'],
   ['DATABASE_URL', 'postgres://u@a/b', 'databaseUrl', 'postgres://u@a/b', 'db', 'mysql://db/app', 'postgres'],
   ['REDIS_URL', 'redis://a', 'redisUrl', 'redis://a', 'cache:6379', 'http://cache', 'redis://'],
-  [
-    'SESSION_SECRET',
-    `${secret},${secret}2`,
-    'sessionSecrets',
-    [secret, `${secret}2`],
-    'short',
-    `${secret},short`,
-    `${secret},`,
-    ','
-  ],
+  ['SESSION_SECRET', secrets.join(), 'sessionSecrets', secrets, 'short', `${secret},short`, `${secret},`, ','],
   ['COOKIE_SECURE', 'true', 'cookieSecure', true, 'TRUE', '1', 'auto'],
   [
     'TRUST_PROXY',
