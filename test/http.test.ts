@@ -1,13 +1,13 @@
 import { execFileSync } from 'node:child_process'
 import { once } from 'node:events'
 import { connect, type Socket } from 'node:net'
-import { mock } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
 import type { Environment } from '#src/config/config.js'
 import { networksOf } from '#src/http/network.js'
 import { client } from '../testkit/client.js'
+import { movePerformanceClock } from '../testkit/moved-clock.js'
 import { startTestbed } from '../testkit/testbed.js'
 import { until } from '../testkit/until.js'
 
@@ -301,16 +301,13 @@ t.test('a client that does not read its replies is closed after 30 s, one that w
   // More than the kernel takes.
   socket.pause().write(get('/docs/static/swagger-ui-bundle.js').repeat(50))
   await until('a reply waits for the client', () => served.writableLength > 0)
-  let elapsedMs = 0
-  const { now } = performance
-  const clock = mock.method(performance, 'now', () => now.call(performance) + elapsedMs)
-  t.teardown(() => clock.mock.restore())
+  const { pass } = movePerformanceClock(t)
   // The service checks once a second.
   await sleep(1_100)
-  elapsedMs = 20_000
+  pass(20_000)
   await sleep(1_100)
   t.notOk(served.destroyed, 'not before')
-  elapsedMs = 30_000
+  pass(10_000)
   // It sends something, but reads nothing.
   socket.write('GET /')
   await servedClosed

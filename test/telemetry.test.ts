@@ -1,12 +1,13 @@
 import { readFile } from 'node:fs/promises'
 import type { FastifyInstance } from 'fastify'
 import { pino } from 'pino'
-import t, { type Test } from 'tap'
+import t from 'tap'
 import { parse } from 'yaml'
 import { outcomes } from '#src/outcomes.js'
 import { serializers } from '#src/telemetry/log.js'
 import { sampledWarnings } from '#src/telemetry/sampled-warnings.js'
 import { client, statusAndErrno } from '../testkit/client.js'
+import { movePerformanceClock } from '../testkit/moved-clock.js'
 import { answerWith, startWebhook } from '../testkit/sms-webhook.js'
 import { impatient, startTestbed } from '../testkit/testbed.js'
 import { retried, until } from '../testkit/until.js'
@@ -18,14 +19,6 @@ const { postgres, redis, signUpBody } = testbed
 const webhook = await startWebhook(t)
 /** The application with metrics that several tests use. It is built before a test moves the clock. */
 const measured = await build(t, { METRICS_PORT: '0', SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: webhook.url })
-
-/** Gives the service a clock that a test moves. */
-function withMovedClock(t: Test) {
-  const { now } = performance
-  let offsetMs = 0
-  t.intercept(performance, 'now', { value: () => now.call(performance) + offsetMs })
-  return { pass: (ms: number) => (offsetMs += ms) }
-}
 
 t.test('a request is one line at level info; the cause of a fault has a line before it', async (t) => {
   const { app, lines } = await buildWithLog(t)
@@ -139,7 +132,7 @@ t.test('G7: of an error only its type, message, stack and code are logged, witho
 
 t.test('an X-Forwarded-For that does not tell the client is logged, at most once a minute each', async (t) => {
   const { app, lines } = await buildWithLog(t, { TRUST_PROXY: '10.0.0.0/8,::ffff:192.0.2.7,2001:db8::/32' })
-  const { pass } = withMovedClock(t)
+  const { pass } = movePerformanceClock(t)
   const ignored = /^X-Forwarded-For is ignored: TRUST_PROXY does not name this peer/
   const chosen = /^every address of X-Forwarded-For is in TRUST_PROXY/
   for (const [peer, forwardedFor, warning] of [
@@ -229,7 +222,7 @@ t.test('a warning is logged once in ten seconds, then with the number of those l
     written.push([err.message, suppressed])
   }
   const warn = sampledWarnings(pino({}, { write }))
-  const { pass } = withMovedClock(t)
+  const { pass } = movePerformanceClock(t)
   for (const cause of ['away', 'away', 'away', 'slow']) warn(new Error(cause), 'a failure')
   pass(10_000)
   for (const cause of ['away', 'slow']) warn(new Error(cause), 'a failure')

@@ -43,3 +43,11 @@ export async function withMovedClock<App>(t: Test, redis: Redis, build: () => Pr
   }
   return { app, pass }
 }
+
+/** Moves the clock of timeouts and intervals, `performance.now()`, until the end of a test. */
+export function movePerformanceClock(t: Test) {
+  const { now } = performance
+  let offsetMs = 0
+  t.intercept(performance, 'now', { value: () => now.call(performance) + offsetMs })
+  return { pass: (ms: number) => (offsetMs += ms) }
+}
