@@ -1,8 +1,6 @@
-import { createServer } from 'node:http'
 import { Redis } from 'ioredis'
 import t from 'tap'
 import { client } from '../testkit/client.js'
-import { listen } from '../testkit/listen.js'
 import { queryOnce } from '../testkit/postgres-admin.js'
 import { refusedObjects } from '../testkit/rights.js'
 import { accept, answerWith, startWebhook } from '../testkit/sms-webhook.js'
@@ -24,11 +22,7 @@ t.test(
   'the rights suffice for every route, for events, a failed message and a sign-up that starts again',
   async (t) => {
     const webhook = await startWebhook(t)
-    const events = await listen(
-      t,
-      createServer((_, response) => response.end())
-    )
-    const env = { ...rights, SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: events }
+    const env = { ...rights, SMS_WEBHOOK_URL: webhook.url, EVENTS_WEBHOOK_URL: webhook.url }
     const { app, lines } = await buildWithLog(t, env)
     t.strictSame((await app.inject('/health/ready')).json().data.failing, [])
     const api = client(app)
