@@ -106,10 +106,9 @@ export async function startCluster(t: Test): Promise<RedisTopology> {
   for (const { admin } of nodes) await admin.config('SET', 'cluster-node-timeout', noFailoverMs)
   // Otherwise it would not take over when a test tells it to.
   await replica.admin.config('SET', 'cluster-replica-no-failover', 'no')
-  const addresses = nodes.map(({ port }) => ({ host: '127.0.0.1', port }))
   return {
     servers: nodes,
-    url: `redis://${serviceCredentials}${addresses.map(({ host, port }) => `${host}:${port}`).join()}`,
+    url: `redis://${serviceCredentials}${nodes.map(({ port }) => `127.0.0.1:${port}`).join()}`,
     redis: clientOf(t, masters),
     async failOver() {
       await replica.admin.cluster('FAILOVER', 'TAKEOVER')

@@ -20,8 +20,6 @@ const standbyName = 'standby'
  */
 const settings = "wal_keep_size = '256MB'\nwal_retrieve_retry_interval = '100ms'\nfsync = off\n"
 
-const run = promisify(execFile)
-
 type Server = Awaited<ReturnType<typeof copyServer>>
 
 /** Copies the data of a server, also of one that runs. Starts nothing. */
@@ -34,7 +32,7 @@ async function copyServer(source: string) {
   const port = await freePort()
   const url = `postgresql://postgres:${secret}@127.0.0.1:${port}/postgres`
   // cp fails with 1 if a file vanishes meanwhile. The log has what the file had.
-  await run('cp', ['-a', source, data]).catch((error) => {
+  await promisify(execFile)('cp', ['-a', source, data]).catch((error) => {
     if (error.code !== 1) throw error
   })
   await rm(join(data, 'postmaster.pid'), { force: true })
