@@ -22,12 +22,8 @@ const sessionStatus = async (cookie: string) => (await api.whoAmI(cookie)).statu
 t.test('201: a code logs in, as a password does, and remembers the device', async (t) => {
   const { mobile, userId } = await registerUser()
   const reply = await api.logIn(await present(mobile))
-  t.equal(reply.statusCode, 201)
-  t.strictSame(reply.json(), {
-    errno: '0',
-    errmsg: '登录成功',
-    data: { user_id: userId, name: mobile, mobile, session: true }
-  })
+  const data = { user_id: userId, name: mobile, mobile, session: true }
+  t.strictSame([reply.statusCode, reply.json()], [201, { errno: '0', errmsg: '登录成功', data }])
   t.equal(await sessionStatus(cookieOf(reply)), 200)
   t.ok(reply.cookies.some(({ name }) => name === 'device'))
 })

@@ -59,14 +59,8 @@ t.test('the Kubernetes objects are valid against their schemas', async (t) => {
 })
 
 t.test('a pod grants the CPU, memory and shutdown time that the service needs, and names its ports', async (t) => {
-  const stores = { DATABASE_URL: 'postgresql://db/app', REDIS_URL: 'redis://cache' }
-  const config = loadConfig({
-    NODE_ENV: 'production',
-    SESSION_SECRET: 's'.repeat(32),
-    SMS: 'off',
-    ...stores,
-    ...podEnvironment
-  })
+  const secrets = { DATABASE_URL: 'postgresql://db/app', REDIS_URL: 'redis://cache', SESSION_SECRET: 's'.repeat(32) }
+  const config = loadConfig({ NODE_ENV: 'production', SMS: 'off', ...secrets, ...podEnvironment })
   t.ok(template.spec.terminationGracePeriodSeconds * 1_000 > config.shutdownDelayMs + config.shutdownTimeoutMs)
   const neededMib = 200 + (config.hashThreads * config.hashMemoryKib) / 1_024
   t.ok(Number.parseInt(container.resources.requests.memory, 10) > neededMib)

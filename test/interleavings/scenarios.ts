@@ -41,8 +41,5 @@ export const scenarios = {
   'a sign-up and a reset with one code': { clients: [signUp('A', ann, 2), reset('R', bob, 1)] },
   'a sign-up and a new code': { clients: [signUp('A', ann, 3)], event: 'a new code is sent' },
   'two sign-ups, one with a new code': { clients: [signUp('A', ann, 1), newcomer], event: 'a new code is sent' },
-  'a code that expires': {
-    clients: [signUp('A1', ann, 2), signUp('A2', ann, 1)],
-    event: 'the code expires'
-  }
+  'a code that expires': { clients: [signUp('A1', ann, 2), signUp('A2', ann, 1)], event: 'the code expires' }
 } satisfies Record<string, Scenario>
