@@ -168,12 +168,7 @@ t.test('the plan of an empty outbox does not hold up the backlog after an outage
   await postgres.query('VACUUM ANALYZE user_events')
   await postgres.query('ALTER DATABASE postgres SET plan_cache_mode = force_generic_plan')
   t.teardown(() => postgres.query('ALTER DATABASE postgres RESET ALL'))
-  const lines: string[] = []
-  const app = await build(
-    t,
-    { ...env, ...impatient, PG_POOL_MAX: '1' },
-    { logStream: { write: (line) => lines.push(line) } }
-  )
+  const { app, lines } = await buildWithLog(t, { ...env, ...impatient, PG_POOL_MAX: '1' })
   await client(app).signUp(await signUpBody())
   await untilDelivered()
   await postgres.query(
@@ -181,7 +176,7 @@ t.test('the plan of an empty outbox does not hold up the backlog after an outage
   )
   await until('a hundred are delivered', () => received.length > 100)
   await postgres.query('DELETE FROM user_events')
-  t.notMatch(lines.join(), 'the outbox of events failed')
+  t.notMatch(JSON.stringify(lines), 'the outbox of events failed')
 })
 
 t.test('an event whose delivery could not be recorded is delivered again', async (t) => {
