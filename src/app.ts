@@ -83,15 +83,16 @@ async function createCapabilities(fastify: FastifyInstance, config: Config, obse
   const inFlight = new InFlight()
   const codes = createCodes(config, redis, rateLimits, inFlight, observer)
   const passwords = await createPasswords(fastify, config, observer)
-  const users = createUsers(postgres, fastify.log, config.eventsWebhookUrl !== undefined)
+  const { eventsWebhookUrl } = config
+  const events = eventsWebhookUrl === undefined ? undefined : startDelivery(fastify, eventsWebhookUrl, config, postgres)
+  const users = createUsers(postgres, fastify.log, events)
   const devices = new Devices(config)
   const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
   const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
   // After everything that requests use, because onClose hooks run in reverse order: requests in flight are drained before that is
-  // closed. Only the delivery ends earlier: no request needs it.
+  // closed.
   fastify.addHook('onClose', () => inFlight.drain())
-  const readEventBacklog = startDelivery(fastify, config, postgres)
-  return { readEventBacklog, postgres, redis, rateLimits, codes, passwords, users, devices, sessions, sms, inFlight }
+  return { events, postgres, redis, rateLimits, codes, passwords, users, devices, sessions, sms, inFlight }
 }
 
 const routes: FastifyPluginAsync<SignUpOptions> = async (fastify, { config }) => {

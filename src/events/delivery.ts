@@ -12,8 +12,19 @@ const pauseMs = 1_000
 /** How many events an instance delivers at a time. */
 const batchSize = 50
 
+/**
+ * An instance delivers the events of its sign-ups without taking them from the outbox, which costs Postgres more than to write them.
+ * They are due there only after this time. The instance begins its attempt at most 2 s and the time of a statement after it has sent
+ * them, so that the attempt has ended then (http/webhook.ts).
+ */
+export const ownEventDueSeconds = 10
+const ownEventMaxAgeMs = 2_000
+
+/** More wait in memory only if the receiver is slow. Then the outbox has them, too. */
+const ownEventsMax = 1_000
+
 /** An event as the outbox has it. */
-interface UserEvent {
+export interface UserEvent {
   id: string
   number: string
   type: string
@@ -59,35 +70,37 @@ const readBacklog: Statement = {
          FROM user_events`
 }
 
-/**
- * Delivers events of users to `EVENTS_WEBHOOK_URL` at least once, until the application closes. All instances share the work.
- *
- * @returns a function that reads what waits
- */
+export type Events = ReturnType<typeof startDelivery>
+
+/** Delivers events of users to `EVENTS_WEBHOOK_URL` at least once, until the application closes. All instances share the work. */
 export function startDelivery(
   fastify: FastifyInstance,
-  { eventsWebhookUrl, eventsWebhookSecret }: Config,
+  url: string,
+  { eventsWebhookSecret }: Config,
   postgres: Postgres
-): (() => Promise<EventBacklog>) | undefined {
-  if (eventsWebhookUrl === undefined) return undefined
-  const url = eventsWebhookUrl
+) {
   const warn = sampledWarnings(fastify.log)
   const closing = new AbortController()
   let isFailing = false
+  let ownEvents: { event: UserEvent; sentAt: number }[] = []
 
-  const deliver = ({ id, number: _, type, timestamp, ...data }: UserEvent) =>
+  const post = ({ id, number: _, type, timestamp, ...data }: UserEvent) =>
     postWebhook(url, eventsWebhookSecret, id, { type, timestamp, data })
 
   /** @returns whether there may be more events that can be delivered now */
   async function deliverBatch(): Promise<boolean> {
     // A receiver that fails is asked with one event at a time, so that its failure costs sign-ups nothing.
     const limit = isFailing ? 1 : batchSize
-    const { rows } = await postgres.query<UserEvent>(takeEvents, [limit])
-    if (rows.length === 0) return false
-    const results = await Promise.all(rows.map(deliver))
+    const oldest = performance.now() - ownEventMaxAgeMs
+    ownEvents = ownEvents.filter(({ sentAt }) => sentAt > oldest)
+    const own = isFailing ? [] : ownEvents.splice(0, limit).map(({ event }) => event)
+    const due = own.length < limit ? (await postgres.query<UserEvent>(takeEvents, [limit - own.length])).rows : []
+    const events = [...own, ...due]
+    if (events.length === 0) return false
+    const results = await Promise.all(events.map(post))
     const failure = results.find(({ isAccepted }) => !isAccepted)
     if (failure) warn(new Error(`the receiver ${failure.summary}`), 'an event could not be delivered')
-    const delivered = rows.filter((_, index) => results[index]?.isAccepted)
+    const delivered = events.filter((_, index) => results[index]?.isAccepted)
     if (delivered.length > 0) {
       await postgres.query(deleteEvents, [
         delivered.map(({ user_id }) => user_id),
@@ -96,7 +109,7 @@ export function startDelivery(
       if (isFailing) fastify.log.info('events are delivered again')
     }
     isFailing = delivered.length === 0
-    return !isFailing && rows.length === limit
+    return !isFailing && events.length === limit
   }
 
   async function deliverUntilClosed(): Promise<void> {
@@ -120,8 +133,15 @@ export function startDelivery(
   })
   // While Postgres is away nobody knows.
   const unknownBacklog = { waiting: Number.NaN, oldestSeconds: Number.NaN, undeliverable: Number.NaN }
-  return async () => {
-    const { rows } = await postgres.query<EventBacklog>(readBacklog, []).catch(() => ({ rows: [] }))
-    return rows[0] ?? unknownBacklog
+  return {
+    /** @param sentAt when the statement of the sign-up was sent, by `performance.now()` */
+    addOwn(event: UserEvent, sentAt: number): void {
+      if (ownEvents.length < ownEventsMax) ownEvents.push({ event, sentAt })
+    },
+    /** Reads what waits. */
+    async readBacklog(): Promise<EventBacklog> {
+      const { rows } = await postgres.query<EventBacklog>(readBacklog, []).catch(() => ({ rows: [] }))
+      return rows[0] ?? unknownBacklog
+    }
   }
 }

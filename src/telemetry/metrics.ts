@@ -20,7 +20,7 @@ interface MetricsSources {
   readonly passwords: { readonly queue: { readonly queueLength: number; readonly expectedWaitMs: number } }
   readonly postgres: { connections(): { total: number; idle: number; waiting: number } }
   /** Undefined without `EVENTS_WEBHOOK_URL`. */
-  readonly readEventBacklog: (() => Promise<EventBacklog>) | undefined
+  readonly events: { readBacklog(): Promise<EventBacklog> } | undefined
   readonly storeChecks: { readonly names: readonly string[]; failing(): Promise<string[]> }
 }
 
@@ -84,7 +84,7 @@ export function createMetrics(limitNames: readonly string[]) {
     requests,
     observer,
     /** Adds the gauges of the service. A scrape reads them in this order. */
-    addSources({ passwords: { queue }, postgres, readEventBacklog, storeChecks }: MetricsSources): void {
+    addSources({ passwords: { queue }, postgres, events, storeChecks }: MetricsSources): void {
       addGauge('hash_queue_length', 'Passwords that wait for a thread', [], (gauge) => gauge.set(queue.queueLength))
       const wait = 'How long a new sign-up would wait for a thread; above HASH_MAX_WAIT_MS it is refused'
       addGauge('hash_expected_wait_seconds', wait, [], (gauge) => gauge.set(queue.expectedWaitMs / 1_000))
@@ -93,12 +93,12 @@ export function createMetrics(limitNames: readonly string[]) {
         const { total, idle, waiting } = postgres.connections()
         for (const [state, count] of Object.entries({ busy: total - idle, idle, waiting })) gauge.set({ state }, count)
       })
-      if (readEventBacklog) {
+      if (events) {
         /** Read once for both gauges. */
         let backlog: Promise<EventBacklog> | undefined
         const eventStates = 'Events of users by state: waiting; undeliverable after three days'
         addGauge('events', eventStates, ['state'], async (gauge) => {
-          backlog = readEventBacklog()
+          backlog = events.readBacklog()
           const { waiting, undeliverable } = await backlog
           gauge.set({ state: 'waiting' }, waiting)
           gauge.set({ state: 'undeliverable' }, undeliverable)

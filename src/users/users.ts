@@ -1,4 +1,5 @@
 import type { FastifyBaseLogger } from 'fastify'
+import { type Events, ownEventDueSeconds } from '../events/delivery.js'
 import { verifierOf } from '../passwords/stored-hash.js'
 import type { Postgres, Statement } from '../stores/postgres.js'
 
@@ -12,16 +13,28 @@ export interface User {
   sessionEpoch: number
 }
 
+/** A new row. The other fields are those of its event; without events they are absent. */
+interface InsertedUser {
+  id: string
+  event_id: string
+  number: string
+  created_at: Date
+}
+
 /**
  * Returns a statement that changes a user. With events, it also writes one to the outbox (events/), in the same round trip: the event is
  * there if and only if the change is.
  */
 function change(name: string, text: string, columns: string, event: string, hasEvents: boolean): Statement {
   if (!hasEvents) return { name, text: `${text} RETURNING ${columns}` }
-  const outbox = `INSERT INTO user_events (user_id, type, mobile, name) SELECT id, '${event}', mobile, name FROM changed`
+  const dueSeconds = event === 'user.registered' ? ownEventDueSeconds : 0
   return {
     name,
-    text: `WITH changed AS (${text} RETURNING id, name, mobile, session_epoch), event AS (${outbox}) SELECT ${columns} FROM changed`
+    text: `WITH changed AS (${text} RETURNING id, name, mobile, session_epoch),
+           event AS (INSERT INTO user_events (user_id, type, mobile, name, due_at)
+                     SELECT id, '${event}', mobile, name, now() + interval '${dueSeconds} s' FROM changed
+                     RETURNING id AS event_id, number, created_at)
+           SELECT ${columns}, event_id, number, created_at FROM changed, event`
   }
 }
 
@@ -52,7 +65,8 @@ const beginSessionEpoch: Statement = {
 }
 
 /** The users table. A hash that matches no password is logged once for a user, and for at most 10,000. */
-export function createUsers(postgres: Postgres, log: FastifyBaseLogger, hasEvents: boolean) {
+export function createUsers(postgres: Postgres, log: FastifyBaseLogger, events: Events | undefined) {
+  const hasEvents = events !== undefined
   const insert = insertUser(hasEvents)
   const userColumns = 'id, name, session_epoch AS "sessionEpoch"'
   const update = `UPDATE users SET password_hash = $2, session_epoch = ${nextEpoch} WHERE mobile = $1`
@@ -69,8 +83,14 @@ export function createUsers(postgres: Postgres, log: FastifyBaseLogger, hasEvent
      * @returns the id of the new row, or undefined if the mobile is registered
      */
     async insert(mobile: string, passwordHash: string): Promise<string | undefined> {
-      const { rows } = await postgres.query<{ id: string }>(insert, [mobile, passwordHash])
-      return rows[0]?.id
+      const sentAt = performance.now()
+      const { rows } = await postgres.query<InsertedUser>(insert, [mobile, passwordHash])
+      const [row] = rows
+      if (row) {
+        const { id: user_id, event_id: id, number, created_at: timestamp } = row
+        events?.addOwn({ id, number, type: 'user.registered', timestamp, user_id, mobile, name: mobile }, sentAt)
+      }
+      return row?.id
     },
     async find(mobile: string): Promise<User | undefined> {
       const { rows } = await postgres.query<User>(findUser, [mobile])
