@@ -14,14 +14,10 @@ const batchSize = 50
 
 /**
  * An instance delivers the events of its sign-ups without taking them from the outbox, which costs Postgres more than to write them.
- * They are due there only after this time. The instance begins its attempt at most 2 s and the time of a statement after it has sent
- * them, so that the attempt has ended then (http/webhook.ts).
+ * They are due there only after this time. The instance begins its attempt within 2 s, so that it has ended then (http/webhook.ts).
  */
-export const ownEventDueSeconds = 10
+export const ownEventDueSeconds = 8
 const ownEventMaxAgeMs = 2_000
-
-/** More wait in memory only if the receiver is slow. Then the outbox has them, too. */
-const ownEventsMax = 1_000
 
 /** An event as the outbox has it. */
 export interface UserEvent {
@@ -91,11 +87,12 @@ export function startDelivery(
   async function deliverBatch(): Promise<boolean> {
     // A receiver that fails is asked with one event at a time, so that its failure costs sign-ups nothing.
     const limit = isFailing ? 1 : batchSize
+    const room = isFailing ? limit : limit - ownEvents.length
+    const due = room > 0 ? (await postgres.query<UserEvent>(takeEvents, [room])).rows : []
     const oldest = performance.now() - ownEventMaxAgeMs
     ownEvents = ownEvents.filter(({ sentAt }) => sentAt > oldest)
-    const own = isFailing ? [] : ownEvents.splice(0, limit).map(({ event }) => event)
-    const due = own.length < limit ? (await postgres.query<UserEvent>(takeEvents, [limit - own.length])).rows : []
-    const events = [...own, ...due]
+    const own = isFailing ? [] : ownEvents.splice(0, limit - due.length)
+    const events = [...due, ...own.map(({ event }) => event)]
     if (events.length === 0) return false
     const results = await Promise.all(events.map(post))
     const failure = results.find(({ isAccepted }) => !isAccepted)
@@ -136,7 +133,7 @@ export function startDelivery(
   return {
     /** @param sentAt when the statement of the sign-up was sent, by `performance.now()` */
     addOwn(event: UserEvent, sentAt: number): void {
-      if (ownEvents.length < ownEventsMax) ownEvents.push({ event, sentAt })
+      if (!isFailing) ownEvents.push({ event, sentAt })
     },
     /** Reads what waits. */
     async readBacklog(): Promise<EventBacklog> {
