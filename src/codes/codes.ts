@@ -118,12 +118,7 @@ export function createCodes(
     redis.isCluster ? { inScript: [], outsideScript: limits } : { inScript: limits, outsideScript: [] }
 
   return {
-    /**
-     * Returns the code of a mobile that this service has made, if at least half of its life is left: people type the first of
-     * two messages. Otherwise makes a code of six random digits, which replaces the present one.
-     *
-     * @param purpose undefined: the code is for everything
-     */
+    /** Returns the code for the next message, as {@link scripts.issueCode} says. @param purpose undefined: for everything */
     async issue(mobile: string, purpose: CodePurpose | undefined, { id, network }: Send) {
       const lifeMs = smsCodeTtlS * 1_000
       const keys = [codeKey(mobile), issueKey(mobile)]

@@ -15,7 +15,7 @@ import {
   secretMinLength,
   secrets,
   trueOrFalse,
-  url
+  webUrl
 } from './parsers.js'
 
 export type Environment = Readonly<Record<string, string | undefined>>
@@ -64,9 +64,8 @@ type Read = <T>(name: string, parser: Parser<T>, whenAbsent: T, meaning: string,
 /** Every variable but NODE_ENV: its field, name, parser, default and meaning. docs/operating.md lists the same. */
 export function readVariables(read: Read, production: boolean) {
   const limit = (name: string, max: number, meaning: string) => read(name, integer(0, 1_000_000_000), max, meaning)
-  const optionalUrl = (name: string, meaning: string) =>
-    read<string | undefined>(name, url('https:', 'http:'), undefined, meaning)
-  const optionalText = (name: string, meaning: string) => read<string | undefined>(name, anyText, undefined, meaning)
+  const optional = <T>(name: string, parser: Parser<T>, meaning: string) =>
+    read<T | undefined>(name, parser, undefined, meaning)
   return {
     port: read('PORT', integer(0, 65_535), 3000, 'Listening port; 0 takes a free one.'),
     host: read('HOST', hostName, '127.0.0.1', 'Listening address.'),
@@ -101,10 +100,10 @@ export function readVariables(read: Read, production: boolean) {
     ),
     /** Whether this service sends the codes. If not, another service writes them to Redis. */
     sms: read('SMS', onOrOff, true, '`off`: another service sends codes; `POST /sms_codes` is absent.', 'on'),
-    smsWebhookUrl: optionalUrl('SMS_WEBHOOK_URL', 'Receives each code. Unset: nothing is sent.'),
-    smsWebhookSecret: optionalText('SMS_WEBHOOK_SECRET', 'Signs requests to [the webhook](#the-sms-webhook).'),
-    eventsWebhookUrl: optionalUrl('EVENTS_WEBHOOK_URL', 'Receives [events](#events). Unset: none are written.'),
-    eventsWebhookSecret: optionalText('EVENTS_WEBHOOK_SECRET', 'Signs requests to that webhook.'),
+    smsWebhookUrl: optional('SMS_WEBHOOK_URL', webUrl, 'Receives each code. Unset: nothing is sent.'),
+    smsWebhookSecret: optional('SMS_WEBHOOK_SECRET', anyText, 'Signs requests to [the webhook](#the-sms-webhook).'),
+    eventsWebhookUrl: optional('EVENTS_WEBHOOK_URL', webUrl, 'Receives [events](#events). Unset: none are written.'),
+    eventsWebhookSecret: optional('EVENTS_WEBHOOK_SECRET', anyText, 'Signs requests to that webhook.'),
     smsCodeTtlS: read(
       'SMS_CODE_TTL_S',
       integer(1, production ? productionCodeTtlMaxS : day),
@@ -134,13 +133,8 @@ export function readVariables(read: Read, production: boolean) {
     pgPoolMax: read('PG_POOL_MAX', integer(1, 1_000), 10, 'Connections to Postgres.'),
     storeTimeoutMs: read('STORE_TIMEOUT_MS', integer(1, 60_000), 1_000, 'Timeout of each round trip to a store.'),
     docs: read('DOCS', trueOrFalse, !production, 'Serves `/docs`, where you try the API.'),
-    metricsPort: read<number | undefined>(
-      'METRICS_PORT',
-      integer(0, 65_535),
-      undefined,
-      'Port of `/metrics`; 0 takes a free one. Unset: no metrics.'
-    ),
-    otlpEndpoint: optionalUrl('OTEL_EXPORTER_OTLP_ENDPOINT', 'Where [spans](#traces) go. Unset: no tracing.'),
+    metricsPort: optional('METRICS_PORT', integer(0, 65_535), 'Port of `/metrics`; 0 takes a free one. Unset: none.'),
+    otlpEndpoint: optional('OTEL_EXPORTER_OTLP_ENDPOINT', webUrl, 'Where [spans](#traces) go. Unset: no tracing.'),
     logLevel: read(
       'LOG_LEVEL',
       oneOf('fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'),

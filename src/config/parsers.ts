@@ -66,7 +66,7 @@ function isAddressRange(range: string): boolean {
 }
 
 /** A URL may hold a password, so errors never quote it. */
-export const url = (...schemes: string[]): Parser<string> => ({
+const url = (...schemes: string[]): Parser<string> => ({
   expected: `a URL that starts with ${schemes.map((scheme) => `${scheme}//`).join(' or ')}`,
   parse(text) {
     const parsed = URL.canParse(text) ? new URL(text) : undefined
@@ -78,6 +78,8 @@ export const url = (...schemes: string[]): Parser<string> => ({
     return text
   }
 })
+
+export const webUrl = url('https:', 'http:')
 
 export const databaseUrl: Parser<string> = {
   expected: 'a URL that starts with postgres:// or postgresql://, with one host',

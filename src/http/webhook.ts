@@ -88,12 +88,8 @@ function postOnce(
     })
     request.once('response', (response) => {
       const { statusCode: status = 0 } = response
-      answer = {
-        status,
-        isAccepted: status >= 200 && status < 300,
-        mayHaveArrived: false,
-        summary: `answered ${status}`
-      }
+      const isAccepted = status >= 200 && status < 300
+      answer = { status, isAccepted, mayHaveArrived: false, summary: `answered ${status}` }
       clearTimeout(timer)
       timer = setTimeout(() => request.destroy(), bodyTimeoutMs)
       let bytes = 0
