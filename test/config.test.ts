@@ -90,13 +90,14 @@ t.test('every variable sets its field, and an invalid value is a fault that name
 
 t.test('one message names every invalid variable, what is wrong with it and what is expected', async (t) => {
   const env = { ...stores, PORT: '70000', LEGACY_STATUS: 'yes', DEFAULT_LANGUAGE: 'fr', PG_POOL_MAX: '1.5' }
-  const faults = [
-    'PORT: .*"70000".* 0 to 65535',
-    'LEGACY_STATUS: .*"yes".* true or false',
-    'DEFAULT_LANGUAGE: .*"fr".* zh, en'
-  ]
-  const message = new RegExp(`^.*\\n  ${[...faults, 'PG_POOL_MAX: .*"1.5".* 1 to 1000'].join('\\n  ')}$`)
-  t.throws(() => loadConfig(env), { name: 'ConfigError', message })
+  t.throws(() => loadConfig(env), {
+    name: 'ConfigError',
+    message: `invalid environment:
+  PORT: is "70000"; expected an integer from 0 to 65535
+  LEGACY_STATUS: is "yes"; expected true or false
+  DEFAULT_LANGUAGE: is "fr"; expected one of zh, en
+  PG_POOL_MAX: is "1.5"; expected an integer from 1 to 1000`
+  })
 })
 
 t.test('G7: no fault quotes a secret', async (t) => {
