@@ -11,7 +11,7 @@ import { freePort } from '../dev/embedded-stores.js'
 import { signUpPage } from '../dev/sign-up-page.js'
 import { createWebhook, MessageRefused, type SmsMessage } from '../examples/sms-webhook.js'
 import { startBrowser } from '../testkit/browser.js'
-import { client, type Method, type Reply, statusAndErrno } from '../testkit/client.js'
+import { client, type Reply, statusAndErrno } from '../testkit/client.js'
 import { listen } from '../testkit/listen.js'
 import { startTestbed } from '../testkit/testbed.js'
 
@@ -37,6 +37,10 @@ interface Operation {
 }
 
 type Paths = Record<string, Record<string, Operation>>
+
+/** Returns the method of an operation that has a body, in capitals. */
+const methodOf = (method: string) =>
+  (['PUT', 'DELETE'] as const).find((name) => name === method.toUpperCase()) ?? 'POST'
 
 const ajv = new Ajv2020({ strict: false })
 
@@ -85,8 +89,8 @@ t.test('the reply of every outcome on every route matches its description', asyn
   const body = await signUpBody()
   const { mobile } = body
   const send = (operation: string, payload: object | string, type = 'application/json') => {
-    const [method, url] = operation.split(' ') as [Method, string]
-    return app.inject({ method, url, headers: { 'content-type': type }, payload })
+    const [method = '', url = ''] = operation.split(' ')
+    return app.inject({ method: methodOf(method), url, headers: { 'content-type': type }, payload })
   }
   const { password, sms_code } = body
   for (const operation of [signUp, resetPassword, logIn, sendCode, deleteAccount, logOut]) {
@@ -192,7 +196,7 @@ t.test('the document is OpenAPI 3.1, and its examples are valid', async (t) => {
       const { properties, examples } = requestBody.content['application/json'].schema
       const ofFields = Object.entries(properties).map(([name, { examples }]) => [name, examples?.[0]])
       const [payload = Object.fromEntries(ofFields)] = examples ?? []
-      const reply = await app.inject({ method: method.toUpperCase() as Method, url: path, payload })
+      const reply = await app.inject({ method: methodOf(method), url: path, payload })
       t.not(reply.statusCode, 400, `${method} ${path} accepts its example`)
     }
   }

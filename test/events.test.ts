@@ -28,8 +28,9 @@ async function startReceiver(t: Test, statusFor: (event: Received) => number | P
   const received: Received[] = []
   const server = createServer(async (request, response) => {
     const body = await text(request)
-    new Webhook(secret).verify(body, request.headers as Record<string, string>)
-    const event: Received = { id: `${request.headers['webhook-id']}`, ...JSON.parse(body) }
+    const headers = Object.fromEntries(Object.entries(request.headers).map(([name, value]) => [name, `${value}`]))
+    new Webhook(secret).verify(body, headers)
+    const event: Received = { id: `${headers['webhook-id']}`, ...JSON.parse(body) }
     received.push(event)
     response.writeHead(await statusFor(event)).end()
   })
@@ -37,13 +38,14 @@ async function startReceiver(t: Test, statusFor: (event: Received) => number | P
   return { received, env: { EVENTS_WEBHOOK_URL: `${url}/events`, EVENTS_WEBHOOK_SECRET: secret } }
 }
 
-/** Returns an answer of the receiver that the test gives later. */
+/** Returns a status of the receiver as a promise, and the function that fulfils it. */
 function holdAnswer() {
   let release = (_status: number) => {}
   const held = new Promise<number>((resolve) => {
     release = resolve
   })
-  return { held, release: (status: number) => release(status) }
+  // The promise has called its function already.
+  return { held, release }
 }
 
 const waiting = async () => (await postgres.query('SELECT * FROM user_events ORDER BY number')).rows

@@ -27,7 +27,7 @@ export interface RequestOptions {
   signal?: AbortSignal
 }
 
-export type Method = 'GET' | 'POST' | 'PUT' | 'DELETE'
+type Method = 'GET' | 'POST' | 'PUT' | 'DELETE'
 
 const apiPrefix = '/api/v1.0'
 

@@ -15,9 +15,10 @@ export async function startEventReceiver(random: SeededRandom, report: Report) {
   const server = createServer(async (request, response) => {
     const body = await text(request).catch(() => undefined)
     if (body === undefined) return
-    const id = `${request.headers['webhook-id']}`
+    const headers = Object.fromEntries(Object.entries(request.headers).map(([name, value]) => [name, `${value}`]))
+    const id = `${headers['webhook-id']}`
     try {
-      webhook.verify(body, request.headers as Record<string, string>)
+      webhook.verify(body, headers)
     } catch {
       report.violate(`an event with a wrong signature: ${id}`)
     }
