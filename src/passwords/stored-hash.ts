@@ -25,14 +25,15 @@ function pbkdf2Verifier(digest: string, iterations: number, salt: string, key: B
   return matching(key, (password) => promisify(pbkdf2)(password, salt, iterations, key.length, digest))
 }
 
+const deriveScrypt = promisify<string, string, number, ScryptOptions, Buffer>(scrypt)
+
 function scryptVerifier([N, r, p]: [number, number, number], salt: string, key: Buffer): Verifier | undefined {
   const isPowerOfTwo = N > 1 && Number.isInteger(Math.log2(N))
   // RFC 7914, section 2, limits N.
   if (!isPowerOfTwo || N >= 2 ** (16 * r) || 128 * N * r * p > scryptMaxBytes) return undefined
   // Node.js also counts its buffers.
   const options = { N, r, p, maxmem: 2 * scryptMaxBytes }
-  const derive = promisify<string, string, number, ScryptOptions, Buffer>(scrypt)
-  return matching(key, (password) => derive(password, salt, key.length, options))
+  return matching(key, (password) => deriveScrypt(password, salt, key.length, options))
 }
 
 /**

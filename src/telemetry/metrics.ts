@@ -94,14 +94,13 @@ export function createMetrics(limitNames: readonly string[]) {
         for (const [state, count] of Object.entries({ busy: total - idle, idle, waiting })) gauge.set({ state }, count)
       })
       if (events) {
-        /** Read once for both gauges. */
+        /** The first gauge reads it at each scrape, and the second uses it. */
         let backlog: Promise<EventBacklog> | undefined
         const eventStates = 'Events of users by state: waiting; undeliverable after three days'
         addGauge('events', eventStates, ['state'], async (gauge) => {
           backlog = events.readBacklog()
           const { waiting, undeliverable } = await backlog
-          gauge.set({ state: 'waiting' }, waiting)
-          gauge.set({ state: 'undeliverable' }, undeliverable)
+          for (const [state, count] of Object.entries({ waiting, undeliverable })) gauge.set({ state }, count)
         })
         addGauge('events_oldest_age_seconds', 'Age of the oldest event that waits', [], async (gauge) =>
           gauge.set((await backlog)?.oldestSeconds ?? Number.NaN)
