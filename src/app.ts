@@ -89,7 +89,7 @@ async function createCapabilities(fastify: FastifyInstance, config: Config, obse
   const devices = new Devices(config)
   const sessions = await createSessions(fastify, config, redis, users.beginSessionEpoch)
   const sms = config.sms ? createSms(config, fastify.log, observer) : undefined
-  // After everything that requests use: onClose hooks run in reverse order, so requests in flight are drained first.
+  // onClose hooks run in reverse order. So requests in flight end before anything that they use is closed.
   fastify.addHook('onClose', () => inFlight.drain())
   return { events, postgres, redis, rateLimits, codes, passwords, users, devices, sessions, sms, inFlight }
 }

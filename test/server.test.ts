@@ -90,7 +90,7 @@ t.test('libuv has a thread for each hash, or a start whose pool is used already 
   t.equal(names.filter((name) => name === 'libuv-worker\n').length, 5)
 })
 
-/** Starts a store that accepts connections and says nothing. */
+/** Starts a store that accepts connections and never answers. */
 async function startSilentStore(t: Test) {
   const store = createServer()
   t.teardown(() => store.close())
@@ -241,7 +241,7 @@ t.test(
   'the threads that hash have a lower priority than the event loop',
   { skip: process.platform !== 'linux' },
   async (t) => {
-    // They have one thread.
+    // One thread hashes: HASH_THREADS is at most UV_THREADPOOL_SIZE.
     const service = startService(t, { HASH_MEMORY_KIB: '19456', HASH_PASSES: '6', UV_THREADPOOL_SIZE: '1' })
     const url = await service.url()
     const { pid } = service.child

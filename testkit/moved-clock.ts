@@ -44,7 +44,7 @@ export async function withMovedClock<App>(t: Test, redis: Redis, build: () => Pr
   return { app, pass }
 }
 
-/** Moves the clock of timeouts and intervals, `performance.now()`, until the end of a test. */
+/** Lets a test move `performance.now()`, by which the service measures time spans. */
 export function movePerformanceClock(t: Test) {
   const { now } = performance
   let offsetMs = 0

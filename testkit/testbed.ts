@@ -111,7 +111,7 @@ export async function startTestbed(t: Test) {
     return app
   }
 
-  /** Builds an application whose log lines are collected, in order. */
+  /** Builds an application, and collects its log lines. */
   async function buildWithLog(t: Test, env: Environment = {}) {
     const lines: Record<string, unknown>[] = []
     const app = await build(t, env, { logStream: { write: (line) => void lines.push(JSON.parse(line)) } })

@@ -37,7 +37,7 @@ export const isFulfilled = (promise: Promise<unknown>) =>
     () => false
   )
 
-/** Returns whether a service listens, and is ready. */
+/** Returns whether the readiness probe of a service succeeds. */
 export const isReady = (url: string) =>
   fetch(`${url}/health/ready`).then(
     ({ ok }) => ok,

@@ -118,7 +118,7 @@ export function createCodes(
     redis.isCluster ? { inScript: [], outsideScript: limits } : { inScript: limits, outsideScript: [] }
 
   return {
-    /** Returns the code for the next message, as {@link scripts.issueCode} says. @param purpose undefined: for everything */
+    /** Returns the code for the next message: see {@link scripts.issueCode}. Without a purpose the code serves everything. */
     async issue(mobile: string, purpose: CodePurpose | undefined, { id, network }: Send) {
       const lifeMs = smsCodeTtlS * 1_000
       const keys = [codeKey(mobile), issueKey(mobile)]

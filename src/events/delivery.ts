@@ -13,8 +13,9 @@ const pauseMs = 1_000
 const batchSize = 50
 
 /**
- * An instance delivers the events of its sign-ups without taking them from the outbox, which costs Postgres more than to write them.
- * They are due there only after this time. The instance begins its attempt within 2 s, so that it has ended then (http/webhook.ts).
+ * An instance remembers the events of its own sign-ups, and delivers them without the UPDATE that takes them from the outbox: it costs
+ * Postgres more than the INSERT. In the outbox they are due after 8 s. For example, an instance signs a person up and dies: another one
+ * takes the event 8 s later. The first one begins its attempt within 2 s and ends it within 5 s (http/webhook.ts), so no two overlap.
  */
 export const ownEventDueSeconds = 8
 const ownEventMaxAgeMs = 2_000
@@ -131,7 +132,7 @@ export function startDelivery(
   // While Postgres is away nobody knows.
   const unknownBacklog = { waiting: Number.NaN, oldestSeconds: Number.NaN, undeliverable: Number.NaN }
   return {
-    /** @param sentAt when the statement of the sign-up was sent, by `performance.now()` */
+    /** Remembers the event of a sign-up. @param sentAt the time by `performance.now()` before its statement was sent */
     addOwn(event: UserEvent, sentAt: number): void {
       if (!isFailing) ownEvents.push({ event, sentAt })
     },

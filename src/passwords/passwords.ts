@@ -42,7 +42,7 @@ export async function createPasswords(
   const phcPrefix = decoyPhc.slice(0, decoyPhc.indexOf('$', '$argon2id$v=19$'.length) + 1)
 
   return {
-    /** Admits requests before any store is touched. A response counts as queued until it joins the queue or is answered. */
+    /** Admit a request before it touches a store. It counts as queued until it joins the queue or is answered. */
     queue,
     /**
      * Hashes a password with argon2id, off the event loop. NFKC first, so that one password typed on two keyboards is one

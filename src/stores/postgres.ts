@@ -10,7 +10,7 @@ import { PoolConnections } from './pool-connections.js'
 import { isProgrammingError, StoreUnavailable } from './store-unavailable.js'
 import { waitForStore } from './wait-for-store.js'
 
-/** With a name it is a prepared statement: it is parsed and planned once for each connection. */
+/** A statement with a name is prepared: each connection parses and plans it once. */
 export type Statement = Pick<QueryConfig, 'name' | 'text'>
 
 export type Postgres = Awaited<ReturnType<typeof openPostgres>>

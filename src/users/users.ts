@@ -27,6 +27,7 @@ interface InsertedUser {
  */
 function change(name: string, text: string, columns: string, event: string, hasEvents: boolean): Statement {
   if (!hasEvents) return { name, text: `${text} RETURNING ${columns}` }
+  // Only a new user has no earlier event, which must be delivered first.
   const dueSeconds = event === 'user.registered' ? ownEventDueSeconds : 0
   return {
     name,
